@@ -89,7 +89,7 @@ def _toy(hidden, layers, heads, kv, head_dim, mlp, vit) -> Config:
 
 # toy to small: ours, sized for two CPU cores and for one laptop GPU. 0.6b to 8b: Qwen3's decoders with SigLIP-400M.
 PRESETS = {
-    "toy": _toy(128, 4, 4, 2, 32, 384, (96, 256, 3, 4)),
+    "toy": _toy(96, 3, 3, 1, 32, 288, (64, 192, 2, 4)),
     "tiny": _toy(384, 8, 6, 2, 64, 1024, (256, 768, 6, 8)),
     "small": _toy(768, 12, 12, 4, 64, 2048, (384, 1536, 12, 6)),
     "0.6b": Config(151936, 1024, 3072, 28, 16, 8, tie_word_embeddings=True),
@@ -218,27 +218,13 @@ class KeyeVL(nn.Module):
 
     def init_weights(self) -> "KeyeVL":
         """Fresh weights, from torch's generator. # ours: Keye starts every part but the projector from released ones."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5  # keeps the size of activations at any width
-                if name.endswith(("o_proj", "down_proj", "out_proj", "fc2")):  # what is added to the residual stream
-                    depth = self.config.vision.num_hidden_layers if "vit" in name else self.config.num_hidden_layers
-                    std /= (2 * depth) ** 0.5
-                nn.init.normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, (nn.LayerNorm, RMSNorm)):
-                nn.init.ones_(module.weight)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+        init_weights(self.vit, self.config.vision.num_hidden_layers)
         table = self.vit.position_embedding.weight
         table.data.copy_(sincos_2d(self.vit.side, table.shape[1]))
-        if self.vit.head is not None:
-            nn.init.normal_(self.vit.head.probe, std=0.02)
-            nn.init.normal_(self.vit.head.attention.in_proj_weight, std=table.shape[1] ** -0.5)
-            nn.init.zeros_(self.vit.head.attention.in_proj_bias)
+        init_weights(self.projector, 1)
+        init_weights(self.decoder, self.config.num_hidden_layers)
+        if self.lm_head is not None:
+            init_weights(self.lm_head, 1)
         return self
 
     def embed(self, batch: dict) -> Tensor:
@@ -316,6 +302,20 @@ class KeyeVL(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         save_weights(self.state_dict(), self.config, folder)
+
+
+def init_weights(part: nn.Module, depth: int) -> None:
+    """Normal with standard deviation fan_in^-0.5, less where a layer adds to a residual stream of `depth` blocks; biases
+    0, norms 1, embeddings 0.02 (Qwen3's). # ours, since activations keep their size at any width."""
+    for name, module in part.named_modules():
+        for key, p in module.named_parameters(recurse=False):
+            if p.dim() == 1:
+                nn.init.constant_(p, float(key == "weight"))  # norms; every bias is zero
+            elif isinstance(module, nn.Embedding) or key == "probe":
+                nn.init.normal_(p, std=0.02)
+            else:
+                deep = name.endswith(("o_proj", "down_proj", "out_proj", "fc2"))
+                nn.init.normal_(p, std=p.shape[1] ** -0.5 / ((2 * depth) ** 0.5 if deep else 1))
 
 
 def sincos_2d(side: int, width: int) -> Tensor:

@@ -1,0 +1,36 @@
+# make toy    sets up, draws the toy world and pre-trains a small Keye-VL on it through all stages
+# make test   sets up and runs the tests
+#
+# TORCH names the build to install; any version from 2.11 on works. SIZE=tiny suits one GPU.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+SIZE ?= toy
+BIN := .venv/bin/
+
+# libgomp's waiting threads give the core away instead of spinning: on a shared machine that is a factor of ten
+export OMP_WAIT_POLICY := passive
+
+.PHONY: toy test setup clean
+
+toy: .venv/run
+	$(BIN)python toyworld.py --out data/$(SIZE) --size $(SIZE)
+	$(BIN)python pretrain.py --size $(SIZE)
+
+test: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)python -m pytest
+
+setup: .venv/test
+
+.venv/run: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)pip install --quiet --disable-pip-version-check .
+	touch $@
+
+.venv/test: .venv/run
+	$(BIN)pip install --quiet --disable-pip-version-check ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info
