@@ -230,7 +230,9 @@ class KeyeVL(nn.Module):
     def embed(self, batch: dict) -> Tensor:
         """Token embeddings with the placeholders of pictures and clips replaced by their features: (T, C)."""
         tokens, grids = batch["tokens"], batch["grids"]
-        # A pack without pictures still runs the ViT, on zero rows: under FSDP every rank must take part in its gathers.
+        if not len(grids) and not torch.is_grad_enabled():  # decoding
+            return self.decoder.embed_tokens(tokens)
+        # In training a pack without pictures still runs the ViT, on zero rows: every rank must join FSDP's gathers.
         visual = self.projector(self.vit(batch["patches"], grids), grids)  # (N / 4, C)
         holes = (tokens == self.config.image_token_id) | (tokens == self.config.video_token_id)  # (T,)
         if not tokens.is_cuda and holes.sum() != len(visual):  # on CUDA this would wait for the device; pack() checks
@@ -375,7 +377,8 @@ class KVCache:
                 return attention(q, k, v, segments, causal)
             padded = q.new_zeros(len(self.rows), max(self.new), *q.shape[1:])  # (B, Q, H, D)
             padded[self.segment, self.offset] = q
-            keys, values = (c[layer, self.rows, : self.reach].type_as(q) for c in (self.k, self.v))  # (B, L, KV, D)
+            rows = slice(None) if self.rows == list(range(len(self.lengths))) else self.rows  # all of them: no copy
+            keys, values = (c[layer, rows, : self.reach].type_as(q) for c in (self.k, self.v))  # (B, L, KV, D)
             return cached_attention(padded, keys, values, self.before)[self.segment, self.offset]
         return attend
 

@@ -1,0 +1,305 @@
+"""Held-out score: greedy answers to questions with known truth, next to a blind score and chance.
+
+    python evaluate.py --init runs/toy/pretrain/model --data data/toy/heldout
+
+A question is a JSONL line with one answer and "meta": {"task", "category", "answer", "verifier", "chance"}, and "box" or
+"boxes" where points are asked for. Blind: every picture and frame is mid-grey and of the same size, so the prompt and
+its length stay; what is answered then comes from the words alone.
+"""
+import argparse
+import json
+import math
+import re
+import time
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from data import MediaError, check_conversation
+from generate import Generator, load
+
+HEADLINE = ["colour", "shape", "count", "position", "motion"]
+ROUGH = {"box": "iou", "interval": "iou", "text": "cer"}  # verifier -> name of its graded measure
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scoring one answer
+
+
+def normal(text: str) -> str:
+    """Unicode form, white space, a final full stop and the tags around a part do not matter."""
+    text = unicodedata.normalize("NFKC", re.sub(r"<\|\w+\|>", " ", text))
+    return " ".join(text.split()).removesuffix(".").strip()
+
+
+def numbers_in(text: str, tag: str, width: int) -> list[list[float]] | None:
+    """The lists between <|tag_start|> and <|tag_end|>, `width` finite numbers each; None for any other form."""
+    found = re.findall(rf"<\|{tag}_start\|>(.*?)<\|{tag}_end\|>", text, re.S)
+    try:
+        rows = json.loads(found[0]) if len(found) == 1 else None
+    except (ValueError, RecursionError):
+        return None
+    rows = [rows] if tag == "clip_time" else rows
+    number = lambda v: type(v) in (int, float) and abs(v) < 1e6  # neither true, NaN nor infinity
+    good = isinstance(rows, list) and rows and all(
+        isinstance(r, list) and len(r) == width and all(map(number, r)) for r in rows)
+    return rows if good else None
+
+
+def overlap(a: list[float], b: list[float]) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2) or two intervals (start, end); 0 where one is empty."""
+    half = len(a) // 2
+    sides = lambda lo, hi: math.prod(max(0, h - l) for l, h in zip(lo, hi))
+    size_a, size_b = sides(a[:half], a[half:]), sides(b[:half], b[half:])
+    both = sides(map(max, a[:half], b[:half]), map(min, a[half:], b[half:]))
+    return both / (size_a + size_b - both) if size_a and size_b else 0.0
+
+
+def edit_distance(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
+    return row[-1]
+
+
+def grade(text: str, meta: dict) -> float:
+    """The graded measure: mean IoU of boxes or intervals (0 when their number is wrong), character error rate of a text."""
+    kind, truth = meta["verifier"], meta["answer"]
+    if kind == "text":
+        want = normal(truth)
+        return edit_distance(normal(text), want) / max(1, len(want))
+    want = [json.loads(truth)] if kind == "interval" else json.loads(truth)
+    got = numbers_in(text, "clip_time", 2) if kind == "interval" else numbers_in(text, "box", 4)
+    if not got or len(got) != len(want):
+        return 0.0
+    return sum(overlap(a, b) for a, b in zip(sorted(got), sorted(want))) / len(want)
+
+
+def score(text: str, meta: dict) -> float:
+    """1 for a right answer, else 0. meta["verifier"]:
+
+    exact, text: equal; choice, yesno: equal but for upper and lower case; number: one number of the same value, boxes
+    and points before it aside; order: the same sequence; box, interval: IoU of at least 0.5; point: as many points as
+    asked for, each in a box of its own, or without boxes within 60/1000 of a true point. ValueError: any other.
+    """
+    kind, truth = meta["verifier"], meta["answer"]
+    if kind in ("exact", "text"):
+        return float(normal(text) == normal(truth))
+    if kind in ("choice", "yesno"):
+        return float(normal(text).casefold() == normal(truth).casefold())
+    if kind == "number":
+        rest = normal(re.sub(r"<\|(object_ref|box|point)_start\|>.*?<\|\1_end\|>", " ", text, flags=re.S))
+        return float(bool(re.fullmatch(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?", rest)) and float(rest) == float(truth))
+    if kind == "order":
+        return float(re.split(r"[\s,]+", normal(text)) == re.split(r"[\s,]+", normal(truth)))
+    if kind in ("box", "interval"):
+        return float(grade(text, meta) >= 0.5)
+    if kind == "point":
+        want, got = json.loads(truth), numbers_in(text, "point", 2)
+        boxes = meta.get("boxes") or ([meta["box"]] if "box" in meta else None)
+        inside = (lambda p, b: b[0] <= p[0] <= b[2] and b[1] <= p[1] <= b[3]) if boxes else (
+            lambda p, q: math.dist(p, q) <= 60)
+        targets = list(boxes or want)
+        for p in got or []:
+            hit = next((t for t in targets if inside(p, t)), None)
+            if hit is None:
+                return 0.0
+            targets.remove(hit)
+        return float(bool(got) and not targets)
+    raise ValueError(f"verifier {kind!r} is none of exact, text, choice, yesno, number, order, box, point, interval")
+
+
+def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share: Wilson's, which holds at 0 and 1 too."""
+    if n == 0:
+        return 0.0, 1.0
+    p, q = hits / n, z * z / n
+    middle, half = (p + q / 2) / (1 + q), z * math.sqrt(p * (1 - p) / n + q / n / 4) / (1 + q)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the benchmark
+
+
+def read_questions(folder: str | Path, limit: int | None = None, tasks: list[str] | None = None) -> list[dict]:
+    """The folder's questions: the first `limit` of each task; tasks: names of tasks or categories. Each has "where"."""
+    folder, kept, names, seen = Path(folder), [], set(), defaultdict(int)
+    if not (files := sorted(folder.glob("*.jsonl"))):
+        raise ValueError(f"{folder}: no *.jsonl files with questions here")
+    for path in files:
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+                check_conversation(line)
+                meta = line["meta"]
+                task, category = meta["task"], meta["category"]
+                if line["messages"][-1]["role"] != "assistant" or len(line["messages"]) < 2:
+                    raise ValueError("the last of at least two messages must be the assistant's")
+                score("0", meta)  # a truth that cannot be read is an error now
+            except (KeyError, TypeError, ValueError) as e:
+                raise ValueError(f"{path}:{number}: not a question with a known answer: {type(e).__name__}: {e}") from e
+            names |= {task, category}
+            if tasks is None or task in tasks or category in tasks:
+                seen[task] += 1
+                if limit is None or seen[task] <= limit:
+                    kept.append(line | {"where": f"{path}:{number}"})
+    if odd := set(tasks or []) - names:
+        raise ValueError(f"{folder} has no task or category {sorted(odd)[0]!r}; there are {', '.join(sorted(names))}")
+    return kept
+
+
+def evaluate(model, processor, folder, limit=None, blind=True, batch=64, tasks=None, max_new_tokens=None) -> dict:
+    """Answers the folder's questions greedily, `batch` at a time -> a dict that json can write:
+
+    tasks, categories: {name: {n, accuracy, low, high (95 %), blind, chance, failed, and mean iou or cer}}; blind is None
+    where nothing is to be seen. headline: the mean over colour, shape, count, position and motion, as far as present.
+    failed: questions whose media could not be read, with the reason; they count as wrong. examples: three per task.
+    max_new_tokens: of every answer; by default twice the longest true answer of the task.
+    """
+    begin, generator = time.time(), Generator(model, processor, rows=batch)
+    questions, room = read_questions(folder, limit, tasks), defaultdict(int)
+    for q in questions:
+        task, truth = q["meta"]["task"], processor.tokenizer.encode(text_of(q["messages"][-1]), added=True)
+        room[task] = max(room[task], 2 * len(truth) + 4)
+    questions.sort(key=lambda q: room[q["meta"]["task"]])
+    done, failed, unseen = defaultdict(list), [], {}
+    for start in range(0, len(questions), 8 * batch):  # 8: enough to sort, few enough to hold their pixels
+        ready = []
+        for q in questions[start : start + 8 * batch]:
+            try:
+                ready.append((q, processor({"messages": q["messages"][:-1]}, folder, generate=True)))
+            except (MediaError, ValueError) as e:
+                failed.append({"where": q["where"], "reason": str(e)})
+                blank = 0.0 if blind and has_media(q) else None
+                done[q["meta"]["task"]].append((q, "", 0.0, blank, None))
+        ready.sort(key=lambda x: (room[x[0]["meta"]["task"]], len(x[1]["tokens"])))
+        limits = [max_new_tokens or room[q["meta"]["task"]] for q, _ in ready]
+        texts = answers(generator, [s for _, s in ready], limits)
+        guesses = blind_answers(generator, [s for _, s in ready], limits, unseen) if blind else [None] * len(ready)
+        for (q, _), text, guess in zip(ready, texts, guesses):
+            meta = q["meta"]
+            rough = grade(text, meta) if meta["verifier"] in ROUGH else None
+            done[meta["task"]].append((q, text, score(text, meta), None if guess is None else score(guess, meta), rough))
+
+    by_category = defaultdict(list)
+    for rows in done.values():
+        by_category[rows[0][0]["meta"]["category"]] += rows
+    bad = {f["where"] for f in failed}
+    result = {"tasks": {t: summary(done[t], bad) for t in sorted(done, key=lambda t: (done[t][0][0]["meta"]["category"], t))},
+              "categories": {c: summary(rows, bad) for c, rows in sorted(by_category.items())},
+              "headline": {}, "questions": len(questions), "seconds": round(time.time() - begin, 2), "failed": failed}
+    for key in ("accuracy", "blind", "chance"):
+        known = [result["tasks"][t][key] for t in HEADLINE if t in result["tasks"]]
+        known = [v for v in known if v is not None]
+        result["headline"][key] = sum(known) / len(known) if known else None
+    result["examples"] = [{"task": t, "question": text_of(q["messages"][-2]), "output": text, "answer": q["meta"]["answer"],
+                           "right": bool(right), "where": q["where"]}
+                          for t in result["tasks"] for q, text, right, _, _ in done[t][:3]]
+    return result
+
+
+def text_of(message: dict) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(c.get("text", f"[{c['type']}]") for c in content)
+
+
+def has_media(question: dict) -> bool:
+    return any(c["type"] != "text" for m in question["messages"] if isinstance(m["content"], list) for c in m["content"])
+
+
+def answers(generator, samples, limits) -> list[str]:
+    rows = generator.sample(samples, limits, temperature=0)
+    return [generator.processor.tokenizer.decode(row["ids"], skip_special=True) for row in rows]
+
+
+def blind_answers(generator, samples, limits, known: dict) -> list[str | None]:
+    """Answers with all pixels mid-grey, None for a sample without pictures. Equal words and sizes are answered once:
+    known keeps them."""
+    key = lambda s, limit: (tuple(s["tokens"].tolist()), tuple(s["grids"].flatten().tolist()), limit)
+    keys = [key(s, m) if len(s["grids"]) else None for s, m in zip(samples, limits)]
+    new = {k: s | {"patches": torch.full_like(s["patches"], 128)}
+           for k, s in zip(keys, samples) if k is not None and k not in known}
+    known.update(zip(new, answers(generator, list(new.values()), [k[-1] for k in new])))
+    return [known.get(k) for k in keys]
+
+
+def summary(rows: list, bad: set) -> dict:
+    """Of (question, text, right, blind right or None, graded measure or None)."""
+    n, metas = len(rows), [q["meta"] for q, *_ in rows]
+    hits, blind = sum(r[2] for r in rows), [r[3] for r in rows if r[3] is not None]
+    low, high = wilson(hits, n)
+    out = {"category": metas[0]["category"], "n": n, "accuracy": hits / n, "low": low, "high": high,
+           "blind": sum(blind) / len(blind) if blind else None, "chance": sum(m.get("chance", 0) for m in metas) / n,
+           "failed": sum(q["where"] in bad for q, *_ in rows)}
+    kinds = {ROUGH.get(m["verifier"]) for m in metas}
+    measured = [r[4] for r in rows if r[4] is not None]
+    if len(kinds) == 1 and kinds != {None} and measured:  # one measure for all of them
+        out["mean_" + kinds.pop()] = sum(measured) / len(measured)
+    return out
+
+
+def scoreboard(rows: list[tuple[str, dict]]) -> str:
+    """Markdown: a line per task under its category, accuracy in % with half its 95 % interval for each named result,
+    blind and chance (of the last result that has the task), and the headline."""
+    percent = lambda v: "" if v is None else f"{100 * v:.1f}"
+    spread = lambda s: "" if s is None else f"{percent(s['accuracy'])} ± {50 * (s['high'] - s['low']):.1f}"
+    table = [["task", "n", *(f"{name} %" for name, _ in rows), "blind %", "chance %"]]
+
+    def line(label, part, name):
+        found = [result[part].get(name) for _, result in rows]
+        last = [s for s in found if s][-1]
+        table.append([label, str(last["n"]), *map(spread, found), percent(last["blind"]), percent(last["chance"])])
+
+    tasks = {t: s["category"] for _, result in rows for t, s in result["tasks"].items()}
+    for category in sorted({c for _, result in rows for c in result["categories"]}):
+        line(f"**{category}**", "categories", category)
+        for task in sorted(t for t in tasks if tasks[t] == category):
+            line(task, "tasks", task)
+    heads = [result["headline"] for _, result in rows]
+    if heads and any(h["accuracy"] is not None for h in heads):
+        table.append(["**headline**", "", *(percent(h["accuracy"]) for h in heads), percent(heads[-1]["blind"]),
+                      percent(heads[-1]["chance"])])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * widths[0]] + ["-" * (w - 1) + ":" for w in widths[1:]])
+    pad = lambda row: [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]
+    return "\n".join("| " + " | ".join(pad(row)) + " |" for row in table)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--init", required=True, help="folder of a model, ours or official")
+    add("--data", default="data/toy/heldout", help="folder of *.jsonl questions")
+    add("--limit", type=int, help="questions per task (default: all)")
+    add("--categories", nargs="+", metavar="NAME", help="categories or tasks to ask (default: all)")
+    add("--blind", action=argparse.BooleanOptionalAction, default=True, help="also answer without the pictures")
+    add("--batch", type=int, default=64, help="questions at a time")
+    add("--max-new-tokens", type=int, help="of every answer (default: twice the longest true answer of its task)")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--out", help="write the result to this JSON file")
+    args = parser.parse_args(argv)
+    if min(v for v in (args.limit, args.max_new_tokens, args.batch) if v is not None) < 1:
+        parser.error("--limit, --batch and --max-new-tokens must be at least 1")
+    model, processor = load(args.init, args.device)
+    try:
+        result = evaluate(model, processor, args.data, args.limit, args.blind, args.batch, args.categories, args.max_new_tokens)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+    print(scoreboard([("accuracy", result)]))
+    for f in result["failed"]:
+        print(f"failed, counted as wrong: {f['where']}: {f['reason']}")
+    head, percent = result["headline"], lambda v: "none" if v is None else f"{v:.1%}"
+    print(f"mean of {', '.join(HEADLINE)}: {percent(head['accuracy'])}, blind {percent(head['blind'])}, chance "
+          f"{percent(head['chance'])}; {result['questions']} questions in {result['seconds']} s")
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
