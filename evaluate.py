@@ -2,9 +2,9 @@
 
     python evaluate.py --init runs/toy/pretrain/model --data data/toy/heldout
 
-A question is a JSONL line with one answer and "meta": {"task", "category", "answer", "verifier", "chance"}, and "box" or
-"boxes" where points are asked for. Blind: every picture and frame is mid-grey and of the same size, so the prompt and
-its length stay; what is answered then comes from the words alone.
+A question is a JSONL line with one answer and "meta": {"task", "category", "answer", "verifier", "chance"}, and "box"
+or "boxes" where points are asked for. Blind: every picture and frame is mid-grey and of the same size, so the prompt
+and its length stay; what is answered then comes from the words alone.
 """
 import argparse
 import json
@@ -66,7 +66,7 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def grade(text: str, meta: dict) -> float:
-    """The graded measure: mean IoU of boxes or intervals (0 when their number is wrong), character error rate of a text."""
+    """Mean IoU of boxes or intervals (0 when their number is wrong); character error rate of a text."""
     kind, truth = meta["verifier"], meta["answer"]
     if kind == "text":
         want = normal(truth)
@@ -157,10 +157,10 @@ def read_questions(folder: str | Path, limit: int | None = None, tasks: list[str
 def evaluate(model, processor, folder, limit=None, blind=True, batch=64, tasks=None, max_new_tokens=None) -> dict:
     """Answers the folder's questions greedily, `batch` at a time -> a dict that json can write:
 
-    tasks, categories: {name: {n, accuracy, low, high (95 %), blind, chance, failed, and mean iou or cer}}; blind is None
-    where nothing is to be seen. headline: the mean over colour, shape, count, position and motion, as far as present.
-    failed: questions whose media could not be read, with the reason; they count as wrong. examples: three per task.
-    max_new_tokens: of every answer; by default twice the longest true answer of the task.
+    tasks, categories: {name: {n, accuracy, low, high (95 %), blind, chance, failed, mean_iou or mean_cer}}; blind is
+    None where nothing is to be seen. headline: the mean over colour, shape, count, position and motion, as far as
+    present. failed: questions whose media could not be read, with the reason; they count as wrong. examples: three
+    per task. max_new_tokens: of every answer; by default twice the longest true answer of the task.
     """
     begin, generator = time.time(), Generator(model, processor, rows=batch)
     questions, room = read_questions(folder, limit, tasks), defaultdict(int)
@@ -185,21 +185,23 @@ def evaluate(model, processor, folder, limit=None, blind=True, batch=64, tasks=N
         for (q, _), text, guess in zip(ready, texts, guesses):
             meta = q["meta"]
             rough = grade(text, meta) if meta["verifier"] in ROUGH else None
-            done[meta["task"]].append((q, text, score(text, meta), None if guess is None else score(guess, meta), rough))
+            blank = None if guess is None else score(guess, meta)
+            done[meta["task"]].append((q, text, score(text, meta), blank, rough))
 
     by_category = defaultdict(list)
     for rows in done.values():
         by_category[rows[0][0]["meta"]["category"]] += rows
     bad = {f["where"] for f in failed}
-    result = {"tasks": {t: summary(done[t], bad) for t in sorted(done, key=lambda t: (done[t][0][0]["meta"]["category"], t))},
+    order = sorted(done, key=lambda t: (done[t][0][0]["meta"]["category"], t))
+    result = {"tasks": {t: summary(done[t], bad) for t in order},
               "categories": {c: summary(rows, bad) for c, rows in sorted(by_category.items())},
               "headline": {}, "questions": len(questions), "seconds": round(time.time() - begin, 2), "failed": failed}
     for key in ("accuracy", "blind", "chance"):
         known = [result["tasks"][t][key] for t in HEADLINE if t in result["tasks"]]
         known = [v for v in known if v is not None]
         result["headline"][key] = sum(known) / len(known) if known else None
-    result["examples"] = [{"task": t, "question": text_of(q["messages"][-2]), "output": text, "answer": q["meta"]["answer"],
-                           "right": bool(right), "where": q["where"]}
+    result["examples"] = [{"task": t, "question": text_of(q["messages"][-2]), "output": text,
+                           "answer": q["meta"]["answer"], "right": bool(right), "where": q["where"]}
                           for t in result["tasks"] for q, text, right, _, _ in done[t][:3]]
     return result
 
@@ -210,7 +212,8 @@ def text_of(message: dict) -> str:
 
 
 def has_media(question: dict) -> bool:
-    return any(c["type"] != "text" for m in question["messages"] if isinstance(m["content"], list) for c in m["content"])
+    contents = [m["content"] for m in question["messages"]]
+    return any(part["type"] != "text" for c in contents if isinstance(c, list) for part in c)
 
 
 def answers(generator, samples, limits) -> list[str]:
@@ -288,7 +291,8 @@ def main(argv=None):
         parser.error("--limit, --batch and --max-new-tokens must be at least 1")
     model, processor = load(args.init, args.device)
     try:
-        result = evaluate(model, processor, args.data, args.limit, args.blind, args.batch, args.categories, args.max_new_tokens)
+        result = evaluate(model, processor, args.data, args.limit, args.blind, args.batch, args.categories,
+                          args.max_new_tokens)
     except ValueError as e:
         raise SystemExit(str(e)) from None
     print(scoreboard([("accuracy", result)]))

@@ -79,8 +79,9 @@ class Generator:
     def __init__(self, model: KeyeVL, processor: Processor, rows: int = 64, pack_tokens: int = 16384):
         special, cfg = processor.tokenizer.special, model.config
         if cfg.image_token_id != special["<|image_pad|>"] or cfg.vocab_size < len(special) + processor.tokenizer.n_base:
-            raise ValueError(f"vocabulary and model do not belong together: <|image_pad|> is {special['<|image_pad|>']} in "
-                             f"{processor.tokenizer.path} and {cfg.image_token_id} in the model's config")
+            raise ValueError(f"vocabulary and model do not belong together: <|image_pad|> is "
+                             f"{special['<|image_pad|>']} in {processor.tokenizer.path} and {cfg.image_token_id} in "
+                             "the model's config")
         self.model, self.processor, self.rows, self.pack_tokens = model, processor, rows, pack_tokens
         weight = model.head_weight
         self.device, self.bf16 = weight.device, weight.is_cuda and weight.dtype == torch.float32
@@ -113,8 +114,8 @@ class Generator:
         if len(limits) != n or len(seeds) != n:
             raise ValueError(f"{n} samples, but {len(limits)} max_new_tokens and {len(seeds)} seeds")
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or min(limits, default=1) < 1:
-            raise ValueError(f"sampling needs temperature >= 0, top_k >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, got "
-                             f"{temperature}, {top_k}, {top_p}, {min(limits, default=1)}")
+            raise ValueError("sampling needs temperature >= 0, top_k >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, "
+                             f"got {temperature}, {top_k}, {top_p}, {min(limits, default=1)}")
         if empty := [i for i, s in enumerate(samples) if not len(s["tokens"])]:
             raise ValueError(f"sample {empty[0]} has no tokens")
         everyone = [Row(i, s, limits[i], random.Random(seeds[i])) for i, s in enumerate(samples)]
@@ -274,7 +275,8 @@ def chat(generator: Generator, content: list, args):
         raise SystemExit(str(e)) from None
     begin = time.perf_counter()
     row, = generator.sample([sample], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
-                            extend=turn if interactive else None, stream=lambda i, piece: print(piece, end="", flush=True))
+                            extend=turn if interactive else None,
+                            stream=lambda i, piece: print(piece, end="", flush=True))
     took, n = time.perf_counter() - begin, sum(row["sampled"])
     print()
     if not interactive:

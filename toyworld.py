@@ -31,8 +31,8 @@ CHARS = "0123456789ABCEFHKLMPRTXY"  # no pair of look-alikes such as O and 0
 CATEGORY = {name: name for name in ("caption", "grounding", "interleaved", "video", "text", "reasoning", "detail")} | {
     "vqa": "ocr_vqa", "ocr": "ocr_vqa"}  # file name -> category of its questions
 # train pictures, train clips, least and largest side of a picture in pixels
-SIZES = {"toy": (16_000, 2_300, 70, 126), "tiny": (40_000, 5_000, 70, 168)} | {
-    size: (40_000, 5_000, 70, 252) for size in ("small", "0.6b", "1.7b", "4b", "8b")}
+SIZES = {"toy": (16_000, 2_300, 84, 126), "tiny": (40_000, 5_000, 84, 168)} | {
+    size: (40_000, 5_000, 84, 252) for size in ("small", "0.6b", "1.7b", "4b", "8b")}
 
 
 def is_heldout(key):
@@ -231,7 +231,7 @@ class Unit:
         cw, ch = scene.width / grid, scene.height / grid
         for t in things:
             row, col = (t.place // 3, t.place % 3) if grid == 3 else (t.place // 6, t.place % 3 // 2)
-            t.r = rng.uniform(.38, .46) * min(cw, ch)
+            t.r = rng.uniform(.42, .48) * min(cw, ch)
             t.cx = (col + .5) * cw + rng.uniform(-.8, .8) * (cw / 2 - t.r)
             t.cy = (row + .5) * ch + rng.uniform(-.8, .8) * (ch / 2 - t.r)
             t.rgb, t.turn = fill_of(rng, t.colour), rng.uniform(-.12, .12)
