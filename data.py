@@ -158,6 +158,7 @@ def check_conversation(line):
 PATCH, TOKEN = 14, 28  # pixels
 PICTURES = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 CLIPS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"  # containers that cannot name other files
+TAGS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}  # 19 reads any bytes as tags
 MAX_SOURCE_FRAMES = 216_000  # ours: two hours at 30 fps
 
 
@@ -260,7 +261,7 @@ class Clip:
         self.file = open_media(path, root, allow_outside)
         try:
             # A file object and both lists: playlists, concat scripts, subtitles as "video" and URLs are refused.
-            self.container = av.open(self.file, metadata_errors="ignore",
+            self.container = av.open(self.file, **TAGS,
                                      options={"format_whitelist": CLIPS, "protocol_whitelist": "none"})
         except av.error.FFmpegError as e:
             self.file.close()

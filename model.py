@@ -82,12 +82,13 @@ def mrope_section(head_dim: int) -> tuple[int, int, int]:
 def _toy(hidden, layers, heads, kv, head_dim, mlp, vit) -> Config:
     n = 992  # entries of vocab-toy.json; the 32 added tokens follow
     return Config(1024, hidden, mlp, layers, heads, kv, head_dim, mrope_section=mrope_section(head_dim),
-                  tie_word_embeddings=True, max_position_embeddings=8192, bos_token_id=n, eos_token_id=n + 2,
+                  tie_word_embeddings=True, rope_theta=100.0, max_position_embeddings=8192, bos_token_id=n, eos_token_id=n + 2,
                   vision_start_token_id=n + 9, vision_end_token_id=n + 10, image_token_id=n + 12,
                   video_token_id=n + 13, vision=ViTConfig(*vit))
 
 
-# toy to small: ours, sized for two CPU cores and for one laptop GPU. 0.6b to 8b: Qwen3's decoders with SigLIP-400M.
+# toy to small: ours, sized for two CPU cores and for one laptop GPU. Their pictures have 3 to 20 rows and columns, which
+# the last RoPE sections turn through only with a small theta (Qwen3: 10^6). 0.6b to 8b: Qwen3's decoders with SigLIP-400M.
 PRESETS = {
     "toy": _toy(96, 3, 3, 1, 32, 288, (64, 192, 2, 4)),
     "tiny": _toy(384, 8, 6, 2, 64, 1024, (256, 768, 6, 8)),
@@ -308,13 +309,14 @@ class KeyeVL(nn.Module):
 
 def init_weights(part: nn.Module, depth: int) -> None:
     """Normal with standard deviation fan_in^-0.5, less where a layer adds to a residual stream of `depth` blocks; biases
-    0, norms 1, embeddings 0.02 (Qwen3's). # ours, since activations keep their size at any width."""
+    0, norms 1. # ours, since activations keep their size at any width. Embeddings get 2 width^-0.5: with Qwen3's 0.02 a
+    small decoder's first block drowns out the tokens it read, and learning starts several times later."""
     for name, module in part.named_modules():
         for key, p in module.named_parameters(recurse=False):
             if p.dim() == 1:
                 nn.init.constant_(p, float(key == "weight"))  # norms; every bias is zero
             elif isinstance(module, nn.Embedding) or key == "probe":
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5)
             else:
                 deep = name.endswith(("o_proj", "down_proj", "out_proj", "fc2"))
                 nn.init.normal_(p, std=p.shape[1] ** -0.5 / ((2 * depth) ** 0.5 if deep else 1))
@@ -327,7 +329,7 @@ def sincos_2d(side: int, width: int) -> Tensor:
     freqs = torch.pi * 2.0 ** torch.linspace(0, 2.5, -(-width // 4))  # (ceil(width / 4),) half a wave to ~3 waves
     waves = torch.cat([(where[:, None] * freqs).sin(), (where[:, None] * freqs).cos()], 1)  # (side, ~width / 2)
     rows, cols = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
-    return 0.5 * torch.cat([rows, cols], -1).flatten(0, 1)[:, :width]
+    return torch.cat([rows, cols], -1).flatten(0, 1)[:, :width]
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, room: int = 2**26) -> Tensor:

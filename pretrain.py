@@ -47,10 +47,10 @@ from vit import PoolingHead, TextTower
 ADAM = dict(weight_decay=0.05, betas=(0.9, 0.95))
 PLAN = {
     # pack: tokens of one micro-batch; packs: micro-batches of one step over all ranks; steps and peak lr by stage
-    "toy": dict(pack=4096, packs=1, steps={"text": 120, "0": 150, "1": 50, "2": 1000, "3": 150},
-                lr={"text": 3e-3, "0": 2e-3, "1": 3e-3, "2": 3e-3, "3": 1.5e-3}),
-    "tiny": dict(pack=16384, packs=1, steps={"text": 200, "0": 400, "1": 100, "2": 2500, "3": 400},
-                 lr={"text": 1e-3, "0": 1e-3, "1": 1e-3, "2": 1e-3, "3": 5e-4}),
+    "toy": dict(pack=4096, packs=1, steps={"text": 60, "0": 80, "1": 30, "2": 1200, "3": 120},
+                lr={"text": 1e-3, "0": 1e-3, "1": 1e-3, "2": 1e-3, "3": 5e-4}),
+    "tiny": dict(pack=16384, packs=1, steps={"text": 100, "0": 200, "1": 50, "2": 2000, "3": 250},
+                 lr={"text": 6e-4, "0": 6e-4, "1": 6e-4, "2": 6e-4, "3": 3e-4}),
     "small": dict(pack=16384, packs=4, steps={"text": 500, "0": 1000, "1": 200, "2": 5000, "3": 1000},
                   lr={"text": 6e-4, "0": 6e-4, "1": 1e-3, "2": 6e-4, "3": 3e-4}),
     # released weights are moved gently; only the projector is new. 8,192 tokens is what Keye-VL 1.5 states for stages 1-2.
@@ -63,11 +63,11 @@ MIX = {  # weights of the files in --data's train folder, by samples drawn
     "text": {"text": 1},
     "0": {"pairs": 1},
     "1": {"caption": 1},
-    "2": {"caption": 2, "vqa": 4, "ocr": 1, "grounding": 2, "interleaved": 1, "video": 2, "text": 1, "reasoning": 1, "detail": 0.3},
+    "2": {"caption": 3, "vqa": 6, "ocr": 0.5, "grounding": 1, "interleaved": 0.5, "video": 3, "text": 0.3, "reasoning": 0.3, "detail": 0.1},
     # Keye averages models annealed on different mixtures and does not name them (section 3.2)
-    "3-even": {"caption": 1, "vqa": 4, "ocr": 1, "grounding": 1, "interleaved": 1, "video": 2, "text": 0.5, "reasoning": 1, "detail": 0.3},
-    "3-picture": {"caption": 2, "vqa": 6, "ocr": 1.5, "grounding": 2, "interleaved": 1, "video": 1, "text": 0.5, "reasoning": 0.5, "detail": 0.3},
-    "3-video": {"caption": 1, "vqa": 3, "ocr": 0.5, "grounding": 1, "interleaved": 1.5, "video": 4, "text": 0.5, "reasoning": 1, "detail": 0.3},
+    "3-even": {"caption": 2, "vqa": 5, "ocr": 0.5, "grounding": 1, "interleaved": 0.5, "video": 3, "text": 0.3, "reasoning": 0.3, "detail": 0.1},
+    "3-picture": {"caption": 3, "vqa": 6, "ocr": 1, "grounding": 1, "interleaved": 0.5, "video": 2, "text": 0.3, "reasoning": 0.3, "detail": 0.1},
+    "3-video": {"caption": 1, "vqa": 5, "ocr": 0.5, "grounding": 0.5, "interleaved": 1, "video": 4, "text": 0.3, "reasoning": 0.5, "detail": 0.1},
 }
 
 
