@@ -17,8 +17,8 @@ Every script keeps its own visible loop:
     run.close()
 
 One process needs nothing; `torchrun --nproc_per_node=N` shards parameters, gradients and AdamW state over N (FSDP2).
-On CPU set OMP_WAIT_POLICY=passive before python starts (the Makefile does): libgomp's busy waiting makes a shared
-machine several times slower, and it is read once, when torch is imported.
+On CPU the Makefile sets GOMP_SPINCOUNT=100000 before python starts (libgomp reads it once, when torch is imported): waiting
+threads that spin on starve a shared machine, and OMP_WAIT_POLICY=passive, which never spins, halves the speed of an idle one.
 """
 import argparse, atexit, datetime, hashlib, json, math, os, random, resource, shutil, signal, sys, time, warnings
 from pathlib import Path
