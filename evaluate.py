@@ -247,9 +247,10 @@ def summary(rows: list, bad: set) -> dict:
     return out
 
 
-def scoreboard(rows: list[tuple[str, dict]]) -> str:
+def scoreboard(rows: list[tuple[str, dict]], short=False) -> str:
     """Markdown: a line per task under its category, accuracy in % with half its 95 % interval for each named result,
-    blind and chance (of the last result that has the task), and the headline."""
+    blind and chance (of the last result that has the task), and the headline. short: only what the headline is made of
+    and the categories."""
     percent = lambda v: "" if v is None else f"{100 * v:.1f}"
     spread = lambda s: "" if s is None else f"{percent(s['accuracy'])} ± {50 * (s['high'] - s['low']):.1f}"
     table = [["task", "n", *(f"{name} %" for name, _ in rows), "blind %", "chance %"]]
@@ -262,7 +263,7 @@ def scoreboard(rows: list[tuple[str, dict]]) -> str:
     tasks = {t: s["category"] for _, result in rows for t, s in result["tasks"].items()}
     for category in sorted({c for _, result in rows for c in result["categories"]}):
         line(f"**{category}**", "categories", category)
-        for task in sorted(t for t in tasks if tasks[t] == category):
+        for task in sorted(t for t in tasks if tasks[t] == category and (t in HEADLINE or not short)):
             line(task, "tasks", task)
     heads = [result["headline"] for _, result in rows]
     if heads and any(h["accuracy"] is not None for h in heads):

@@ -82,7 +82,7 @@ def mrope_section(head_dim: int) -> tuple[int, int, int]:
 def _toy(hidden, layers, heads, kv, head_dim, mlp, vit) -> Config:
     n = 992  # entries of vocab-toy.json; the 32 added tokens follow
     return Config(1024, hidden, mlp, layers, heads, kv, head_dim, mrope_section=mrope_section(head_dim),
-                  tie_word_embeddings=True, rope_theta=100.0, max_position_embeddings=8192, bos_token_id=n, eos_token_id=n + 2,
+                  tie_word_embeddings=True, rope_theta=1e4, max_position_embeddings=8192, bos_token_id=n, eos_token_id=n + 2,
                   vision_start_token_id=n + 9, vision_end_token_id=n + 10, image_token_id=n + 12,
                   video_token_id=n + 13, vision=ViTConfig(*vit))
 
@@ -90,7 +90,7 @@ def _toy(hidden, layers, heads, kv, head_dim, mlp, vit) -> Config:
 # toy to small: ours, sized for two CPU cores and for one laptop GPU. Their pictures have 3 to 20 rows and columns, which
 # the last RoPE sections turn through only with a small theta (Qwen3: 10^6). 0.6b to 8b: Qwen3's decoders with SigLIP-400M.
 PRESETS = {
-    "toy": _toy(96, 3, 3, 1, 32, 288, (64, 192, 2, 4)),
+    "toy": _toy(96, 3, 3, 1, 64, 288, (64, 192, 2, 4)),
     "tiny": _toy(384, 8, 6, 2, 64, 1024, (256, 768, 6, 8)),
     "small": _toy(768, 12, 12, 4, 64, 2048, (384, 1536, 12, 6)),
     "0.6b": Config(151936, 1024, 3072, 28, 16, 8, tie_word_embeddings=True),

@@ -23,8 +23,8 @@ is runs/<size>/pretrain/model. The same command goes on where a killed run stopp
 import argparse
 import json
 import math
-import re
 import shutil
+import string
 import time
 from pathlib import Path
 
@@ -37,37 +37,39 @@ from safetensors import safe_open
 import model as keye
 import trainer
 from data import BUDGETS, Loader, Processor
-from evaluate import evaluate, scoreboard
+from evaluate import evaluate, read_questions, scoreboard
 from model import PRESETS, KeyeVL, training_flops
 from vit import PoolingHead, TextTower
 
 # ---------------------------------------------------------------------------------------------------------------------
 # defaults by size. # ours, every number: Keye states no learning rate, batch, sequence length, schedule or step count.
 
+STAGES = ["text", "0", "1", "2", "3"]
 ADAM = dict(weight_decay=0.05, betas=(0.9, 0.95))
 PLAN = {
     # pack: tokens of one micro-batch; packs: micro-batches of one step over all ranks; steps and peak lr by stage
-    "toy": dict(pack=4096, packs=1, steps={"text": 60, "0": 80, "1": 30, "2": 1200, "3": 120},
-                lr={"text": 1e-3, "0": 1e-3, "1": 1e-3, "2": 1e-3, "3": 5e-4}),
-    "tiny": dict(pack=16384, packs=1, steps={"text": 100, "0": 200, "1": 50, "2": 2000, "3": 250},
-                 lr={"text": 6e-4, "0": 6e-4, "1": 6e-4, "2": 6e-4, "3": 3e-4}),
-    "small": dict(pack=16384, packs=4, steps={"text": 500, "0": 1000, "1": 200, "2": 5000, "3": 1000},
-                  lr={"text": 6e-4, "0": 6e-4, "1": 1e-3, "2": 6e-4, "3": 3e-4}),
+    "toy": dict(pack=4096, packs=1, muon=2, steps={"text": 40, "0": 60, "1": 20, "2": 1300, "3": 100},
+                lr={"text": 2e-3, "0": 2e-3, "1": 2e-3, "2": 2e-3, "3": 4e-4}),
+    "tiny": dict(pack=16384, packs=1, muon=2, steps={"text": 60, "0": 150, "1": 30, "2": 1600, "3": 120},
+                 lr={"text": 1e-3, "0": 1e-3, "1": 1e-3, "2": 1e-3, "3": 2e-4}),
+    "small": dict(pack=16384, packs=4, muon=2, steps={"text": 500, "0": 1000, "1": 200, "2": 5000, "3": 1000},
+                  lr={"text": 6e-4, "0": 6e-4, "1": 1e-3, "2": 6e-4, "3": 1.2e-4}),
     # released weights are moved gently; only the projector is new. 8,192 tokens is what Keye-VL 1.5 states for stages 1-2.
-    **{size: dict(pack=8192, packs=64, steps={"text": 1000, "0": 10000, "1": 2000, "2": 20000, "3": 4000},
+    **{size: dict(pack=8192, packs=64, muon=0, steps={"text": 1000, "0": 10000, "1": 2000, "2": 20000, "3": 4000},
                   lr={"text": 1e-5, "0": 1e-5, "1": 1e-3, "2": 2e-5, "3": 1e-5}) for size in ("0.6b", "1.7b", "4b", "8b")},
 }
-WARMUP = 0.05  # share of a stage's steps
+WARMUP, FLOOR = 0.05, 0.2  # shares of a stage's steps, and of its peak rate at its end; stage 3 goes on from there to 0
 
 MIX = {  # weights of the files in --data's train folder, by samples drawn
     "text": {"text": 1},
     "0": {"pairs": 1},
     "1": {"caption": 1},
-    "2": {"caption": 3, "vqa": 6, "ocr": 0.5, "grounding": 1, "interleaved": 0.5, "video": 3, "text": 0.3, "reasoning": 0.3, "detail": 0.1},
+    # questions need the most practice, counted in samples; a clip is worth five pictures in tokens
+    "2": {"caption": 3, "vqa": 9, "ocr": 0.3, "grounding": 0.6, "interleaved": 0.3, "video": 2, "text": 0.2, "reasoning": 0.3, "detail": 0.1},
     # Keye averages models annealed on different mixtures and does not name them (section 3.2)
-    "3-even": {"caption": 2, "vqa": 5, "ocr": 0.5, "grounding": 1, "interleaved": 0.5, "video": 3, "text": 0.3, "reasoning": 0.3, "detail": 0.1},
-    "3-picture": {"caption": 3, "vqa": 6, "ocr": 1, "grounding": 1, "interleaved": 0.5, "video": 2, "text": 0.3, "reasoning": 0.3, "detail": 0.1},
-    "3-video": {"caption": 1, "vqa": 5, "ocr": 0.5, "grounding": 0.5, "interleaved": 1, "video": 4, "text": 0.3, "reasoning": 0.5, "detail": 0.1},
+    "3-even": {"caption": 2, "vqa": 8, "ocr": 0.5, "grounding": 1, "interleaved": 0.5, "video": 2, "text": 0.3, "reasoning": 0.3, "detail": 0.1},
+    "3-picture": {"caption": 3, "vqa": 10, "ocr": 0.5, "grounding": 0.5, "interleaved": 0.3, "video": 1, "text": 0.1, "reasoning": 0.3, "detail": 0.1},
+    "3-video": {"caption": 1, "vqa": 8, "ocr": 0.3, "grounding": 0.5, "interleaved": 0.5, "video": 3, "text": 0.3, "reasoning": 0.5, "detail": 0.1},
 }
 
 
@@ -155,9 +157,8 @@ class Unigram:
         self.worst = min(score for _, score in self.pieces.values()) - 10  # sentencepiece's penalty for an unknown letter
 
     def __call__(self, text: str) -> list[int]:
-        """Lower case, no punctuation, as SigLIP was trained; </s> (1) at the end and as padding."""
-        text = re.sub(r"\s+", " ", re.sub(r"[^\w\s]|_", "", text.lower())).strip()
-        text = "▁" + text.replace(" ", "▁")
+        """Lower case, no ASCII punctuation, as SigLIP was trained; </s> (1) at the end and as padding."""
+        text = "".join("▁" + word for word in text.lower().translate(str.maketrans("", "", string.punctuation)).split())
         best = [(0.0, 0, 0)] + [(-math.inf, 0, 0)] * len(text)  # score, where the last piece begins, its id
         for end in range(1, len(text) + 1):
             for start in range(max(0, end - self.longest), end):
@@ -166,15 +167,19 @@ class Unigram:
                     best[end] = (best[start][0] + score, start, i)
         ids, end = [], len(text)
         while end:
-            ids.insert(0, best[end][2])
+            if best[end][2] != self.unknown or ids[:1] != [self.unknown]:  # a run of unknown letters is one
+                ids.insert(0, best[end][2])
             end = best[end][1]
         return (ids[: self.context - 1] + [1] * self.context)[: self.context]
 
 
 def captions(batch, context: int, pad: int, retokenize=None, decode=None):
     """Caption ids (S, context) of a pack whose samples are one picture and its caption: the supervised tokens."""
-    rows = []
-    for a, b in batch["segments"].unfold(0, 2, 1).tolist():
+    rows, ends = [], batch["segments"].tolist()
+    if len(batch["grids"]) != len(ends) - 1 or batch["grids"][:, 0].gt(1).any():
+        raise ValueError(f"stage 0 needs one picture in every sample, but a pack of {len(ends) - 1} has "
+                         f"{len(batch['grids'])} pictures and clips; look at the files of the stage's mixture")
+    for a, b in zip(ends, ends[1:]):
         ids = batch["labels"][a:b]
         ids = ids[ids != -100].tolist()
         rows.append(retokenize(decode(ids[:-1])) if retokenize else (ids[:context] + [pad] * context)[:context])
@@ -200,7 +205,7 @@ def contrastive(args, stage, start: KeyeVL, processor, folder: Path, steps: int,
     siglip = trainer.shard(siglip, run)
     rate = plan["lr"]["0"]
     # Whether Keye trains the text tower is not stated; ours: with the ViT's rate
-    opt = trainer.adamw(siglip, {"vit": rate, "text": rate, "logit_scale": rate, "logit_bias": rate}, **ADAM)
+    opt = trainer.adamw(siglip, {"vit": rate, "text": rate, "logit_scale": rate, "logit_bias": rate}, muon=plan["muon"], **ADAM)
     begin = trainer.resume(run, siglip, opt)
     loader = Loader(mixture(folder, "0"), processor, plan["pack"], plan["packs"], run.rank, run.world, args.seed,
                     workers=args.workers, state=begin["loader"])
@@ -212,7 +217,7 @@ def contrastive(args, stage, start: KeyeVL, processor, folder: Path, steps: int,
             return siglip(batch["patches"], batch["grids"], ids)
 
     for step, (batches, info) in zip(range(begin["step"], steps), loader):
-        trainer.set_lr(opt, trainer.schedule(step, steps, int(WARMUP * steps)))
+        trainer.set_lr(opt, trainer.schedule(step, steps, int(WARMUP * steps), "linear", FLOOR))
         sizes = run.gather([len(b["grids"]) for b in batches])  # pictures of each micro-batch of each rank
         pairs, total = sum(map(sum, sizes)), 0.0
         for i, batch in enumerate(batches):
@@ -225,7 +230,7 @@ def contrastive(args, stage, start: KeyeVL, processor, folder: Path, steps: int,
         grids = [g for b in batches for g in b["grids"].tolist()]
         seen = sum(len(b["patches"]) for b in batches) // 4
         run.log(step, steps, loss=run.sum(total), norm=norm, lr=trainer.lr(opt), pairs=pairs, tokens=len(grids) * context,
-                visual_tokens=seen, flops=2 * training_flops(cfg, [], grids), skipped=sum(info["skipped"].values()))
+                visual_tokens=seen, flops=2 * training_flops(cfg, [], grids), skipped=run.sum(sum(info["skipped"].values())))
         trainer.save_if_due(run, step + 1, steps, siglip, opt, info["state"])
 
     held, score = folder / "heldout" / "caption.jsonl", None
@@ -245,7 +250,8 @@ def retrieval(encode, loader, run, packs: int = 4):
     right = n = among = 0
     for _, (batches, _) in zip(range(packs), loader):
         images, texts, _, _ = encode(batches[0])
-        right += int((images @ texts.T).argmax(1).eq(torch.arange(len(images), device=images.device)).sum())
+        like = images @ texts.T
+        right += int((like.diagonal() >= like.max(1).values - 1e-5).sum())  # equal captions are equally right
         n, among = n + len(images), among + 1
     rows = run.gather([right, n, among])
     right, n, among = (sum(r[i] for r in rows) for i in range(3))
@@ -264,7 +270,7 @@ def next_token(args, stage, model: KeyeVL, processor, folder: Path, steps: int, 
     model = trainer.shard(model, run)
     rate = plan["lr"][kind]
     learns = {"text": ("decoder",), "1": ("projector",)}.get(kind, ("vit", "projector", "decoder"))
-    opt = trainer.adamw(model, dict.fromkeys(learns, rate), **ADAM)
+    opt = trainer.adamw(model, dict.fromkeys(learns, rate), muon=plan["muon"], **ADAM)
     begin = trainer.resume(run, model, opt)
 
     def flops(text, grids):  # of one sample, so that ranks get equal work (section 5)
@@ -272,9 +278,9 @@ def next_token(args, stage, model: KeyeVL, processor, folder: Path, steps: int, 
 
     loader = Loader(mixture(folder, stage), processor, plan["pack"], plan["packs"], run.rank, run.world, args.seed,
                     flops=flops, workers=args.workers, state=begin["loader"])
+    warmup = 0 if kind == "3" else int(WARMUP * steps)
     for step, (batches, info) in zip(range(begin["step"], steps), loader):
-        # stage 3 anneals: linearly to zero; the others come down to a tenth
-        trainer.set_lr(opt, trainer.schedule(step, steps, int(WARMUP * steps), *(("linear", 0.0) if kind == "3" else ())))
+        trainer.set_lr(opt, trainer.schedule(step, steps, warmup, "linear", 0.0 if kind == "3" else FLOOR))
         loss, n = trainer.accumulate(run, model, batches)  # mean over all target tokens of all ranks and micro-batches
         norm = trainer.clip(model, 1.0)
         opt.step()
@@ -283,20 +289,20 @@ def next_token(args, stage, model: KeyeVL, processor, folder: Path, steps: int, 
         run.log(step, steps, loss=loss, norm=norm, lr=trainer.lr(opt), targets=n,
                 tokens=sum(sum(lengths) for lengths, _ in work), visual_tokens=sum(len(b["patches"]) for b in batches) // 4,
                 flops=sum(training_flops(cfg, *w, vit="vit" in learns, decoder="decoder" in learns) for w in work),
-                skipped=sum(info["skipped"].values()))
+                skipped=run.sum(sum(info["skipped"].values())))
         trainer.save_if_due(run, step + 1, steps, model, opt, info["state"])
     trainer.export(run, trainer.full_state(run, model), cfg, processor, run.folder / "model")
     finish(run, benchmark(run, run.folder / "model", folder, args) if run.main and kind != "text" else None)
 
 
-def benchmark(run, model_folder: Path, folder: Path, args):
-    """Held-out score of a saved model, and a page of its answers beside it (rank 0)."""
+def benchmark(run, model_folder: Path, folder: Path, args, blind=False):
+    """Held-out score of a saved model, and a page of its answers beside it (rank 0). blind: also without its pictures."""
     if not (folder / "heldout").is_dir():
         return run.say(f"{folder}/heldout does not exist: no held-out score")
     model = KeyeVL.from_pretrained(model_folder, device=run.device)
     with run.autocast():
-        score = evaluate(model, Processor.from_pretrained(model_folder), folder / "heldout", limit=args.eval_limit)
-    run.say(scoreboard([(run.stage, score)]))
+        score = evaluate(model, Processor.from_pretrained(model_folder), folder / "heldout", args.eval_limit, blind)
+    run.say(scoreboard([(run.stage, score)], short=True))
     (run.folder / "samples.md").write_text(f"# {run.stage}: answers to held-out questions\n\n" + "".join(
         f"- [{e['task']}] {e['question']} **{e['output']}** (truth: {e['answer']})\n" for e in score.pop("examples")))
     return score
@@ -343,7 +349,7 @@ def merge_and_score(args, parents: list[Path], folder: Path):
     score = None
     if run.main:
         merge([p / "model" for p in parents], run.folder / "model")
-        score = benchmark(run, run.folder / "model", folder, args)
+        score = benchmark(run, run.folder / "model", folder, args, blind=True)
         rows = [(p.name, json.loads((p / "score.json").read_text())) for p in parents] + [("merged", score)]
         if score:
             run.say(scoreboard(rows))
@@ -367,6 +373,10 @@ def starting_point(args) -> KeyeVL:
                                  f"has {getattr(cfg, field)}")
         keye.load(model, args.init_llm, keye.QWEN3_NAMES, ("lm_head.",) if cfg.tie_word_embeddings else ())
     if args.init_vit:  # its pooling head, text tower and scale are read again in stage 0
+        heads = keye.read_config(args.init_vit).get("vision_config", {}).get("num_attention_heads", 12)  # SiglipConfig's default
+        if heads != cfg.vision.num_attention_heads:  # the shapes would fit all the same
+            raise SystemExit(f"--init-vit {args.init_vit}: num_attention_heads is {heads}, but --size {args.size} has "
+                             f"{cfg.vision.num_attention_heads}")
         keye.load(model, args.init_vit, keye.SIGLIP_NAMES, ("vision_model.head.", "text_model.", "logit_"))
     return model
 
@@ -377,21 +387,30 @@ def main(args):
     if args.init:
         processor = Processor.from_pretrained(args.init)
     else:
-        vocab = args.vocab or ("vocab-toy.json" if PRESETS[args.size].vocab_size == 1024 else None)
+        vocab = args.vocab or (Path(__file__).with_name("vocab-toy.json") if PRESETS[args.size].vocab_size == 1024 else None)
         if vocab is None and args.init_llm:
             vocab = Path(args.init_llm) / "vocab.json"
         if vocab is None:
             raise SystemExit(f"--size {args.size} needs a vocabulary: --init-llm with Qwen3's folder, or --vocab vocab.json")
         processor = Processor(vocab, **BUDGETS[args.size])
-    stages = args.stage.split(",") if args.stage else ["text"] * (not args.init_llm) + ["0", "1", "2", "3"]
-    if odd := [s for s in stages if s not in ("text", "0", "1", "2", "3")]:
+    stages = args.stage.split(",") if args.stage else STAGES[bool(args.init_llm):]
+    if odd := [s for s in stages if s not in STAGES]:
         raise SystemExit(f"--stage {args.stage}: {odd[0]!r} is none of text, 0, 1, 2, 3")
-    before = Path(args.init) if args.init else None  # where the next stage starts; None: starting_point
     names = [n for s in stages for n in (["3-even", "3-picture", "3-video"] if s == "3" else [s])]
+    # where the next stage starts: --init, what the last stage before it left, or (None) starting_point
+    left = [root / f"pretrain-{s}" / "model" for s in STAGES[: STAGES.index(stages[0])]]
+    left = [p for p in left if p.exists() and not (args.init_llm or args.init_vit)]
+    before = Path(args.init) if args.init else left[-1] if left else None
+    print(f"starting from {before or 'fresh weights' + ''.join(f', {p}' for p in (args.init_llm, args.init_vit) if p)}", flush=True)
     for name in names:
         mixture(folder, name)  # a missing file is an error now, not in an hour
+    if (folder / "heldout").is_dir():
+        try:
+            read_questions(folder / "heldout")
+        except ValueError as e:
+            raise SystemExit(str(e)) from None
     began = time.time()
-    annealed = []
+    annealed, trained = [], False
     for name in names:
         kind, done = name.split("-")[0], root / f"pretrain-{name}"
         steps = args.steps or plan["steps"][kind]
@@ -405,11 +424,12 @@ def main(args):
             else:
                 model = starting_point(args)
             (contrastive if kind == "0" else next_token)(args, name, model, processor, folder, steps, plan)
+            trained, args.resume = True, False  # --resume was for the stage that had been interrupted
         if kind == "3":
             annealed.append(done)
         else:
             before = done / "model"
-    if annealed and (args.fresh or not (root / "pretrain" / "score.json").exists()):
+    if annealed and (trained or not (root / "pretrain" / "score.json").exists()):
         merge_and_score(args, annealed, folder)
     print(f"pre-training took {time.time() - began:.0f} s; the model is in "
           f"{root / 'pretrain' / 'model' if annealed else before}", flush=True)

@@ -30,12 +30,14 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: `except Exception` misses it
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 from kernels import attention_path
 
 SIZES = ["toy", "tiny", "small", "0.6b", "1.7b", "4b", "8b"]
+MOMENTUM = 0.9  # of Muon; ours: the usual 0.95 learns a little later in runs this short
 KEEP = 2  # checkpoints kept: the newest, and one to fall back on
 # Dense bf16 peaks of the data sheets, FLOP/s; the first name contained in the device's name counts.
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
@@ -64,7 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the computation; weights stay fp32")
     add("--save-every", type=at_least(1), default=100, help="steps between checkpoints")
-    add("--workers", type=at_least(0), default=1, help="decoding processes per rank")
+    add("--workers", type=at_least(0), help="decoding processes per rank (default: 1, with a GPU up to 8)")
     add("--threads", type=at_least(1), help="CPU threads per rank (default: OMP_NUM_THREADS, else all cores)")
     return parser
 
@@ -92,6 +94,8 @@ def start(args, stage: str) -> "Run":
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(args.threads or int(os.environ.get("OMP_NUM_THREADS", share)))
+    if args.workers is None:  # a GPU outruns one process that decodes
+        args.workers = min(8, max(1, share - 1)) if kind == "cuda" else 1
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun, also with one process
         # gloo next to NCCL: counts and objects travel between CPUs without a stop of the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
@@ -304,32 +308,77 @@ def shard(model: nn.Module, run: Run) -> nn.Module:
     return model
 
 
-def adamw(model: nn.Module, groups: dict[str, float], weight_decay=0.01, betas=(0.9, 0.95), eps=1e-8):
-    """Fused AdamW. groups: name prefix -> peak learning rate; the longest prefix that fits a parameter counts, lm_head
-    goes with decoder. A parameter without a group or with rate 0 is frozen. Call after shard, before the first forward.
-    Weight decay on matrices only; not on norms, biases, embeddings (ours: the row of a rare word would only shrink)."""
+def adamw(model: nn.Module, groups: dict[str, float], weight_decay=0.01, betas=(0.9, 0.95), eps=1e-8, muon=0.0):
+    """AdamW, and with muon > 0 Muon for matrices. groups: name prefix -> peak learning rate; the longest prefix that fits
+    a parameter counts, lm_head goes with decoder. A parameter without a group or with rate 0 is frozen. Call after shard,
+    before the first forward. Weight decay on matrices only; not on norms, biases, embeddings (ours: the row of a rare
+    word would only shrink). muon: learning rate of the matrices, but lm_head, as a multiple of their group's."""
     groups = {**({"lm_head": groups["decoder"]} if "decoder" in groups else {}), **groups}
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    chosen = {}  # (prefix, decays) -> parameters
+    chosen = {}  # (prefix, is a matrix) -> parameters
     for name, p in model.named_parameters():
         fits = [prefix for prefix in groups if name == prefix or name.startswith(prefix + ".")]
         prefix = max(fits, key=len, default=None)
         p.requires_grad_(prefix is not None and groups[prefix] > 0)
         if p.requires_grad:
-            decays = p.ndim >= 2 and id(p) not in tables and "position_embedding" not in name
-            chosen.setdefault((prefix, decays), []).append(p)
+            matrix = p.ndim == 2 and id(p) not in tables and "position_embedding" not in name
+            chosen.setdefault((prefix, matrix), []).append(p)
     unused = [k for k, rate in groups.items() if rate > 0 and k != "lm_head" and not any(k == c for c, _ in chosen)]
     if unused or not chosen:
         raise ValueError(f"adamw: no parameter named {unused or list(groups)}; the model has "
                          f"{sorted({n.split('.')[0] for n, _ in model.named_parameters()})}")
-    opt = torch.optim.AdamW([{"params": ps, "lr": groups[prefix], "base_lr": groups[prefix], "name": prefix,
-                              "weight_decay": weight_decay if decays else 0.0}
-                             for (prefix, decays), ps in chosen.items()], betas=betas, eps=eps, fused=True)
+    opt = Muon([{"params": ps, "name": prefix, "weight_decay": weight_decay if matrix else 0.0,
+                 "muon": (by_muon := bool(muon) and matrix and prefix != "lm_head"),
+                 "lr": (rate := groups[prefix] * (muon if by_muon else 1)), "base_lr": rate}
+                for (prefix, matrix), ps in chosen.items()], betas=betas, eps=eps, fused=True)
     for group in opt.param_groups:  # state from the start: a checkpoint always holds the same keys
         for p in group["params"]:
-            opt.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
-                            "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            opt.state[p] = {"momentum": torch.zeros_like(p)} if group["muon"] else {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return opt
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but groups with muon=True (matrices) step by Muon (K. Jordan, kellerjordan.github.io/posts/muon): Nesterov
+    momentum, then all singular values of the step are set to about one, so that directions with small gradients learn as
+    fast as the strong ones. Scaled by 0.2 sqrt(longer side), it is as large as AdamW's step (arXiv 2502.16982, 2.2)."""
+
+    @torch.no_grad()
+    def step(self):
+        groups = self.param_groups
+        self.param_groups = [g for g in groups if not g["muon"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            shapes = {}  # equal shapes in one batched product: a small model's step is many small matrices
+            for p in group["params"] if group["muon"] else ():
+                if p.grad is not None:
+                    momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+                    shapes.setdefault(p.shape, []).append((p, whole(p.grad.lerp(momentum, MOMENTUM))))
+            for shape, pairs in shapes.items():
+                updates = orthogonal(torch.stack([g for _, g in pairs])) * (0.2 * max(shape) ** 0.5)
+                for (p, _), update in zip(pairs, updates):
+                    if isinstance(p, DTensor):  # every rank has computed the same update and keeps its own rows
+                        update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+
+def whole(t):
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def orthogonal(x):
+    """x (B, M, N) -> the nearest matrices whose singular values all lie near 1 (0.7 to 1.2), by five Newton-Schulz steps."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x  # coefficients from the post above
+    return x.mT if tall else x
 
 
 def schedule(step: int, steps: int, warmup: int = 0, kind: str = "cosine", floor: float = 0.1, cooldown: float = 0.2):

@@ -365,6 +365,42 @@ def test_groups_and_weight_decay(stage):
         trainer.adamw(model, {"projektor": 1e-3})
 
 
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48), (33, 33)], ids=str)
+def test_orthogonal_has_the_singular_vectors_and_values_near_one(shape):
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    got = trainer.orthogonal(x)
+    values = torch.einsum("bmr,bmn,brn->br", u, got, vh)
+    torch.testing.assert_close(got, u @ torch.diag_embed(values) @ vh, atol=1e-4, rtol=0)
+    kept = s > 0.02 * s[:, :1]  # five steps lift the rest only part of the way
+    assert values[kept].min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_equals_torchs(stage):
+    """Matrices but lm_head as torch.optim.Muon (which iterates in bf16: hence 2 %), the rest as AdamW."""
+    ours, theirs = stage.Tiny(), stage.Tiny()
+    theirs.load_state_dict(ours.state_dict())
+    rates = {"projector": 1e-2, "decoder": 1e-2, "vit": 1e-2}
+    opt = trainer.adamw(ours, rates, weight_decay=0.1, muon=3)
+    by_muon = {n for n, p in ours.named_parameters() if "momentum" in opt.state[p]}
+    assert "projector.weight" in by_muon and not by_muon & {"lm_head.weight", "decoder.embed_tokens.weight", "projector.bias"}
+    split = [[p for n, p in theirs.named_parameters() if (n in by_muon) == yes] for yes in (True, False)]
+    muon = torch.optim.Muon(split[0], lr=3e-2, weight_decay=0.1, momentum=trainer.MOMENTUM, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([{"params": [p], "weight_decay": 0.1 if p is theirs.lm_head.weight else 0.0}
+                               for p in split[1]], lr=1e-2, betas=(0.9, 0.95))
+    start = {n: p.detach().clone() for n, p in ours.named_parameters()}
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        for a, b in zip(ours.parameters(), theirs.parameters()):
+            a.grad = torch.randn(a.shape, generator=g)
+            b.grad = a.grad.clone()
+        for o in (opt, muon, adamw):
+            o.step()
+    for (n, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        gap = (a - b).norm() / (a - start[n]).norm()
+        assert gap < (2e-2 if n in by_muon else 1e-5), (n, float(gap))
+
+
 def test_schedule():
     f = lambda step, **k: trainer.schedule(step, 100, warmup=10, **k)
     assert [f(0), f(4), f(9), f(10)] == [0.1, 0.5, 1.0, 1.0]
