@@ -9,9 +9,7 @@ and its length stay; what is answered then comes from the words alone.
 import argparse
 import json
 import math
-import re
 import time
-import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
@@ -19,97 +17,13 @@ import torch
 
 from data import MediaError, check_conversation
 from generate import Generator, load
+from rewards import grade, score
 
 HEADLINE = ["colour", "shape", "count", "position", "motion"]
 ROUGH = {"box": "iou", "interval": "iou", "text": "cer"}  # verifier -> name of its graded measure
 
 # ---------------------------------------------------------------------------------------------------------------------
-# scoring one answer
-
-
-def normal(text: str) -> str:
-    """Unicode form, white space, a final full stop and the tags around a part do not matter."""
-    text = unicodedata.normalize("NFKC", re.sub(r"<\|\w+\|>", " ", text))
-    return " ".join(text.split()).removesuffix(".").strip()
-
-
-def numbers_in(text: str, tag: str, width: int) -> list[list[float]] | None:
-    """The lists between <|tag_start|> and <|tag_end|>, `width` finite numbers each; None for any other form."""
-    found = re.findall(rf"<\|{tag}_start\|>(.*?)<\|{tag}_end\|>", text, re.S)
-    try:
-        rows = json.loads(found[0]) if len(found) == 1 else None
-    except (ValueError, RecursionError):
-        return None
-    rows = [rows] if tag == "clip_time" else rows
-    number = lambda v: type(v) in (int, float) and abs(v) < 1e6  # neither true, NaN nor infinity
-    good = isinstance(rows, list) and rows and all(
-        isinstance(r, list) and len(r) == width and all(map(number, r)) for r in rows)
-    return rows if good else None
-
-
-def overlap(a: list[float], b: list[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2) or two intervals (start, end); 0 where one is empty."""
-    half = len(a) // 2
-    sides = lambda lo, hi: math.prod(max(0, h - l) for l, h in zip(lo, hi))
-    size_a, size_b = sides(a[:half], a[half:]), sides(b[:half], b[half:])
-    both = sides(map(max, a[:half], b[:half]), map(min, a[half:], b[half:]))
-    return both / (size_a + size_b - both) if size_a and size_b else 0.0
-
-
-def edit_distance(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        above, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
-    return row[-1]
-
-
-def grade(text: str, meta: dict) -> float:
-    """Mean IoU of boxes or intervals (0 when their number is wrong); character error rate of a text."""
-    kind, truth = meta["verifier"], meta["answer"]
-    if kind == "text":
-        want = normal(truth)
-        return edit_distance(normal(text), want) / max(1, len(want))
-    want = [json.loads(truth)] if kind == "interval" else json.loads(truth)
-    got = numbers_in(text, "clip_time", 2) if kind == "interval" else numbers_in(text, "box", 4)
-    if not got or len(got) != len(want):
-        return 0.0
-    return sum(overlap(a, b) for a, b in zip(sorted(got), sorted(want))) / len(want)
-
-
-def score(text: str, meta: dict) -> float:
-    """1 for a right answer, else 0. meta["verifier"]:
-
-    exact, text: equal; choice, yesno: equal but for upper and lower case; number: one number of the same value, boxes
-    and points before it aside; order: the same sequence; box, interval: IoU of at least 0.5; point: as many points as
-    asked for, each in a box of its own, or without boxes within 60/1000 of a true point. ValueError: any other.
-    """
-    kind, truth = meta["verifier"], meta["answer"]
-    if kind in ("exact", "text"):
-        return float(normal(text) == normal(truth))
-    if kind in ("choice", "yesno"):
-        return float(normal(text).casefold() == normal(truth).casefold())
-    if kind == "number":
-        rest = normal(re.sub(r"<\|(object_ref|box|point)_start\|>.*?<\|\1_end\|>", " ", text, flags=re.S))
-        return float(bool(re.fullmatch(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?", rest)) and float(rest) == float(truth))
-    if kind == "order":
-        return float(re.split(r"[\s,]+", normal(text)) == re.split(r"[\s,]+", normal(truth)))
-    if kind in ("box", "interval"):
-        return float(grade(text, meta) >= 0.5)
-    if kind == "point":
-        want, got = json.loads(truth), numbers_in(text, "point", 2)
-        boxes = meta.get("boxes") or ([meta["box"]] if "box" in meta else None)
-        inside = (lambda p, b: b[0] <= p[0] <= b[2] and b[1] <= p[1] <= b[3]) if boxes else (
-            lambda p, q: math.dist(p, q) <= 60)
-        targets = list(boxes or want)
-        for p in got or []:
-            hit = next((t for t in targets if inside(p, t)), None)
-            if hit is None:
-                return 0.0
-            targets.remove(hit)
-        return float(bool(got) and not targets)
-    raise ValueError(f"verifier {kind!r} is none of exact, text, choice, yesno, number, order, box, point, interval")
+# the benchmark
 
 
 def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -119,10 +33,6 @@ def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
     p, q = hits / n, z * z / n
     middle, half = (p + q / 2) / (1 + q), z * math.sqrt(p * (1 - p) / n + q / n / 4) / (1 + q)
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the benchmark
 
 
 def read_questions(folder: str | Path, limit: int | None = None, tasks: list[str] | None = None) -> list[dict]:

@@ -82,13 +82,12 @@ def mrope_section(head_dim: int) -> tuple[int, int, int]:
 def _toy(hidden, layers, heads, kv, head_dim, mlp, vit) -> Config:
     n = 992  # entries of vocab-toy.json; the 32 added tokens follow
     return Config(1024, hidden, mlp, layers, heads, kv, head_dim, mrope_section=mrope_section(head_dim),
-                  tie_word_embeddings=True, rope_theta=1e4, max_position_embeddings=8192, bos_token_id=n, eos_token_id=n + 2,
+                  tie_word_embeddings=True, max_position_embeddings=8192, bos_token_id=n, eos_token_id=n + 2,
                   vision_start_token_id=n + 9, vision_end_token_id=n + 10, image_token_id=n + 12,
                   video_token_id=n + 13, vision=ViTConfig(*vit))
 
 
-# toy to small: ours, sized for two CPU cores and for one laptop GPU. Their pictures have 3 to 20 rows and columns, which
-# the last RoPE sections turn through only with a small theta (Qwen3: 10^6). 0.6b to 8b: Qwen3's decoders with SigLIP-400M.
+# toy to small: ours, sized for two CPU cores and for one laptop GPU. 0.6b to 8b: Qwen3's decoders with SigLIP-400M.
 PRESETS = {
     "toy": _toy(96, 3, 3, 1, 64, 288, (64, 192, 2, 4)),
     "tiny": _toy(384, 8, 6, 2, 64, 1024, (256, 768, 6, 8)),

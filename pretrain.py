@@ -48,7 +48,7 @@ STAGES = ["text", "0", "1", "2", "3"]
 ADAM = dict(weight_decay=0.05, betas=(0.9, 0.95))
 PLAN = {
     # pack: tokens of one micro-batch; packs: micro-batches of one step over all ranks; steps and peak lr by stage
-    "toy": dict(pack=4096, packs=1, muon=2, steps={"text": 40, "0": 60, "1": 20, "2": 1300, "3": 100},
+    "toy": dict(pack=4096, packs=1, muon=2, steps={"text": 30, "0": 60, "1": 15, "2": 1600, "3": 60},
                 lr={"text": 2e-3, "0": 2e-3, "1": 2e-3, "2": 2e-3, "3": 4e-4}),
     "tiny": dict(pack=16384, packs=1, muon=2, steps={"text": 60, "0": 150, "1": 30, "2": 1600, "3": 120},
                  lr={"text": 1e-3, "0": 1e-3, "1": 1e-3, "2": 1e-3, "3": 2e-4}),
@@ -64,8 +64,8 @@ MIX = {  # weights of the files in --data's train folder, by samples drawn
     "text": {"text": 1},
     "0": {"pairs": 1},
     "1": {"caption": 1},
-    # questions need the most practice, counted in samples; a clip is worth five pictures in tokens
-    "2": {"caption": 3, "vqa": 9, "ocr": 0.3, "grounding": 0.6, "interleaved": 0.3, "video": 2, "text": 0.2, "reasoning": 0.3, "detail": 0.1},
+    # captions teach to see and questions to find, which is what takes long; the rest needs little beside them
+    "2": {"caption": 4, "vqa": 8, "ocr": 0.2, "grounding": 0.4, "interleaved": 0.2, "video": 1.5, "text": 0.1, "reasoning": 0.2, "detail": 0.1},
     # Keye averages models annealed on different mixtures and does not name them (section 3.2)
     "3-even": {"caption": 2, "vqa": 8, "ocr": 0.5, "grounding": 1, "interleaved": 0.5, "video": 2, "text": 0.3, "reasoning": 0.3, "detail": 0.1},
     "3-picture": {"caption": 3, "vqa": 10, "ocr": 0.5, "grounding": 0.5, "interleaved": 0.3, "video": 1, "text": 0.1, "reasoning": 0.3, "detail": 0.1},

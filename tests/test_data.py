@@ -596,7 +596,8 @@ def test_positions_of_the_worked_example():
 
 
 def test_positions_equal_transformers_qwen2_5_vl(processor):
-    """Its rule is Keye's for pictures, and for clips not longer than wide (it goes on after the larger side only)."""
+    """Its rule is Keye's for pictures, and for clips not longer than wide (it goes on after the larger side only). Frames
+    are a whole second apart: releases up to 5.17 cut fractions off."""
     from types import SimpleNamespace
 
     from transformers import Qwen2_5_VLModel
@@ -604,7 +605,7 @@ def test_positions_equal_transformers_qwen2_5_vl(processor):
     fake = SimpleNamespace(config=SimpleNamespace(vision_config=vision))
     fake.get_vision_position_ids = Qwen2_5_VLModel.get_vision_position_ids.__get__(fake)
     special = processor.tokenizer.special
-    messages = [user("a", image(picture(84, 56)), "bc", image(picture(40, 120)), video([picture(84, 84)] * 2), "d"),
+    messages = [user("a", image(picture(84, 56)), "bc", image(picture(40, 120)), video([picture(84, 84)] * 2, fps=1), "d"),
                 assistant("the circle"), user(image(picture()), video([picture()] * 6, fps=1))]
     sample = processor({"messages": messages})
     is_image, is_video = (sample["tokens"] == special[t] for t in ("<|image_pad|>", "<|video_pad|>"))
@@ -613,7 +614,7 @@ def test_positions_equal_transformers_qwen2_5_vl(processor):
     ids = sample["tokens"][None]
     positions, _ = Qwen2_5_VLModel.get_rope_index(
         fake, ids, types[None], image_grid_thw=grids[[0, 1, 3]], video_grid_thw=grids[[2, 4]],
-        second_per_grid_ts=torch.tensor([0.5, 1.0]))
+        second_per_grid_ts=torch.tensor([1.0, 1.0]))
     last = int((types == 2).nonzero()[-1]) + 1  # the last clip is long, so text after it differs by design
     assert torch.equal(positions[:, 0, :last], sample["positions"][:, :last])
     assert sample["positions"][0, last] == sample["positions"][:, :last].max() + 1

@@ -14,7 +14,8 @@ import evaluate as E
 import toyworld
 from conftest import ROOT
 from data import BUDGETS, Processor, pack
-from evaluate import edit_distance, evaluate, grade, normal, score, scoreboard, wilson
+from evaluate import evaluate, grade, score, scoreboard, wilson
+from rewards import edit_distance, normal
 from generate import Generator
 from model import PRESETS, KeyeVL
 
@@ -252,6 +253,8 @@ def test_scoreboard(processor, world, answer_with):
     assert rows["sum"][2:] == ["", "", "0.0"]
     assert rows["**headline**"] == ["", "100.0", "33.3", "33.3", "33.3"]
     assert len({len(row) for row in scoreboard([("one", full)]).splitlines()}) == 1  # readable without a renderer
+    short = [row.strip("|").split("|")[0].strip() for row in scoreboard([("one", full)], short=True).splitlines()[2:]]
+    assert short == ["**look**", "colour", "**text**", "**headline**"]
 
 
 def test_command_line(model, processor, world, tmp_path, capsys):
