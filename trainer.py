@@ -123,7 +123,7 @@ def end_processes():
 
 def measured_peak(run) -> float:
     """FLOP/s of the best of three matmuls on this rank's device: what MFU is measured against without a data sheet."""
-    n, best = (8192 if run.device.type == "cuda" else 512), math.inf
+    n, best = (8192 if run.device.type == "cuda" else 1024), math.inf
     a = torch.ones(n, n, device=run.device, dtype=run.dtype)
     for _ in range(3):
         begin = time.perf_counter()
