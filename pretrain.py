@@ -64,9 +64,10 @@ MIX = {  # weights of the files in --data's train folder, by samples drawn
     "text": {"text": 1},
     "0": {"pairs": 1},
     "1": {"caption": 1},
-    # captions teach to see and questions to find, which is what takes long. A toy cannot learn the rest in minutes, and
-    # with more of it, its long uncertain answers fill the gradient and the finding sets in much later.
-    "2": {"caption": 4, "vqa": 8, "video": 1.5, "grounding": 0.1, "interleaved": 0.1, "reasoning": 0.1, "ocr": 0.05, "text": 0.05, "detail": 0.02},
+    "2": {"caption": 3, "vqa": 8, "video": 3, "grounding": 1, "interleaved": 0.5, "ocr": 0.5, "reasoning": 0.5, "text": 0.3, "detail": 0.1},
+    # Captions teach to see and questions to find, which takes longest. The toy cannot learn the rest in minutes, and with
+    # more of it, long uncertain answers fill the gradient, and the finding sets in hundreds of steps later.
+    "2-toy": {"caption": 4, "vqa": 8, "video": 1.5, "grounding": 0.1, "interleaved": 0.1, "reasoning": 0.1, "ocr": 0.05, "text": 0.05, "detail": 0.02},
     # Keye averages models annealed on different mixtures and does not name them (section 3.2)
     "3-even": {"caption": 2, "vqa": 8, "ocr": 0.5, "grounding": 1, "interleaved": 0.5, "video": 2, "text": 0.3, "reasoning": 0.3, "detail": 0.1},
     "3-picture": {"caption": 3, "vqa": 10, "ocr": 0.5, "grounding": 0.5, "interleaved": 0.3, "video": 1, "text": 0.1, "reasoning": 0.3, "detail": 0.1},
@@ -74,11 +75,11 @@ MIX = {  # weights of the files in --data's train folder, by samples drawn
 }
 
 
-def mixture(folder: Path, stage: str) -> list[tuple[Path, float]]:
+def mixture(folder: Path, stage: str, size: str = "") -> list[tuple[Path, float]]:
     """Files of folder/train and their weights for a stage; names that no mixture knows count 1 from stage 2 on."""
     files = {p.stem: p for p in sorted((folder / "train").glob("*.jsonl"))}
-    known = set().union(*MIX.values())
-    mix = [(p, MIX[stage].get(name, 1 if stage[0] in "23" and name not in known else 0)) for name, p in files.items()]
+    known, weights = set().union(*MIX.values()), MIX.get(f"{stage}-{size}", MIX[stage])
+    mix = [(p, weights.get(name, 1 if stage[0] in "23" and name not in known else 0)) for name, p in files.items()]
     mix = [(p, w) for p, w in mix if w]
     if not mix:
         raise SystemExit(f"stage {stage} needs one of {', '.join(MIX[stage])}.jsonl in {folder / 'train'}, which has "
@@ -208,7 +209,7 @@ def contrastive(args, stage, start: KeyeVL, processor, folder: Path, steps: int,
     # Whether Keye trains the text tower is not stated; ours: with the ViT's rate
     opt = trainer.adamw(siglip, {"vit": rate, "text": rate, "logit_scale": rate, "logit_bias": rate}, muon=plan["muon"], **ADAM)
     begin = trainer.resume(run, siglip, opt)
-    loader = Loader(mixture(folder, "0"), processor, plan["pack"], plan["packs"], run.rank, run.world, args.seed,
+    loader = Loader(mixture(folder, "0", args.size), processor, plan["pack"], plan["packs"], run.rank, run.world, args.seed,
                     workers=args.workers, state=begin["loader"])
 
     def encode(batch):
@@ -277,7 +278,7 @@ def next_token(args, stage, model: KeyeVL, processor, folder: Path, steps: int, 
     def flops(text, grids):  # of one sample, so that ranks get equal work (section 5)
         return training_flops(cfg, [text + sum(t * h * w for t, h, w in grids) // 4], grids)
 
-    loader = Loader(mixture(folder, stage), processor, plan["pack"], plan["packs"], run.rank, run.world, args.seed,
+    loader = Loader(mixture(folder, stage, args.size), processor, plan["pack"], plan["packs"], run.rank, run.world, args.seed,
                     flops=flops, workers=args.workers, state=begin["loader"])
     warmup = 0 if kind == "3" else int(WARMUP * steps)
     for step, (batches, info) in zip(range(begin["step"], steps), loader):
@@ -404,7 +405,7 @@ def main(args):
     before = Path(args.init) if args.init else left[-1] if left else None
     print(f"starting from {before or 'fresh weights' + ''.join(f', {p}' for p in (args.init_llm, args.init_vit) if p)}", flush=True)
     for name in names:
-        mixture(folder, name)  # a missing file is an error now, not in an hour
+        mixture(folder, name, args.size)  # a missing file is an error now, not in an hour
     if (folder / "heldout").is_dir():
         try:
             read_questions(folder / "heldout")
