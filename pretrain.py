@@ -304,7 +304,8 @@ def benchmark(run, model_folder: Path, folder: Path, args, blind=False):
     model = KeyeVL.from_pretrained(model_folder, device=run.device)
     with run.autocast():
         score = evaluate(model, Processor.from_pretrained(model_folder), folder / "heldout", args.eval_limit, blind)
-    run.say(scoreboard([(run.stage, score)], short=True))
+    if not blind:  # the merged model stands in a table with its parents
+        run.say(scoreboard([(run.stage, score)], short=True))
     (run.folder / "samples.md").write_text(f"# {run.stage}: answers to held-out questions\n\n" + "".join(
         f"- [{e['task']}] {e['question']} **{e['output']}** (truth: {e['answer']})\n" for e in score.pop("examples")))
     return score
