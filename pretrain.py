@@ -87,6 +87,13 @@ def mixture(folder: Path, stage: str, size: str = "") -> list[tuple[Path, float]
     return mix
 
 
+def share(plan: dict, world: int) -> tuple[int, int]:
+    """(tokens of a pack, packs of a step) on `world` ranks: as planned where the packs can be dealt out evenly, else more
+    and smaller ones, so that a step has the same tokens. Such a run goes on with other ranks only where both deal alike."""
+    packs = -(-plan["packs"] // world) * world
+    return plan["pack"] * plan["packs"] // packs, packs
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # stage 0: pictures and captions, SigLIP's loss
 
@@ -209,7 +216,7 @@ def contrastive(args, stage, start: KeyeVL, processor, folder: Path, steps: int,
     # Whether Keye trains the text tower is not stated; ours: with the ViT's rate
     opt = trainer.adamw(siglip, {"vit": rate, "text": rate, "logit_scale": rate, "logit_bias": rate}, muon=plan["muon"], **ADAM)
     begin = trainer.resume(run, siglip, opt)
-    loader = Loader(mixture(folder, "0", args.size), processor, plan["pack"], plan["packs"], run.rank, run.world, args.seed,
+    loader = Loader(mixture(folder, "0", args.size), processor, *share(plan, run.world), run.rank, run.world, args.seed,
                     workers=args.workers, state=begin["loader"])
 
     def encode(batch):
@@ -278,7 +285,7 @@ def next_token(args, stage, model: KeyeVL, processor, folder: Path, steps: int, 
     def flops(text, grids):  # of one sample, so that ranks get equal work (section 5)
         return training_flops(cfg, [text + sum(t * h * w for t, h, w in grids) // 4], grids)
 
-    loader = Loader(mixture(folder, stage, args.size), processor, plan["pack"], plan["packs"], run.rank, run.world, args.seed,
+    loader = Loader(mixture(folder, stage, args.size), processor, *share(plan, run.world), run.rank, run.world, args.seed,
                     flops=flops, workers=args.workers, state=begin["loader"])
     warmup = 0 if kind == "3" else int(WARMUP * steps)
     for step, (batches, info) in zip(range(begin["step"], steps), loader):

@@ -16,6 +16,7 @@ from model import PRESETS, KeyeVL
 from toyworld import make_world
 
 ROOT = Path(__file__).resolve().parent.parent
+PLAN = pretrain.PLAN["toy"]
 STAGES = ["text", "0", "1", "2", "3-even", "3-picture", "3-video"]
 
 # pretrain.py with two packs a step, as two ranks need. Two ranks give stage 0 more negatives than one process with two
@@ -194,6 +195,15 @@ def test_two_ranks_equal_one(stage, child, world, tmp_path):
     assert len(one) == 3
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_torchrun_as_in_the_readme(world, tmp_path):
+    """The toy's one pack a step becomes two smaller ones."""
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "pretrain.py")
+    shell(*ranks, *flags(tmp_path, world, "--stage", "1", "--steps", 1, "--workers", 0))
+    ((_, tokens),) = curve(tmp_path, "1", "tokens")
+    assert PLAN["pack"] // 2 < tokens <= PLAN["pack"]
+    assert pretrain.share({"pack": 4096, "packs": 1}, 3) == (1365, 3) and pretrain.share({"pack": 8192, "packs": 64}, 8) == (8192, 64)
 
 
 def vectors(n):
