@@ -936,7 +936,8 @@ def main(argv=None):
     parser.add_argument("--clips", type=int, help="clips of train, instead of the size's")
     parser.add_argument("--heldout", type=int, default=120, help="questions per held-out task (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes (default %(default)s)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser.add_argument("--workers", type=int, default=min(16, cores), help="processes (default %(default)s)")
     parser.add_argument("--train-vocab", metavar="FILE", help="train the toy vocabulary into FILE and stop")
     args = parser.parse_args(argv)
     if args.train_vocab:
