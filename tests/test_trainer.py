@@ -401,6 +401,23 @@ def test_muon_equals_torchs(stage):
         assert gap < (2e-2 if n in by_muon else 1e-5), (n, float(gap))
 
 
+@pytest.mark.cuda
+def test_muon_on_cuda_equals_cpu(stage):
+    models = [stage.Tiny(), stage.Tiny()]
+    models[1].load_state_dict(models[0].state_dict())
+    opts = [trainer.adamw(m.to(d), {"projector": 1e-2, "decoder": 1e-2, "vit": 1e-2}, muon=3)
+            for m, d in zip(models, ("cpu", "cuda"))]
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        for a, b in zip(*(m.parameters() for m in models)):
+            a.grad = torch.randn(a.shape, generator=g)
+            b.grad = a.grad.cuda()
+        for opt in opts:
+            opt.step()
+    for a, b in zip(*(m.parameters() for m in models)):
+        torch.testing.assert_close(b.cpu(), a, atol=1e-4, rtol=1e-4)
+
+
 def test_schedule():
     f = lambda step, **k: trainer.schedule(step, 100, warmup=10, **k)
     assert [f(0), f(4), f(9), f(10)] == [0.1, 0.5, 1.0, 1.0]
