@@ -50,7 +50,7 @@ PLAN = {
     # pack: tokens of one micro-batch; packs: micro-batches of one step over all ranks; steps and peak lr by stage
     "toy": dict(pack=4096, packs=1, muon=2, steps={"text": 30, "0": 60, "1": 15, "2": 1600, "3": 60},
                 lr={"text": 2e-3, "0": 2e-3, "1": 2e-3, "2": 2e-3, "3": 4e-4}),
-    "tiny": dict(pack=16384, packs=1, muon=2, steps={"text": 60, "0": 150, "1": 30, "2": 1600, "3": 120},
+    "tiny": dict(pack=16384, packs=1, muon=2, steps={"text": 60, "0": 150, "1": 30, "2": 1200, "3": 80},
                  lr={"text": 1e-3, "0": 1e-3, "1": 1e-3, "2": 1e-3, "3": 2e-4}),
     "small": dict(pack=16384, packs=4, muon=2, steps={"text": 500, "0": 1000, "1": 200, "2": 5000, "3": 1000},
                   lr={"text": 6e-4, "0": 6e-4, "1": 1e-3, "2": 6e-4, "3": 1.2e-4}),
