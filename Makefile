@@ -1,4 +1,4 @@
-# make toy    sets up, draws the toy world and pre-trains a small Keye-VL on it through all stages
+# make toy    sets up, draws the toy world and trains a small Keye-VL on it through all stages and phases
 # make test   sets up and runs the tests
 #
 # TORCH names the build to install; any version from 2.11 on works. SIZE=tiny suits one GPU.
@@ -16,6 +16,12 @@ export GOMP_SPINCOUNT := 100000
 toy: .venv/run
 	$(BIN)python toyworld.py --out data/$(SIZE) --size $(SIZE)
 	$(BIN)python pretrain.py --size $(SIZE)
+	$(BIN)python sft.py --size $(SIZE)
+	$(BIN)python align.py --phase mpo --size $(SIZE)
+	$(BIN)python coldstart.py --size $(SIZE)
+	$(BIN)python grpo.py --size $(SIZE)
+	$(BIN)python align.py --phase iterate --size $(SIZE)
+	$(BIN)python evaluate.py --board runs/$(SIZE)
 
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)python -m pytest

@@ -7,12 +7,15 @@
 
 Sizes: one patch is 14x14 pixels, one token of the language model 2x2 patches (28x28 pixels). Grids count patches.
 """
+import copy
+import hashlib
 import heapq
 import json
 import logging
 import math
 import os
 import re
+import shutil
 import stat
 import sys
 import unicodedata
@@ -150,6 +153,69 @@ def check_conversation(line):
                 value = item.get(key, 1)
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
                     raise ValueError(f"{where}: {key} must be a positive number")
+
+
+def versions(line):
+    """A line's conversations: of a preference, messages followed by the "chosen" and by the "rejected" answer; else one."""
+    if "chosen" not in line and "rejected" not in line:
+        return [line]
+    answer = lambda key: {"role": "assistant", "content": line.get(key)}
+    return [{"messages": [*line["messages"], answer(key)]} for key in ("chosen", "rejected")]
+
+
+def switch(messages, mode):
+    """A copy of the messages with Keye's switch, "/think" and so on, right behind the last user text; None: as they are.
+    Of several switches in a conversation the last one counts."""
+    if mode is None:
+        return messages
+    at = max(i for i, m in enumerate(messages) if m["role"] == "user")
+    content = messages[at]["content"]
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    last = max((i for i, item in enumerate(content) if item["type"] == "text"), default=None)
+    if last is None:
+        content.append({"type": "text", "text": f"/{mode}"})
+    else:
+        content[last] = content[last] | {"text": f"{content[last]['text']}/{mode}"}
+    return [*messages[:at], messages[at] | {"content": content}, *messages[at + 1 :]]
+
+
+def media_of(conversation):
+    """All pictures and clips of a conversation, or of a preference with its answers, in order: [(item, kind)]."""
+    contents = [m["content"] for m in conversation["messages"]] + [conversation.get(k) for k in ("chosen", "rejected")]
+    return [(item, item["type"]) for c in contents if isinstance(c, list) for item in c if item["type"] != "text"]
+
+
+def adopt(conversation, root, folder):
+    """A copy of the conversation for a JSONL file in `folder`: its media are hard-linked (or copied) below folder/media
+    from root; pictures in memory are written there as PNG. MediaError as the reader's."""
+    def home(source):
+        target = Path(folder) / "media"
+        if isinstance(source, Image.Image):
+            target /= f"{hashlib.sha1(source.tobytes() + repr(source.size).encode()).hexdigest()[:20]}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                source.save(target, compress_level=1)
+        else:
+            open_media(source, root).close()  # refuses what the reader would refuse
+            target /= source
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                try:
+                    os.link(Path(root) / source, target)
+                except OSError:  # another file system
+                    shutil.copy(Path(root) / source, target)
+        return target.relative_to(folder).as_posix()
+
+    conversation = copy.deepcopy(conversation)
+    for item, kind in media_of(conversation):
+        source = item[kind]
+        item[kind] = [home(frame) for frame in source] if isinstance(source, list) else home(source)
+    return conversation
+
+
+def pictures_of(conversation, root=None, **limits):
+    """The conversation's pictures at full size, for the sandbox. MediaError."""
+    return [load_picture(item["image"], root, **limits) for item, kind in media_of(conversation) if kind == "image"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -693,8 +759,10 @@ class Lines:
     def parse(line):
         line = json.loads(line)
         check_conversation(line)
-        if all(m["role"] != "assistant" for m in line["messages"]):
-            raise ValueError("no assistant message: nothing to learn")
+        for conversation in versions(line):
+            check_conversation(conversation)
+            if all(m["role"] != "assistant" for m in conversation["messages"]):
+                raise ValueError("no assistant message: nothing to learn")
         return line
 
     def __getitem__(self, i):
@@ -757,7 +825,8 @@ class Loader:
         """Tokens of line i of data set d, estimated without decoding; fills its FLOPs."""
         data = self.data[d]
         if data.text[i] < 0:
-            text, grids = self.processor.measure(data[i], data.root)
+            sizes = [self.processor.measure(c, data.root) for c in versions(data[i])]
+            text, grids = sum(t for t, _ in sizes), [g for _, grids in sizes for g in grids]
             data.visual[i], data.cost[i] = sum(map(math.prod, grids)) // 4, self.flops(text, grids)
             data.text[i] = text
         return int(data.text[i] + data.visual[i])
@@ -868,21 +937,26 @@ class _Decode(torch.utils.data.Dataset):
         packs, info = plan
         batches, skipped, bad, seen = [], Counter(info["skipped"]), list(info["bad"]), len(info["bad"])
         for members in packs:
-            samples, lost, room = [], Counter(), self.pack_tokens
+            samples, lost, room, reference = [], Counter(), self.pack_tokens, []
             for d, i in members:
                 seen += 1
                 try:
-                    sample = self.processor(self.data[d][i], self.data[d].root)
-                    if len(sample["tokens"]) > room:  # width, height or duration in the line were wrong
-                        raise MediaError("sample", "larger_than_told", f"{len(sample['tokens'])} tokens")
+                    line = self.data[d][i]
+                    read = [self.processor(c, self.data[d].root) for c in versions(line)]
+                    tokens = sum(len(sample["tokens"]) for sample in read)
+                    if tokens > room:  # width, height or duration in the line were wrong
+                        raise MediaError("sample", "larger_than_told", f"{tokens} tokens")
                 except (MediaError, ValueError) as e:
                     bad.append(self._failure(d, i, e))
                     lost[bad[-1][1]] += 1
                     continue
-                samples.append(sample)
-                room -= len(sample["tokens"])
+                samples += read
+                room -= tokens
+                reference.append(line.get("reference"))
             if not samples:  # ranks must run equally many batches: a short one without labels takes the place
                 samples = [self.processor({"messages": [{"role": "system", "content": SYSTEM}]})]
             batches.append(pack(samples) | {"skipped": dict(lost)})
+            if reference and None not in reference:  # of preferences: what the reference model says of both answers
+                batches[-1]["reference"] = torch.tensor(reference, dtype=torch.float32)  # (pairs, 2)
             skipped += lost
         return batches, info | {"skipped": dict(skipped), "bad": bad}, seen, len(bad)

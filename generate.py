@@ -2,6 +2,9 @@
 
     python generate.py --init runs/toy/pretrain/model --image x.jpg "How many circles?"
     python generate.py --init runs/toy/pretrain/model --video x.mp4          (no question: a chat)
+    python generate.py --init runs/toy/align/model --image x.jpg "What shape is the red dot?/agentic_think"
+
+After the cold start a question may end with /think, /no_think or /agentic_think; without one the model chooses.
 
     generator = Generator(model, processor)
     texts = generator.generate([{"messages": [{"role": "user", "content": ...}]}], temperature=0)
@@ -10,6 +13,9 @@
 Conversations of any lengths are decoded together. Prompts enter packed, without padding; a row that ends gives its
 place in the cache to the next one waiting; each row draws from its own random numbers, so its text does not depend on
 its neighbours. A row that stopped may go on with tokens it did not write: a tool's answer, or the user's next turn.
+
+    rows = converse(generator, samples, pictures)        the model's tool calls are run, and it goes on with what they show
+    sample = trajectory(prompt, row)                     what was read and written, as a sample to train on
 """
 import argparse
 import contextlib
@@ -24,8 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import MediaError, Processor, pack
+import sandbox
+from data import MediaError, Processor, pack, pictures_of, switch
 from model import KeyeVL
+from rewards import TOOLS, turn_of
 
 NEVER = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 STOP = ("<|im_end|>", "<|endoftext|>")
@@ -43,6 +51,8 @@ class Row:
     ids: list[int] = field(default_factory=list)  # all after the prompt
     logprobs: list[float] = field(default_factory=list)  # of ids; 0 where extend gave the token
     sampled: list[bool] = field(default_factory=list)  # False where extend gave the token
+    positions: list[list[int]] = field(default_factory=list)  # time, row, column of ids
+    seen: list[dict] = field(default_factory=list)  # the samples that extend gave
     unsent: list[int] = field(default_factory=list)  # ids whose text is not streamed yet
     slot: int = -1  # row of the cache
 
@@ -100,7 +110,7 @@ class Generator:
     @torch.inference_mode()
     def sample(self, samples, max_new_tokens=256, temperature=0.6, top_k=20, top_p=0.95, seed=None, stop=(),
                extend=None, stream=None) -> list[dict]:
-        """Samples of processor(..., generate=True) -> [dict(ids, logprobs, sampled, finished)], in their order.
+        """Samples of processor(..., generate=True) -> [dict(ids, logprobs, sampled, positions, seen, finished)], in order.
 
         ids end with the stop token when finished, else max_new_tokens (int, or one per sample) ran out. logprobs: see
         `choose`. seed: an int (sample i draws from "seed/i"), a list with one per sample, or None for fresh randomness.
@@ -138,6 +148,7 @@ class Generator:
                     row.ids.append(token)
                     row.logprobs.append(logprob)
                     row.sampled.append(True)
+                    row.positions.append([row.next_position] * 3)
                     row.next_position += 1
                     row.left -= 1
                     row.finished = token in stops
@@ -147,7 +158,8 @@ class Generator:
                     if ended and not (extend and self._extended(row, extend(row), cache)):
                         active.remove(row)
                         free.append(row.slot)
-        return [{k: getattr(row, k) for k in ("ids", "logprobs", "sampled", "finished")} for row in everyone]
+        keys = ("ids", "logprobs", "sampled", "positions", "seen", "finished")
+        return [{k: getattr(row, k) for k in keys} for row in everyone]
 
     def next_turn(self, row: Row, content, root=None) -> dict:
         """What `extend` returns for the user's next message; an answer that was cut off is closed first."""
@@ -199,6 +211,7 @@ class Generator:
         given = sample["tokens"].tolist()
         row.ids, row.finished = row.ids + given, False
         row.logprobs, row.sampled = row.logprobs + [0.0] * len(given), row.sampled + [False] * len(given)
+        row.positions, row.seen = row.positions + sample["positions"].T.tolist(), row.seen + [sample]
         missing = cache.lengths[row.slot] + len(given) + 1 + row.left - cache.max_len
         if missing > 0:
             cache.k, cache.v = (F.pad(c, (0, 0, 0, 0, 0, missing)) for c in (cache.k, cache.v))
@@ -220,6 +233,94 @@ def behind(token: int, position: int, sample: dict) -> dict:
     return sample | {"tokens": F.pad(sample["tokens"], (1, 0), value=token),
                      "labels": F.pad(sample["labels"], (1, 0), value=-100),
                      "positions": F.pad(sample["positions"], (1, 0), value=position)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several turns with tools
+
+
+TOOL = "</tool_call>"
+
+
+def tools(generator: Generator, known: list, observations: list, calls=4, level="operations", room=8192):
+    """An `extend` for Generator.sample(stop=(the id of TOOL,)): code between <tool_call> and </tool_call> runs in the sandbox
+    on known[row.index], its conversation's pictures at full size (a list, or a function that gives one), and what it shows
+    stands behind it before the model goes on; it is added to known and to observations[row.index]. # ours: Keye leaves the
+    marks of code open; these two are one id each. calls: most of one row; room: most tokens that a row is shown; then it
+    gets errors."""
+    tokenizer = generator.processor.tokenizer
+
+    def extend(row):
+        done = observations[row.index]
+        if row.ids[-1] != tokenizer.special[TOOL] or len(done) > calls:
+            return None
+        if callable(known[row.index]):
+            known[row.index] = list(known[row.index]())
+        before, mark, code = tokenizer.decode(row.ids).removesuffix(TOOL).rpartition("<tool_call>")
+        if not mark or TOOL in code:
+            seen = sandbox.observe(error=f"{TOOL} without <tool_call>")
+        elif len(done) == calls:
+            seen = sandbox.observe(error=f"at most {calls} calls")
+        else:
+            seen = sandbox.run(code, known[row.index], level)
+        try:
+            sample = generator.processor.extension(seen.content(), row.next_position)
+            if len(sample["tokens"]) + sum(len(s["tokens"]) for s in row.seen) > room:
+                raise ValueError("too much to look at")
+        except (MediaError, ValueError) as e:  # a strip too narrow for the processor, or too many pixels
+            seen = sandbox.observe(error=str(e)[:100])
+            sample = generator.processor.extension(seen.content(), row.next_position)
+        known[row.index] += seen.images
+        done.append(seen)
+        return sample
+    return extend
+
+
+def converse(generator: Generator, samples, pictures, max_new_tokens=256, calls=4, level="operations", room=8192,
+             **sampling) -> list[dict]:
+    """generator.sample with tools. Ids in, ids out: nothing that was written is encoded again. pictures: of each sample, as
+    `tools` takes them. Rows have "observations" besides, a list of sandbox.Observation, and are unfinished where a call
+    ends them."""
+    known, observations = [p if callable(p) else list(p) for p in pictures], [[] for _ in samples]
+    close = generator.processor.tokenizer.special[TOOL]
+    rows = generator.sample(samples, max_new_tokens, stop=(close,), **sampling,
+                            extend=tools(generator, known, observations, calls, level, room))
+    return [row | {"observations": seen, "finished": row["finished"] and row["ids"][-1] != close}
+            for row, seen in zip(rows, observations)]
+
+
+def rollout(generator: Generator, jobs, group: int, longest: int, seeds: list[str]) -> list[list[dict]]:
+    """jobs: (question, root of its media, mode) -> for each job `group` rows of sample or converse, at temperature 1 and
+    without truncation, so that a trainer finds the same probabilities. A row has its prompt's "sample" and its "content",
+    the assistant's turn, besides; a job whose media cannot be read has none. seeds: one of each job; its row k draws from "seed/k"."""
+    out = [[] for _ in jobs]
+    for tools in (False, True):
+        todo = []
+        for i, (line, root, mode) in enumerate(jobs):
+            if (mode in TOOLS) == tools:
+                asked = switch(line["messages"][:-1], None if mode == "auto_think" else mode)
+                try:
+                    todo += [(i, generator.processor({"messages": asked}, root, generate=True), f"{seeds[i]}/{k}", pictures)
+                             for pictures in [lambda line=line, root=root: pictures_of(line, root)] for k in range(group)]
+                except (MediaError, ValueError) as e:
+                    print(f"skipped: {e}", file=sys.stderr, flush=True)
+        how = dict(max_new_tokens=longest, temperature=1.0, top_k=0, top_p=1.0, seed=[s for _, _, s, _ in todo])
+        samples = [sample for _, sample, _, _ in todo]
+        rows = converse(generator, samples, [p for *_, p in todo], **how) if tools else generator.sample(samples, **how)
+        for (i, sample, _, _), row in zip(todo, rows):
+            out[i].append(row | {"sample": sample, "content": turn_of(row, generator.processor.tokenizer)})
+    return out
+
+
+def trajectory(sample: dict, row: dict) -> dict:
+    """A prompt and the row that followed -> the sample a trainer needs; labels are the ids that the model sampled."""
+    ids, prompt, given = torch.tensor(row["ids"]), len(sample["tokens"]), row["seen"]
+    labels = torch.full((prompt + len(ids),), -100)
+    labels[prompt - 1 : -1] = torch.where(torch.tensor(row["sampled"]), ids, -100)
+    positions = torch.tensor(row["positions"]).T  # (3, n)
+    return {"tokens": torch.cat([sample["tokens"], ids]), "labels": labels, "pads": sample["pads"],
+            "positions": torch.cat([sample["positions"], positions], 1),
+            **{k: torch.cat([sample[k], *(s[k] for s in given)]) for k in ("patches", "grids")}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,12 +355,26 @@ def chat(generator: Generator, content: list, args):
             elif line:
                 return attached + [{"type": "text", "text": line}]
 
+    pictures, observations, close = [], [[]], generator.processor.tokenizer.special[TOOL]
+
+    def look_at(content):
+        """For the tools: Keye's own names of pictures are their numbers in the conversation."""
+        pictures.extend(pictures_of({"messages": [{"content": content}]}, ".", allow_outside=True))
+
     def turn(row):
+        if row.ids[-1] == close:
+            sample = use(row)
+            if sample is not None:
+                seen = observations[0][-1]
+                print(f"\n[sandbox: {seen.text or 'no text'}, {len(seen.images)} pictures]", flush=True)
+            return sample
         print()
         row.left = args.max_new_tokens
-        while (content := ask()) is not None:
+        while interactive and (content := ask()) is not None:
             try:
-                return generator.next_turn(row, content, ".")
+                sample = generator.next_turn(row, content, ".")
+                look_at(content)
+                return sample
             except MediaError as e:
                 print(e, file=sys.stderr)
 
@@ -271,14 +386,14 @@ def chat(generator: Generator, content: list, args):
         content = content + question
     try:
         sample = generator.processor({"messages": [{"role": "user", "content": content}]}, ".", generate=True)
+        look_at(content)
     except MediaError as e:
         raise SystemExit(str(e)) from None
+    use = tools(generator, [pictures], observations)
     begin = time.perf_counter()
-    row, = generator.sample([sample], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
-                            extend=turn if interactive else None,
-                            stream=lambda i, piece: print(piece, end="", flush=True))
+    row, = generator.sample([sample], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, (close,), turn,
+                            lambda i, piece: print(piece, end="", flush=True))
     took, n = time.perf_counter() - begin, sum(row["sampled"])
-    print()
     if not interactive:
         print(f"{len(sample['tokens'])} tokens read, {n} written, {took:.2f} s, {n / took:.1f} tok/s", file=sys.stderr)
 

@@ -262,6 +262,12 @@ class KeyeVL(nn.Module):
         keep = labels != -100  # rows without a label never meet the vocabulary
         return cross_entropy_sum(self.hidden(batch)[keep], self.head_weight, labels[keep]), int(keep.sum())
 
+    def logprobs(self, batch: dict, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """log p(label) of every label that is not -100, with its gradient, and the entropy of that distribution, without:
+        both (N,) fp32, in the pack's order. temperature: the one that sampled the labels."""
+        keep = batch["labels"] != -100
+        return token_logprobs(self.hidden(batch)[keep], self.head_weight, batch["labels"][keep], temperature)
+
     forward = loss  # FSDP's hooks sit on forward
 
     # -- generation ---------------------------------------------------------------------------------------------------
@@ -344,6 +350,21 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, room: int 
     if len(labels) <= size:
         return chunk_loss(hidden, labels)
     return sum(checkpoint(chunk_loss, h, y, use_reentrant=False) for h, y in zip(hidden.split(size), labels.split(size)))
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, room: int = 2**26):
+    """log softmax(hidden weight' / temperature) at the labels and that distribution's entropy (detached), (T,) fp32 each,
+    in chunks as cross_entropy_sum."""
+    def chunk(h, y):
+        logits = F.linear(h, weight).float() / temperature
+        every = logits.log_softmax(-1)
+        return every.gather(1, y[:, None])[:, 0], -(every.detach().exp() * every.detach()).sum(-1)
+
+    size = max(1, room // weight.shape[0])
+    if len(labels) <= size:
+        return chunk(hidden, labels)
+    parts = [checkpoint(chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(size), labels.split(size))]
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 
 class KVCache:

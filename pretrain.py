@@ -37,7 +37,7 @@ from safetensors import safe_open
 import model as keye
 import trainer
 from data import BUDGETS, Loader, Processor
-from evaluate import evaluate, read_questions, scoreboard
+from evaluate import at_once, evaluate, read_questions, scoreboard
 from model import PRESETS, KeyeVL, training_flops
 from vit import PoolingHead, TextTower
 
@@ -48,7 +48,7 @@ STAGES = ["text", "0", "1", "2", "3"]
 ADAM = dict(weight_decay=0.05, betas=(0.9, 0.95))
 PLAN = {
     # pack: tokens of one micro-batch; packs: micro-batches of one step over all ranks; steps and peak lr by stage
-    "toy": dict(pack=4096, packs=1, muon=2, steps={"text": 30, "0": 60, "1": 15, "2": 1600, "3": 60},
+    "toy": dict(pack=4096, packs=1, muon=2, steps={"text": 30, "0": 60, "1": 15, "2": 1800, "3": 60},
                 lr={"text": 2e-3, "0": 2e-3, "1": 2e-3, "2": 2e-3, "3": 4e-4}),
     "tiny": dict(pack=16384, packs=1, muon=2, steps={"text": 60, "0": 150, "1": 30, "2": 1200, "3": 80},
                  lr={"text": 1e-3, "0": 1e-3, "1": 1e-3, "2": 1e-3, "3": 2e-4}),
@@ -60,6 +60,7 @@ PLAN = {
 }
 WARMUP, FLOOR = 0.05, 0.2  # shares of a stage's steps, and of its peak rate at its end; stage 3 goes on from there to 0
 
+LATER = {"questions", "instruct"}  # files of post-training
 MIX = {  # weights of the files in --data's train folder, by samples drawn
     "text": {"text": 1},
     "0": {"pairs": 1},
@@ -78,20 +79,13 @@ MIX = {  # weights of the files in --data's train folder, by samples drawn
 def mixture(folder: Path, stage: str, size: str = "") -> list[tuple[Path, float]]:
     """Files of folder/train and their weights for a stage; names that no mixture knows count 1 from stage 2 on."""
     files = {p.stem: p for p in sorted((folder / "train").glob("*.jsonl"))}
-    known, weights = set().union(*MIX.values()), MIX.get(f"{stage}-{size}", MIX[stage])
+    known, weights = set().union(LATER, *MIX.values()), MIX.get(f"{stage}-{size}", MIX[stage])
     mix = [(p, weights.get(name, 1 if stage[0] in "23" and name not in known else 0)) for name, p in files.items()]
     mix = [(p, w) for p, w in mix if w]
     if not mix:
         raise SystemExit(f"stage {stage} needs one of {', '.join(MIX[stage])}.jsonl in {folder / 'train'}, which has "
                          f"{', '.join(files) or 'no .jsonl file'}. `python toyworld.py --out {folder}` draws a toy world.")
     return mix
-
-
-def share(plan: dict, world: int) -> tuple[int, int]:
-    """(tokens of a pack, packs of a step) on `world` ranks: as planned where the packs can be dealt out evenly, else more
-    and smaller ones, so that a step has the same tokens. Such a run goes on with other ranks only where both deal alike."""
-    packs = -(-plan["packs"] // world) * world
-    return plan["pack"] * plan["packs"] // packs, packs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +210,7 @@ def contrastive(args, stage, start: KeyeVL, processor, folder: Path, steps: int,
     # Whether Keye trains the text tower is not stated; ours: with the ViT's rate
     opt = trainer.adamw(siglip, {"vit": rate, "text": rate, "logit_scale": rate, "logit_bias": rate}, muon=plan["muon"], **ADAM)
     begin = trainer.resume(run, siglip, opt)
-    loader = Loader(mixture(folder, "0", args.size), processor, *share(plan, run.world), run.rank, run.world, args.seed,
+    loader = Loader(mixture(folder, "0", args.size), processor, *trainer.share(plan, run.world), run.rank, run.world, args.seed,
                     workers=args.workers, state=begin["loader"])
 
     def encode(batch):
@@ -250,7 +244,7 @@ def contrastive(args, stage, start: KeyeVL, processor, folder: Path, steps: int,
     state = {k: v for k, v in start.state_dict().items() if not k.startswith("vit.")}  # untouched
     state |= {k: v for k, v in trainer.full_state(run, siglip).items() if k.startswith("vit.") and "vit.head." not in k}
     trainer.export(run, state, cfg, processor, run.folder / "model")  # the pooling head has done its work
-    finish(run, score)
+    trainer.finish(run, score)
 
 
 @torch.no_grad()
@@ -285,7 +279,7 @@ def next_token(args, stage, model: KeyeVL, processor, folder: Path, steps: int, 
     def flops(text, grids):  # of one sample, so that ranks get equal work (section 5)
         return training_flops(cfg, [text + sum(t * h * w for t, h, w in grids) // 4], grids)
 
-    loader = Loader(mixture(folder, stage, args.size), processor, *share(plan, run.world), run.rank, run.world, args.seed,
+    loader = Loader(mixture(folder, stage, args.size), processor, *trainer.share(plan, run.world), run.rank, run.world, args.seed,
                     flops=flops, workers=args.workers, state=begin["loader"])
     warmup = 0 if kind == "3" else int(WARMUP * steps)
     for step, (batches, info) in zip(range(begin["step"], steps), loader):
@@ -301,7 +295,7 @@ def next_token(args, stage, model: KeyeVL, processor, folder: Path, steps: int, 
                 skipped=run.sum(sum(info["skipped"].values())))
         trainer.save_if_due(run, step + 1, steps, model, opt, info["state"])
     trainer.export(run, trainer.full_state(run, model), cfg, processor, run.folder / "model")
-    finish(run, benchmark(run, run.folder / "model", folder, args) if run.main and kind != "text" else None)
+    trainer.finish(run, benchmark(run, run.folder / "model", folder, args) if run.main and kind != "text" else None)
 
 
 def benchmark(run, model_folder: Path, folder: Path, args, blind=False):
@@ -310,21 +304,12 @@ def benchmark(run, model_folder: Path, folder: Path, args, blind=False):
         return run.say(f"{folder}/heldout does not exist: no held-out score")
     model = KeyeVL.from_pretrained(model_folder, device=run.device)
     with run.autocast():
-        score = evaluate(model, Processor.from_pretrained(model_folder), folder / "heldout", args.eval_limit, blind)
+        score = evaluate(model, Processor.from_pretrained(model_folder), folder / "heldout", args.eval_limit, blind, at_once(run))
     if not blind:  # the merged model stands in a table with its parents
         run.say(scoreboard([(run.stage, score)], short=True))
     (run.folder / "samples.md").write_text(f"# {run.stage}: answers to held-out questions\n\n" + "".join(
         f"- [{e['task']}] {e['question']} **{e['output']}** (truth: {e['answer']})\n" for e in score.pop("examples")))
     return score
-
-
-def finish(run, score):
-    """score.json marks a stage as done; it is written last."""
-    if run.main:
-        (run.folder / "score.json.tmp").write_text(json.dumps(score, indent=1) + "\n")
-        (run.folder / "score.json.tmp").rename(run.folder / "score.json")
-    run.close()
-    run.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,7 +348,7 @@ def merge_and_score(args, parents: list[Path], folder: Path):
         rows = [(p.name, json.loads((p / "score.json").read_text())) for p in parents] + [("merged", score)]
         if score:
             run.say(scoreboard(rows))
-    finish(run, score)
+    trainer.finish(run, score)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

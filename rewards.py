@@ -39,6 +39,7 @@ TAIL, JUDGED = 500, 1000  # characters: of the thinking that count (Thyme); an a
 # the parts of a response
 
 MODES = ("think", "no_think", "auto_think", "agentic_think")  # Keye's switches, without the slash
+TOOLS = ("auto_think", "agentic_think")  # the modes in which what the model calls is run
 ANALYSIS, THINK = ["<analysis>", "</analysis>"], ["<think>", "</think>", "<answer>", "</answer>"]
 TAG = re.compile("|".join(ANALYSIS + THINK))
 SPANS = {"<sandbox_output>": "</sandbox_output>",
@@ -149,10 +150,17 @@ def parse(completion: str | list[dict], mode: str = "auto_think", finished: bool
 
 
 def turn_of(row: dict, tokenizer) -> list[dict]:
-    """A row of Generator.sample -> the assistant's content list: ids that were not sampled are a tool's."""
+    """A row of Generator.sample or converse -> the assistant's content list: ids that were not sampled are a tool's, and
+    stand there with their pictures where the row has its observations."""
     runs = itertools.groupby(zip(row["ids"], row["sampled"]), key=lambda pair: bool(pair[1]))
-    return [{"type": "text", "text": tokenizer.decode([i for i, _ in run], skip_special=True), "loss": own}
-            for own, run in runs]
+    seen, content = iter(row.get("observations", ())), []
+    for own, run in runs:
+        observation = None if own else next(seen, None)
+        if observation:
+            content += [item | ({"loss": False} if item["type"] == "text" else {}) for item in observation.content()]
+        else:
+            content.append({"type": "text", "text": tokenizer.decode([i for i, _ in run], skip_special=True), "loss": own})
+    return content
 
 
 def boxed(text: str) -> list[str]:

@@ -5,8 +5,10 @@
 
 A world is a folder: train/<name>.jsonl and heldout/<name>.jsonl with their pictures/ and clips/, and world.json. The
 names cover the report's six categories (section 3.1) plus reasoning (several steps) and detail (unreadable until one
-zooms in); train/pairs.jsonl holds picture-caption pairs for the contrastive stage. Every number here is ours; the
-formats of boxes, points, texts and times are Keye's (Table 1).
+zooms in); train/pairs.jsonl holds picture-caption pairs for the contrastive stage. For post-training, questions.jsonl
+(train) asks as the held-out files do, about train contents, and instruct.jsonl asks for a form of answer. A single
+question's "meta" holds its answer, the verifier that judges it, and true "steps" towards it. Every number here is ours;
+the formats of boxes, points, texts and times are Keye's (Table 1).
 """
 import argparse, hashlib, itertools, json, math, multiprocessing, os, random, re, shutil, time
 from collections import Counter
@@ -26,13 +28,17 @@ SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
 PLURAL = {s: s + "s" for s in SHAPES} | {"cross": "crosses"}
 PLACES = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+ENDS = {"left": ("right", "left"), "right": ("left", "right"), "up": ("bottom", "top"), "down": ("top", "bottom")}
 STEPS = {"right of": (1, 0), "left of": (-1, 0), "below": (0, 1), "above": (0, -1)}
 CHARS = "0123456789ABCEFHKLMPRTXY"  # no pair of look-alikes such as O and 0
 CATEGORY = {name: name for name in ("caption", "grounding", "interleaved", "video", "text", "reasoning", "detail")} | {
-    "vqa": "ocr_vqa", "ocr": "ocr_vqa"}  # file name -> category of its questions
+    "vqa": "ocr_vqa", "ocr": "ocr_vqa", "instruct": "instruction"}  # file name -> category of its questions
 # train pictures, train clips, least and largest side of a picture in pixels
 SIZES = {"toy": (16_000, 2_300, 84, 126), "tiny": (40_000, 5_000, 84, 168)} | {
     size: (40_000, 5_000, 84, 252) for size in ("small", "0.6b", "1.7b", "4b", "8b")}
+# post-training: units of each kind (instruct: of each task) for the toy, the other sizes have 4 times as many
+ASKED = {"caption": 60, "vqa": 250, "grounding": 80, "ocr": 100, "interleaved": 100, "motion": 200, "order": 120,
+         "event": 120, "match": 60, "reorder": 80, "reasoning": 1500, "detail": 1800, "text": 300, "instruct": 258}
 
 
 def is_heldout(key):
@@ -60,6 +66,10 @@ class Thing:
     @property
     def where(self):
         return PLACES[self.place]
+
+    @property
+    def seen(self):
+        return f"{self.name} at the {self.where}"
 
     def outline(self):
         """Vertices (x, y) in pixels; None for the round shapes."""
@@ -171,7 +181,7 @@ def article(name):
 
 
 def sentence(things):
-    return says(", ".join(f"{article(t.name)} at the {t.where}" for t in things))
+    return says(", ".join(article(t.seen) for t in things))
 
 
 def scene_key(things):
@@ -193,7 +203,8 @@ class Unit:
         self.folder, self.split, self.kind, self.index = Path(folder) / split, split, kind, index
         self.sides, self.dry = sides, dry  # dry: nothing is drawn or written, for the texts alone
         self.rng = random.Random(f"{seed}/{split}/{kind}/{index}")
-        self.heldout = split == "heldout"
+        self.heldout, self.ask = split == "heldout", kind.startswith("ask.")  # ask: train contents, for questions.jsonl
+        self.exam = self.heldout or self.ask  # one question a line
         self.lines, self.pictures, self.clips = [], 0, 0
 
     def until_split(self, draw, key):
@@ -205,8 +216,8 @@ class Unit:
         raise RuntimeError(f"{self.split}/{self.kind} {self.index}: no content of this split in 100000 draws")
 
     def want(self, classes):
-        """Held-out answers walk through their classes in turn: the blind prior is chance."""
-        return classes[self.index % len(classes)] if self.heldout else None
+        """Single questions' answers walk through their classes in turn: the blind prior is chance."""
+        return classes[self.index % len(classes)] if self.exam else None
 
     def scene(self, n, shapes=None, sides=None, grid=3):
         """n things at distinct places of a grid x grid raster (grid 2: the corners), content of this unit's split."""
@@ -281,11 +292,11 @@ class Unit:
         record = {"messages": messages}
         if len(turns) == 1 and turns[0]["q"]:
             record["meta"] = {"task": turns[0]["task"], "category": CATEGORY[name]} | turns[0]["meta"]
-        self.lines.append((name, json.dumps(record)))
+        self.lines.append(("questions" if self.ask else name, json.dumps(record)))
 
 
 def qa(task, question, reply, answer=None, verifier="choice", choices=None, chance=0.0, **more):
-    """One question with its reply and how the reply is judged."""
+    """One question with its reply and how the reply is judged. steps (in more): a chain of thought that leads there."""
     meta = {"answer": reply if answer is None else answer, "verifier": verifier, "chance": chance}
     if choices:
         meta |= {"chance": round(1 / len(choices), 4), "choices": list(choices)}
@@ -298,34 +309,50 @@ def digits(lo, hi):
 
 # --------------------------------------------------------------------------------------------- pictures of things
 
+def tally(things, attribute, values):
+    """Steps of counting: what each thing is, with a running number behind the values that are counted."""
+    found, steps = Counter(), []
+    for t in things:
+        value = getattr(t, attribute)
+        found[value] += 1
+        steps.append(f"{t.where}: {value}" + (f" {found[value]}" if value in values else ""))
+    return steps
+
+
 def caption_question(scene):
-    return qa("caption", "Describe the picture.", scene.caption(), verifier="text")
+    return qa("caption", "Describe the picture.", scene.caption(), verifier="text",
+              steps=[f"objects: {len(scene.things)}"])
 
 
 def scene_questions(rng, scene):
     """One question of every task the scene can answer, as {task: question}."""
     out, things = {}, scene.things
+    seen = [t.seen for t in things]
+    look = lambda found: seen + [found] * (seen != [found])  # look at all, then say what was found
     t = rng.choice(things)
     what = t.shape if scene.unique(shape=t.shape) and rng.random() < .5 else f"object at the {t.where}"
-    out["colour"] = qa("colour", f"What colour is the {what}?", t.colour, choices=COLOURS)
+    out["colour"] = qa("colour", f"What colour is the {what}?", t.colour, choices=COLOURS, steps=look(t.seen))
     t = rng.choice(things)
     what = f"{t.colour} object" if scene.unique(colour=t.colour) and rng.random() < .5 else f"object at the {t.where}"
-    out["shape"] = qa("shape", f"What shape is the {what}?", t.shape, choices=SHAPES)
-    out["count"] = qa("count", "How many objects are there?", str(len(things)), verifier="number", choices=digits(1, 5))
+    out["shape"] = qa("shape", f"What shape is the {what}?", t.shape, choices=SHAPES, steps=look(t.seen))
+    out["count"] = qa("count", "How many objects are there?", str(len(things)), verifier="number", choices=digits(1, 5),
+                      steps=[f"{t.where}: {k}" for k, t in enumerate(things, 1)])
     if scene.theme:  # only scenes of three or more have one, so that 1, 2 and 3 are equally likely
         attribute, value, k = scene.theme
         what = f"{value} objects" if attribute == "colour" else PLURAL[value]
-        out["count_of"] = qa("count_of", f"How many {what} are there?", str(k), verifier="number", choices=digits(1, 3))
+        out["count_of"] = qa("count_of", f"How many {what} are there?", str(k), verifier="number", choices=digits(1, 3),
+                             steps=tally(things, attribute, [value]))
     single = [t for t in things if scene.unique(colour=t.colour, shape=t.shape)]
     if single:
         t = rng.choice(single)
-        out["position"] = qa("position", f"Where is the {t.name}?", t.where, choices=PLACES)
+        out["position"] = qa("position", f"Where is the {t.name}?", t.where, choices=PLACES, steps=look(t.seen))
     names, t = {t.name for t in things}, rng.choice(things)
     reply, name = rng.choice(["yes", "no"]), t.name
     while reply == "no" and name in names:  # half of the absent things share colour or shape with a present one
         colour = t.colour if rng.random() < .3 else rng.choice(list(COLOURS))
         name = f"{colour} {t.shape if rng.random() < .3 else rng.choice(SHAPES)}"
-    out["exist"] = qa("exist", f"Is there {article(name)}?", reply, verifier="yesno", choices=["yes", "no"])
+    out["exist"] = qa("exist", f"Is there {article(name)}?", reply, verifier="yesno", choices=["yes", "no"],
+                      steps=look(t.seen if reply == "yes" else f"no {name}"))
     return out
 
 
@@ -338,11 +365,12 @@ def grounding_questions(rng, scene):
     if single:
         t = rng.choice(single)
         ref, box = f"<|object_ref_start|>{t.name}<|object_ref_end|>", json.dumps([scene.box(t)])
-        out["box"] = qa("box", f"Give the box of the {t.name}.", f"{ref}<|box_start|>{box}<|box_end|>", box, "box")
+        out["box"] = qa("box", f"Give the box of the {t.name}.", f"{ref}<|box_start|>{box}<|box_end|>", box, "box",
+                        steps=[t.seen])
         t = rng.choice(single)
         ref, point = f"<|object_ref_start|>{t.name}<|object_ref_end|>", json.dumps([scene.point(t)])
         reply = f"{ref}<|point_start|>{point}<|point_end|>"
-        out["point"] = qa("point", f"Point to the {t.name}.", reply, point, "point", box=scene.box(t))
+        out["point"] = qa("point", f"Point to the {t.name}.", reply, point, "point", box=scene.box(t), steps=[t.seen])
     if scene.theme:
         attribute, value, k = scene.theme
         what = f"{value} objects" if attribute == "colour" else PLURAL[value]
@@ -350,7 +378,8 @@ def grounding_questions(rng, scene):
         points = json.dumps([scene.point(t) for t in hits])
         reply = f"<|object_ref_start|>{what}<|object_ref_end|><|point_start|>{points}<|point_end|> {k}"
         out["count_point"] = qa("count_point", f"Point to all {what} and count them.", reply, str(k), "number",
-                                digits(1, 3), points=points, boxes=[scene.box(t) for t in hits])
+                                digits(1, 3), points=points, boxes=[scene.box(t) for t in hits],
+                                steps=tally(scene.things, attribute, [value]))
     return out
 
 
@@ -375,15 +404,20 @@ def scene_unit(u):
         u.line("grounding", [item], turns)
 
 
-def one_question_unit(u, task, name, make, classes, counts):
-    """A held-out picture with one question of the task, whose answer is the class whose turn it is."""
-    want = u.want(classes) if classes else None
+def scene_asked(u, task, make, want, counts):
+    """A scene and its question of the task with the answer `want` (None: any)."""
     for _ in range(10_000):
         scene = u.scene(int(want) if task == "count" else u.rng.choice(counts))
         q = make(u.rng, scene).get(task)
         if q and want in (None, q["meta"]["answer"]):
-            return u.line(name, [u.scene_picture(scene)], [q])
+            return scene, q
     raise RuntimeError(f"{task} {u.index}: no scene answers {want!r} in 10000 draws")
+
+
+def one_question_unit(u, task, name, make, classes, counts):
+    """A picture with one question of the task, whose answer is the class whose turn it is."""
+    scene, q = scene_asked(u, task, make, u.want(classes) if classes else None, counts)
+    u.line(name, [u.scene_picture(scene)], [q])
 
 
 # ------------------------------------------------------------------------------------------------------- drawn texts
@@ -405,12 +439,14 @@ def ocr_unit(u):
     draw = lambda: "".join(rng.choice(CHARS) for _ in range(u.index % 4 + 1))
     string = u.until_split(draw, text_key)
     colour = u.want(list(COLOURS)) or rng.choice(list(COLOURS))
-    read = qa("read", "Read the text.", f"<|ocr_text_start|>{string}<|ocr_text_end|>", string, "text", chance=0.0)
-    tint = qa("text_colour", "What colour is the text?", colour, choices=COLOURS)
+    read = qa("read", "Read the text.", f"<|ocr_text_start|>{string}<|ocr_text_end|>", string, "text",
+              steps=[f"characters: {len(string)}"])
+    tint = qa("text_colour", "What colour is the text?", colour, choices=COLOURS, steps=[f"text: {colour}"])
     n = str(len(string))
-    length = qa("text_length", "How many characters are there?", n, verifier="number", choices=digits(1, 4))
+    length = qa("text_length", "How many characters are there?", n, verifier="number", choices=digits(1, 4),
+                steps=[f"text: {string}"])
     item = text_picture(u, string, colour)
-    if u.heldout:
+    if u.exam:
         for q in (read, tint, length):
             u.line("ocr", [item], [q])
     else:
@@ -435,13 +471,15 @@ def interleaved_unit(u):
         if names:
             break
     items = [u.scene_picture(s) for s in scenes]
-    which = qa("which_picture", f" Which picture shows {article(rng.choice(names))}?", str(k + 1), choices=digits(1, n))
-    story = qa("story", " Describe it like the others.", scenes[-1].caption(), verifier="text")
+    which = qa("which_picture", f" Which picture shows {article(rng.choice(names))}?", str(k + 1), choices=digits(1, n),
+               steps=[f"picture {i}: {', '.join(t.name for t in s.things)}" for i, s in enumerate(scenes, 1)])
+    story = qa("story", " Describe it like the others.", scenes[-1].caption(), verifier="text",
+               steps=[f"objects: {len(scenes[-1].things)}"])
     told = []
     for k, (item, s) in enumerate(zip(items, scenes), 1):
         told += [{"type": "text", "text": f"Picture {k}: "}, item, {"type": "text", "text": f" {s.caption()}\n"}]
     told.pop()
-    if u.heldout:
+    if u.exam:
         u.line("interleaved", numbered(items), [which])
         u.line("interleaved", told, [story])
         return
@@ -495,9 +533,11 @@ def motion_clip(u, move, cheap=False):
 def motion_unit(u):
     move = list(MOVES)[u.index % 4]
     thing, item = motion_clip(u, move)
-    way = qa("motion", f"Which way does the {thing.name} move?", move, choices=MOVES)
-    told = qa("video_caption", "Describe the clip.", says(f"{article(thing.name)} moves {move}"), verifier="text")
-    if u.heldout:
+    steps = [f"first at the {ENDS[move][0]}", f"last at the {ENDS[move][1]}"]
+    way = qa("motion", f"Which way does the {thing.name} move?", move, choices=MOVES, steps=steps)
+    told = qa("video_caption", "Describe the clip.", says(f"{article(thing.name)} moves {move}"), verifier="text",
+              steps=steps)
+    if u.exam:
         u.line("video", [item], [way])
         u.line("video", [item], [told])
         return
@@ -525,8 +565,9 @@ def order_unit(u):
     names = [first.name, second.name]
     if u.index % 2:
         names.reverse()
-    asks = [qa("order", f"Which appears first, the {names[0]} or the {names[1]}?", first.name, choices=names)]
-    if u.heldout:
+    asks = [qa("order", f"Which appears first, the {names[0]} or the {names[1]}?", first.name, choices=names,
+               steps=[f"first: {first.name}", f"last: {second.name}"])]
+    if u.exam:
         return u.line("video", [item], asks)
     asks.append(qa("order_last", f"Which appears last, the {names[1]} or the {names[0]}?", second.name, choices=names))
     told = says(f"{article(first.name)} appears, then {article(second.name)}")
@@ -552,8 +593,9 @@ def event_unit(u):
     item = u.clip(width, height, fps, duration, [thing], shown)
     span = f"[{a / 2}, {b / 2}]"
     when = qa("event_time", f"When is the {thing.shape} visible?",
-              f"<|clip_time_start|>{span}<|clip_time_end|> {article(thing.shape)} is visible", span, "interval")
-    if u.heldout:
+              f"<|clip_time_start|>{span}<|clip_time_end|> {article(thing.shape)} is visible", span, "interval",
+              steps=[f"from {a / 2}", f"to {b / 2}"])
+    if u.exam:
         return u.line("video", [item], [when])
     told = says(f"{article(thing.name)} is visible from {a / 2} to {b / 2} seconds")
     told = qa("video_caption", "Describe the clip.", told, verifier="text")
@@ -574,7 +616,8 @@ def reorder_unit(u):
     items = [u.picture(width, height, lambda f=f: paper.draw([f])) for f in frames]
     answer = " ".join(str(order.index(rank) + 1) for rank in range(n))
     ask = qa("reorder", f" {says(f'{article(thing.name)} moves {move}')} Give the time order of the pictures.",
-             answer, verifier="order", chance=round(1 / math.factorial(n), 4))
+             answer, verifier="order", chance=round(1 / math.factorial(n), 4),
+             steps=[f"picture {i}: {rank + 1}" for i, rank in enumerate(order, 1)])
     u.line("video", numbered(items), [ask])
 
 
@@ -587,10 +630,11 @@ def match_unit(u):
     things, items = zip(*(motion_clip(u, m, cheap=True) for m in [move] + ways))
     media = [{"type": "text", "text": "Reference: "}, items[0]]
     media += [dict(p, text=" " + p["text"]) if p["type"] == "text" else p for p in numbered(items[1:], "Clip")]
-    ask = qa("match", " Which clip moves like the reference?", str(ways.index(move) + 1), choices=["1", "2"])
+    ask = qa("match", " Which clip moves like the reference?", str(ways.index(move) + 1), choices=["1", "2"],
+             steps=[f"reference: {move}", f"clip 1: {ways[0]}", f"clip 2: {ways[1]}"])
     told = says(f"{article(things[1].name)} moves {ways[0]}")
     told = qa("video_caption", "Describe clip 1.", told, verifier="text")
-    u.line("video", media, [ask] if u.heldout else rng.choice([[ask], [ask, told]]))
+    u.line("video", media, [ask] if u.exam else rng.choice([[ask], [ask, told]]))
 
 
 # ------------------------------------------------------------------------------------------------------------- texts
@@ -599,20 +643,28 @@ def text_question(rng, task, want):
     """One text-only question; the canonical content is the whole question."""
     if task == "arithmetic":
         a, b = rng.randint(0, 30), rng.randint(0, 30)
-        if rng.random() < .5:
-            return qa(task, f"What is {a} + {b}?", str(a + b), verifier="number")
-        return qa(task, f"What is {max(a, b)} - {min(a, b)}?", str(abs(a - b)), verifier="number")
+        sign = "+" if rng.random() < .5 else "-"
+        a, b = (a, b) if sign == "+" else (max(a, b), min(a, b))
+        now, steps = a, []
+        for part in [v for v in (b // 10 * 10, b % 10) if v] or [0]:  # tens, then ones
+            then = now + part if sign == "+" else now - part
+            steps.append(f"{now} {sign} {part} = {then}")
+            now = then
+        return qa(task, f"What is {a} {sign} {b}?", str(now), verifier="number", steps=steps, sign=sign, second=b)
     if task == "sort":
         values = rng.sample(range(10), rng.randint(3, 4))
-        return qa(task, f"Sort {' '.join(map(str, values))}.", " ".join(map(str, sorted(values))), verifier="order")
+        return qa(task, f"Sort {' '.join(map(str, values))}.", " ".join(map(str, sorted(values))), verifier="order",
+                  steps=[f"{'then' if i else 'smallest'}: {v}" for i, v in enumerate(sorted(values))])
     if task == "copy":
         words = " ".join(rng.choice(list(COLOURS) + SHAPES + digits(0, 9)) for _ in range(rng.randint(3, 5)))
-        return qa(task, f"Copy: {words}", words, verifier="text")
+        return qa(task, f"Copy: {words}", words, verifier="text", steps=[f"words: {len(words.split())}"])
     if task == "count_words":
         k, (word, *others) = int(want or rng.randint(1, 4)), rng.sample(SHAPES, 3)
         words = [word] * k + [rng.choice(others) for _ in range(rng.randint(0, 3))]
         rng.shuffle(words)
-        return qa(task, f"{' '.join(words)}. How often is {word}?", str(k), verifier="number", choices=digits(1, 4))
+        steps = [w + (f" {words[:i].count(word)}" if w == word else "") for i, w in enumerate(words, 1)]
+        return qa(task, f"{' '.join(words)}. How often is {word}?", str(k), verifier="number", choices=digits(1, 4),
+                  steps=steps)
     places = sorted(rng.sample(range(9), rng.randint(2, 3)))
     things = [Thing(c, s, p) for c, s, p in zip(rng.sample(list(COLOURS), 3), rng.sample(SHAPES, 3), places)]
     t = rng.choice(things)
@@ -622,9 +674,11 @@ def text_question(rng, task, want):
         t.colour = want or t.colour
     if len({x.place for x in things}) < len(things) or len({x.colour for x in things}) < len(things):
         return text_question(rng, task, want)
+    look = [x.seen for x in things] + [t.seen]
     if task == "text_position":
-        return qa(task, f"{sentence(things)} Where is the {t.name}?", t.where, choices=PLACES)
-    return qa("text_colour_of", f"{sentence(things)} What colour is the {t.shape}?", t.colour, choices=COLOURS)
+        return qa(task, f"{sentence(things)} Where is the {t.name}?", t.where, choices=PLACES, steps=look)
+    return qa("text_colour_of", f"{sentence(things)} What colour is the {t.shape}?", t.colour, choices=COLOURS,
+              steps=look)
 
 
 TEXT_TASKS = {"arithmetic": None, "sort": None, "copy": None, "count_words": digits(1, 4), "text_position": PLACES,
@@ -632,10 +686,10 @@ TEXT_TASKS = {"arithmetic": None, "sort": None, "copy": None, "count_words": dig
 
 
 def text_unit(u):
-    """Held out: index i asks question i // tasks of task i % tasks. Train: two to four questions in a line."""
+    """Single questions: index i asks question i // tasks of task i % tasks. Train: two to four questions in a line."""
     rng, tasks = u.rng, list(TEXT_TASKS)
     draw = lambda task, want: u.until_split(lambda: text_question(rng, task, want), lambda q: text_key(q["q"]))
-    if u.heldout:
+    if u.exam:
         task, k = tasks[u.index % len(tasks)], u.index // len(tasks)
         classes = TEXT_TASKS[task]
         return u.line("text", [], [draw(task, classes and classes[k % len(classes)])])
@@ -669,16 +723,16 @@ def reasoning_question(rng, scene, task):
     a, b = rng.sample(SHAPES, 2)
     if not (count[a] and count[b]):
         return None
-    steps = [f"{PLURAL[a]}: {count[a]}", f"{PLURAL[b]}: {count[b]}"]
+    steps, counts = tally(scene.things, "shape", [a, b]), {PLURAL[a]: count[a], PLURAL[b]: count[b]}
     if task == "sum_count":
         total = count[a] + count[b]
         steps.append(f"{count[a]} + {count[b]} = {total}")
         return qa(task, f"How many {PLURAL[a]} and {PLURAL[b]} are there together?", str(total), verifier="number",
-                  choices=digits(2, 6), steps=steps, difficulty=2) if total <= 6 else None
+                  choices=digits(2, 6), steps=steps, counts=counts, difficulty=2) if total <= 6 else None
     sign = "<=>"[(count[a] > count[b]) - (count[a] < count[b]) + 1]
     reply = "yes" if sign == ">" else "no"
     return qa(task, f"Are there more {PLURAL[a]} than {PLURAL[b]}?", reply, verifier="yesno", choices=["yes", "no"],
-              steps=steps + [f"{count[a]} {sign} {count[b]}"], difficulty=2)
+              steps=steps + [f"{count[a]} {sign} {count[b]}"], counts=counts, difficulty=2)
 
 
 REASONING = {"sum_count": digits(2, 6), "compare_count": ["yes", "no"], "relation": SHAPES, "drawn_arithmetic": None}
@@ -716,60 +770,126 @@ def reasoning_unit(u):
 DETAIL = ["detail", "detail_rotated", "detail_low_contrast"]
 
 
+def look_box(place):
+    """[x1, y1, x2, y2] in thousandths: the middle of a place's cell. A detail picture's dots always lie inside one."""
+    half = 88  # of the cell's 333
+    y, x = divmod(PLACES.index(place), 3)
+    x, y = 1000 * (2 * x + 1) // 6, 1000 * (2 * y + 1) // 6
+    return [x - half, y - half, x + half, y + half]
+
+
 def detail_unit(u):
-    """A large picture whose things carry small digits. meta: crop in [0, 1000) of the stored picture, and the turn
-    (degrees clockwise) and contrast that make the digit readable."""
+    """A large picture of things so small that, as the toy sees it, they fill less than half a patch: their shape is asked.
+    meta: crop in [0, 1000) and place in the stored picture, and the turn (degrees clockwise) and contrast that make the
+    shape readable."""
     rng = u.rng
     task, k = DETAIL[u.index % 3], u.index // 3
-    values = "01234578" if task == "detail_rotated" else "0123456789"  # 6 and 9 upside down are the same
-    digit = values[k % len(values)]
-    single = []
+    answer, single = SHAPES[k % len(SHAPES)], []
     while not single:
         scene = u.scene(rng.randint(2, 4), sides=(280, 336))
-        single = [t for t in scene.things if scene.unique(colour=t.colour, shape=t.shape)]
+        single = [t for t in scene.things if scene.unique(colour=t.colour) and t.shape == answer]
     target, width, height = rng.choice(single), scene.width, scene.height
     paper = Paper(rng, width, height)
-    def ink(t):
-        ground = paper.tint if t.shape == "ring" else t.rgb
-        dark = sum(c * w for c, w in zip(ground, (.3, .59, .11))) < 128
+    for t in scene.things:
+        row, col = divmod(t.place, 3)
+        t.r, t.turn = 7.5, rng.uniform(-.12, .12)
+        t.cx, t.cy = (col + .5 + rng.uniform(-.1, .1)) * width / 3, (row + .5 + rng.uniform(-.1, .1)) * height / 3
         if task == "detail_low_contrast":
-            return tuple(c + (28 if dark else -28) for c in ground)
-        return (250, 250, 250) if dark else (10, 10, 10)
-    others = iter(rng.sample([v for v in values if v != digit], len(scene.things)))
-    spot = lambda t: (t.cx, t.cy + (.2 * t.r if t.shape == "triangle" else 0))  # a triangle's middle lies lower
-    texts = [(digit if t is target else next(others), *spot(t), 19, ink(t)) for t in scene.things]
+            t.rgb = tuple(round(p + .2 * (c - p)) for c, p in zip(t.rgb, paper.tint))
     turn = rng.choice([90, 180, 270]) if task == "detail_rotated" else 0
-    x, y = spot(target)
-    x, y = {0: (x, y), 90: (height - y, x), 180: (width - x, height - y), 270: (y, width - x)}[turn]
+    x, y = {0: (target.cx, target.cy), 90: (height - target.cy, target.cx), 180: (width - target.cx, height - target.cy),
+            270: (target.cy, width - target.cx)}[turn]
     if turn % 180:
         width, height = height, width
-    array = lambda: np.ascontiguousarray(np.rot90(paper.draw(scene.things, texts), -turn // 90))  # clockwise
+    array = lambda: np.ascontiguousarray(np.rot90(paper.draw(scene.things), -turn // 90))  # clockwise
     item = u.picture(width, height, array, quality=95)
     crop = Scene(width, height, []).box(replace(target, cx=x, cy=y), around=22)
+    place = PLACES[3 * int(3 * y / height) + int(3 * x / width)]  # as seen, in the turned picture
     hint = f"The picture is turned right by {turn} degrees. " if turn else ""
-    q = qa(task, f"{hint}Which digit is on the {target.name}?", digit, choices=values, crop=crop,
+    what = f"{target.colour} dot" if rng.random() < .5 else f"dot at the {place}"
+    q = qa(task, f"{hint}What shape is the {what}?", answer, choices=SHAPES, crop=crop,
            rotate=(360 - turn) % 360, contrast=4.0 if task == "detail_low_contrast" else 1.0,
-           difficulty=2 + (task != "detail"))
+           difficulty=2 + (task != "detail"), place=place, steps=[f"{target.colour} dot at the {place}"])
     u.line("detail", [item], [q])
+
+
+# -------------------------------------------------------------------------------------------------------- instructions
+
+INSTRUCT = ["in_sentence", "in_capitals", "as_json", "colour_and_shape", "option", "twice_asked", "say_motion"]
+
+
+def in_sentence(task, q):
+    """The reply to a scene question as a whole sentence."""
+    if task == "count":
+        return "There is 1 object." if q["a"] == "1" else f"There are {q['a']} objects."
+    what = q["q"].split(" is ", 1)[1][:-1]  # "the circle" of "What colour is the circle?"
+    return says(f"{what} is " + {"colour": q["a"], "shape": article(q["a"]), "position": f"at the {q['a']}"}[task])
+
+
+def instruct_unit(u, task):
+    """One question in a form that pre-training never used: what is known is to be said as it is asked for."""
+    rng, k, any_count = u.rng, u.index, (1, 2, 3, 4, 5)
+    form = {"verifier": "exact"}
+    if task == "say_motion":
+        move = list(MOVES)[k % 4]
+        thing, item = motion_clip(u, move)
+        steps = [f"first at the {ENDS[move][0]}", f"last at the {ENDS[move][1]}"]
+        ask, reply = f"Which way does the {thing.name} move? Answer in a sentence.", f"The {thing.name} moves {move}."
+        return u.line("instruct", [item], [qa(task, ask, reply, chance=.25, steps=steps, **form)])
+    if task in ("as_json", "colour_and_shape", "twice_asked"):
+        scene = u.scene(rng.choice(any_count))
+        t = rng.choice(scene.things)
+        ask, reply = {
+            "as_json": (f"Give colour and shape of the object at the {t.where} as JSON.",
+                        json.dumps({"colour": t.colour, "shape": t.shape})),
+            "colour_and_shape": (f"Which colour and which shape has the object at the {t.where}?", t.name),
+            "twice_asked": (f"What colour and what shape is the object at the {t.where}? Name the shape first.",
+                            f"{t.shape}, {t.colour}")}[task]
+        form |= {"steps": [t.seen], "chance": round(1 / len(COLOURS) / len(SHAPES), 4)}
+    else:  # questions, then their answers, in turn
+        bases = ["colour", "shape", "position", "count"][:{"in_sentence": 4, "in_capitals": 3, "option": 2}[task]]
+        base, turn = bases[k % len(bases)], k // len(bases)
+        classes = list(VQA_CLASSES[base])
+        scene, q = scene_asked(u, base, scene_questions, classes[turn % len(classes)], any_count)
+        ask, reply, form = q["q"], q["a"], form | {key: q["meta"][key] for key in ("chance", "steps")}
+        if task == "in_sentence":
+            ask, reply = f"{ask} Answer in a sentence.", in_sentence(base, q)
+        elif task == "in_capitals":
+            ask, reply = f"{ask} Answer in capitals.", reply.upper()
+        else:
+            options = rng.sample([c for c in classes if c != reply], 2)
+            options.insert(turn % 3, reply)
+            offer = " ".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
+            ask, reply = f"{ask} {offer} Answer with the letter.", "ABC"[turn % 3]
+            form |= {"verifier": "choice", "choices": list("ABC")}
+    u.line("instruct", [u.scene_picture(scene)], [qa(task, ask, reply, **form)])
 
 
 # ------------------------------------------------------------------------------------------------------ the whole world
 
-def plan(pictures, clips, heldout):
-    """[(split, kind, units)]: shares of the train pictures and clips; `heldout` questions per held-out task."""
-    train = {"scene": .6 * pictures, "ocr": .12 * pictures, "interleaved": .06 * pictures, "reasoning": .08 * pictures,
+def plan(pictures, clips, heldout, size=None):
+    """[(split, kind, units)]: shares of the train pictures and clips; `heldout` questions per held-out task. size: adds
+    what post-training needs, in proportion to that size's pictures and clips; None: pre-training's kinds alone."""
+    train = {"scene": .6 * pictures, "ocr": .12 * pictures, "interleaved": .06 * pictures, "reasoning": .08 * pictures, 
              "detail": .05 * pictures, "text": .2 * pictures, "motion": .4 * clips, "order": .22 * clips,
              "event": .23 * clips, "match": .05 * clips, "reorder": .25 * clips}
     held = {f"caption.{n}": heldout // 5 for n in range(1, 6)} | {f"vqa.{task}": heldout for task in VQA_CLASSES}
     held |= {f"grounding.{task}": heldout for task in ("box", "point", "count_point")}
     held |= {kind: heldout for kind in ("ocr", "interleaved", "motion", "order", "event", "match", "reorder")}
     held |= {"reasoning": len(REASONING) * heldout, "detail": len(DETAIL) * heldout, "text": len(TEXT_TASKS) * heldout}
+    if size:
+        tell = [f"instruct.{task}" for task in INSTRUCT]
+        for kind in [f"ask.{kind}" for kind in held] + tell:
+            moves = bool({"motion", "order", "event", "match", "reorder", "say_motion"} & set(kind.split(".")))
+            units = (1 if size == "toy" else 4) * ASKED[kind.removeprefix("ask.").split(".")[0]]
+            train[kind] = Fraction(units * (clips if moves else pictures), SIZES[size][moves])
+        held |= {kind: heldout for kind in tell}
     return [("train", k, math.ceil(n)) for k, n in train.items()] + [("heldout", k, n) for k, n in held.items()]
 
 
 def draw_unit(folder, split, kind, index, seed, sides, dry=False):
     u = Unit(folder, split, kind, index, seed, sides, dry)
-    name, _, task = kind.partition(".")
+    name, _, task = kind.removeprefix("ask.").partition(".")
     many = (3, 4, 5)  # scenes with a counted attribute
     if name == "caption":
         one_question_unit(u, name, name, lambda _, scene: {"caption": caption_question(scene)}, None, [int(task)])
@@ -778,6 +898,8 @@ def draw_unit(folder, split, kind, index, seed, sides, dry=False):
         one_question_unit(u, task, name, scene_questions, VQA_CLASSES[task], counts)
     elif name == "grounding":
         one_question_unit(u, task, name, grounding_questions, digits(1, 3) if task == "count_point" else None, many)
+    elif name == "instruct":
+        instruct_unit(u, task)
     else:
         globals()[f"{name}_unit"](u)
     return u
@@ -816,7 +938,7 @@ def make_world(out, size="toy", pictures=None, clips=None, seed=0, workers=2, he
     for split in ("train", "heldout"):
         for kind in ("pictures", "clips"):
             (part / split / kind).mkdir(parents=True)
-    units = plan(pictures, clips, heldout)
+    units = plan(pictures, clips, heldout, size)
     jobs = [(str(part), split, kind, i, min(i + 25, n), seed, sides)
             for split, kind, n in units for i in range(0, n, 25)]
     # long jobs alternate with short ones by a fixed shuffle, so that the bar's estimate of the time left is true
@@ -853,7 +975,10 @@ def make_world(out, size="toy", pictures=None, clips=None, seed=0, workers=2, he
 # --------------------------------------------------------------------------------------------------------- vocabulary
 
 # What the toy texts lack but later prompts and chains of thought need, and the chat template's own words.
-CHAT = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "\n"]
+CHAT = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "\n", "<analysis>Easy, so /no_think.</analysis>",
+        "<analysis>Several steps, so /think.</analysis>", "<analysis>Too small, so /agentic_think.</analysis>",
+        "/auto_think", "<answer>\\boxed{red}</answer>", "</answer>", "so red", "crop(78, 78)\nzoom(2)\nrotate(90)\ncontrast(4)",
+        "print(1 + 2)", "<sandbox_output>1\n</sandbox_output>", "<sandbox_output>error: </sandbox_output>"]
 EXTRA = """/think /no_think /auto_think /agentic_think \\boxed{5} \\boxed{ } So the answer is: The answer is yes.
 Therefore, step
 1: first count, then add.
@@ -880,17 +1005,17 @@ describe explain turn turned"""
 
 
 def corpus(seed=0):
-    """The texts of some train units of every kind (nothing is drawn), as a Counter."""
+    """The texts of some train units of every kind of pre-training (nothing is drawn), as a Counter."""
     found = Counter()
     for split, kind, n in plan(4000, 1500, 0):
         for i in range(n):
             for _, line in draw_unit("", split, kind, i, seed, SIZES["toy"][2:], dry=True).lines:
                 record = json.loads(line)
-                found.update(record.get("meta", {}).get("steps", []))
+                found.update(record.get("meta", {}).get("steps", ()))
                 for m in record["messages"]:
                     parts = [{"text": m["content"]}] if isinstance(m["content"], str) else m["content"]
                     found.update(part["text"] for part in parts if "text" in part)
-    return found + Counter({text: 1000 for text in CHAT}) + Counter(EXTRA.split("\n"))
+    return found + Counter(dict.fromkeys(CHAT, 1000)) + Counter(EXTRA.split("\n"))
 
 
 def train_vocab(texts, n):

@@ -71,6 +71,58 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def phase_arguments(doc: str) -> argparse.ArgumentParser:
+    """The parser of a script after pre-training."""
+    parser = arguments(argparse.ArgumentParser(description=doc.split("\n")[0]))
+    parser.add_argument("--data", help="folder with train/*.jsonl and heldout/*.jsonl (default: data/SIZE)")
+    parser.add_argument("--eval-limit", type=int, default=40, help="held-out questions per task after the phase")
+    return parser
+
+
+def judge_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    add = parser.add_argument
+    add("--judge", action="append", metavar="URL", help="OpenAI-compatible address, .../v1, that scores what rules cannot; "
+        "may be repeated (default: rules alone). A key is read from JUDGE_KEY")
+    add("--judge-model", default="", help="the judge's model")
+    return parser
+
+
+def before(args, stage: str) -> Path:
+    """Folder of the model to start from: --init, or what `stage` left. SystemExit where it is missing."""
+    folder = Path(args.init or Path(args.out) / args.size / stage / "model")
+    if not (folder / "config.json").exists():
+        raise SystemExit(f"{folder} holds no model; run {stage} first, or name one with --init")
+    return folder
+
+
+def finished(run: "Run") -> bool:
+    """Whether this phase has ended before (and says so); its mark is removed with --fresh."""
+    done = run.folder / "score.json"
+    if run.args.fresh and run.main:
+        done.unlink(missing_ok=True)
+    run.barrier()
+    if done.exists():
+        run.say(f"{run.stage} is done: {run.folder} (--fresh trains it again)")
+        run.close()
+    return done.exists()
+
+
+def finish(run: "Run", score):
+    """score.json marks a phase as done; it is written last."""
+    if run.main:
+        (run.folder / "score.json.tmp").write_text(json.dumps(score, indent=1) + "\n")
+        (run.folder / "score.json.tmp").rename(run.folder / "score.json")
+    run.close()
+    run.barrier()
+
+
+def share(plan: dict, world: int) -> tuple[int, int]:
+    """(tokens of a pack, packs of a step) on `world` ranks: as planned where the packs can be dealt out evenly, else more
+    and smaller ones, so that a step has the same tokens. Such a run goes on with other ranks only where both deal alike."""
+    packs = -(-plan["packs"] // world) * world
+    return plan["pack"] * plan["packs"] // packs, packs
+
+
 def start(args, stage: str) -> "Run":
     """Joins the processes, picks the device, seeds every generator alike on all ranks (so that fresh weights agree),
     and says all that in the first line."""
@@ -280,7 +332,7 @@ def peak_memory(device) -> int:
 def shard(model: nn.Module, run: Run) -> nn.Module:
     """The model on its device(s). Under torchrun: FSDP2, every block of a ModuleList named `layers` by itself, then the
     rest; rank 0's weights count. Parameters and gradients stay fp32, computation is in run.dtype. Call it before adamw;
-    afterwards only forward, loss and logits may be called from outside (each gathers the parameters it needs)."""
+    afterwards only forward, loss, logits and logprobs may be called from outside (each gathers the parameters it needs)."""
     if not dist.is_initialized():
         return model.to(run.device)
     if not any(t.is_meta for t in model.parameters()):
@@ -302,7 +354,7 @@ def shard(model: nn.Module, run: Run) -> nn.Module:
             module.set_gradient_divide_factor(1.0)
             if hasattr(module, "set_reduce_scatter_unused_params"):  # torch 2.13: a part unused on one rank only
                 module.set_reduce_scatter_unused_params(True)
-    for method in ("loss", "logits"):
+    for method in ("loss", "logits", "logprobs"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
     return model
@@ -427,6 +479,26 @@ def accumulate(run: Run, model: nn.Module, batches: list[dict]):
     return run.sum(total), n
 
 
+def per_sample(values: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """values (N,) at a pack's labels that are not -100 -> their sums and their number for each sample, (S,) each."""
+    segments, labels = batch["segments"].long(), batch["labels"]
+    owner = torch.repeat_interleave(torch.arange(len(segments) - 1), segments.diff()).to(values.device)[labels != -100]
+    zeros = values.new_zeros(len(segments) - 1)
+    return zeros.index_add(0, owner, values), zeros.index_add(0, owner, torch.ones_like(values))
+
+
+def packs(samples: list[dict], room: int) -> list[list[dict]]:
+    """Samples in their order, as many together as `room` tokens hold; a longer one alone."""
+    out, used = [], room + 1
+    for sample in samples:
+        if used + len(sample["tokens"]) > room:
+            out.append([])
+            used = 0
+        out[-1].append(sample)
+        used += len(sample["tokens"])
+    return out
+
+
 def backward(model: nn.Module, loss: torch.Tensor, last: bool):
     """Adds the loss's gradients; ranks reduce them once a step, after its last micro-batch."""
     if isinstance(model, FSDPModule):
@@ -538,10 +610,10 @@ def save(run: Run, step: int, model, opt, loader_state=None, **extra):
     run.clock += time.perf_counter() - begin  # saving is not counted as training time
 
 
-def save_if_due(run: Run, step: int, steps: int, model, opt, loader_state):
+def save_if_due(run: Run, step: int, steps: int, model, opt, loader_state=None, **extra):
     """After `step` steps are done: saves every --save-every, at the end, and when asked to stop, and then leaves."""
     if step % run.args.save_every == 0 or step >= steps or run.stop:
-        save(run, step, model, opt, loader_state)
+        save(run, step, model, opt, loader_state, **extra)
     if run.stop:
         run.leave(step)
 

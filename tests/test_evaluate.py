@@ -138,7 +138,8 @@ def answer_with(monkeypatch):
                     pixel = s["patches"].float().unflatten(1, (3, -1)).mean((0, 2)).tolist()
                     pixel = pixel if len(s["patches"]) else None
                     calls.append(pixel)
-                    out.append({"ids": self.processor.tokenizer.encode(answer(pixel), added=True)})
+                    ids = self.processor.tokenizer.encode(answer(pixel), added=True)
+                    out.append({"ids": ids, "sampled": [True] * len(ids), "finished": True})
                 return out
         monkeypatch.setattr(E, "Generator", Fixed)
         return calls
@@ -226,7 +227,8 @@ def test_blind_removes_the_picture(model, processor, world):
     assert text[0] == text[1] and len(text[0]) > 0
     assert torch.equal(red["patches"], before)
     grey = ask(0) | {"patches": torch.full_like(before, 128)}
-    assert text[0] == E.answers(generator, [grey], [12])[0]
+    row, = generator.sample([grey], 12, temperature=0)
+    assert text[0] == processor.tokenizer.decode(row["ids"], skip_special=True)
     words = processor({"messages": [{"role": "user", "content": "Hi"}]}, generate=True)
     assert E.blind_answers(generator, [words], [12], {}) == [None]
 

@@ -211,7 +211,8 @@ def test_limits_and_further_stops(model, processor, prompts, rigged):
     assert [row["ids"] for row in rows] == [[word] * 4, [word], [word] * 2]
     assert not any(row["finished"] for row in rows)
     assert generator.sample(prompts[:1], 9, stop=[word])[0] == {
-        "ids": [word], "logprobs": [pytest.approx(0, abs=1e-3)], "sampled": [True], "finished": True}
+        "ids": [word], "logprobs": [pytest.approx(0, abs=1e-3)], "sampled": [True], "finished": True,
+        "positions": [[prompts[0]["next_position"]] * 3], "seen": []}
 
 
 def test_finished_rows_leave_and_prefill_is_bounded(model, processor, prompts, monkeypatch):

@@ -10,6 +10,7 @@ import tiktoken
 from PIL import Image, ImageDraw, ImageFont
 
 import toyworld
+from rewards import score, verify
 from toyworld import COLOURS, PLACES, PLURAL, SHAPES, make_world
 
 SINGULAR = {v: k for k, v in PLURAL.items()}
@@ -25,7 +26,13 @@ def world(tmp_path_factory):
 
 
 def lines(world, split, name):
-    return [json.loads(line) for line in (world / split / f"{name}.jsonl").read_text().splitlines()]
+    """A file's lines; of train also the single questions of that kind, which must be as true."""
+    found = [json.loads(line) for line in (world / split / f"{name}.jsonl").read_text().splitlines()]
+    if split == "train" and name not in ("pairs", "questions", "instruct"):
+        read = lambda meta: "ocr" if meta["task"] in ("read", "text_colour", "text_length") else "vqa"
+        kind = lambda meta: read(meta) if meta["category"] == "ocr_vqa" else meta["category"]
+        found += [r for r in lines(world, split, "questions") if kind(r["meta"]) == name]
+    return found
 
 
 def turns(record):
@@ -329,39 +336,171 @@ def test_reasoning_steps_lead_to_the_answer(world):
                 elif m := re.fullmatch(r"(\d) ([<=>]) (\d)", step):
                     assert m[2] == "<=>"[(int(m[1]) > int(m[3])) - (int(m[1]) < int(m[3])) + 1]
                     assert meta["answer"] == ("yes" if m[2] == ">" else "no")
-                elif m := re.fullmatch(r"(\w+): (\d)", step):
-                    assert sum(s == SINGULAR[m[1]] for _, s in scene.values()) == int(m[2])
                 elif m := re.fullmatch(rf".*?{NAME}(?::| at the) ([a-z ]+)", step):
                     assert scene[m[3].strip()] == (m[1], m[2])
+                elif m := re.fullmatch(r"([a-z ]+): (\w+)(?: (\d))?", step):
+                    if m[1] != "text":  # "top: circle 2", the number where the shape is asked for
+                        asked = [SINGULAR[w] for w in re.findall(r"\w+", turns(record)[0][0]) if w in SINGULAR]
+                        assert scene[m[1]][1] == m[2] and (m[2] in asked) == bool(m[3])
                 else:
                     string = re.fullmatch(r"text: ([\d+-]+)", step)[1]
                     assert sum(int(v) for v in re.findall(r"[+-]?\d", string)) == int(meta["answer"])
             assert meta["answer"] in meta["steps"][-1] or meta["task"] == "compare_count"
 
 
+def image_size(world, split, record):
+    return Image.open(world / split / media(record, "image")[0]["image"]).size
+
+
+def running(steps, what):
+    """The running numbers behind a counted value, e.g. of "circle": 1, 2; every other step has none."""
+    found = [re.fullmatch(r"(?:.*: )?(\w+)(?: (\d))?", step).groups() for step in steps]
+    assert all((value == what) == bool(k) for value, k in found)
+    return [int(k) for value, k in found if k]
+
+
+def test_single_questions_have_true_steps(world):
+    tasks = Counter()
+    for split, path in [(p.parent.name, p) for p in sorted(world.glob("*/*.jsonl"))]:
+        for record in map(json.loads, path.read_text().splitlines()):
+            (q, reply), *more = turns(record)
+            if more or not q:
+                assert "meta" not in record
+                continue
+            meta, task = record["meta"], record["meta"]["task"]
+            steps, true = meta["steps"], meta["answer"]
+            assert steps and all(isinstance(s, str) and s for s in steps)
+            tasks[task, path.stem == "questions"] += 1
+            array = pixels(world, split, media(record, "image")[0]) if media(record, "image") else None
+            scene = plain(look(array)) if path.stem == "instruct" and array is not None else None
+            if task in ("sum_count", "compare_count"):
+                a, sign, b, *total = re.fullmatch(r"(\d) ([+<=>]) (\d)(?: = (\d))?", steps[-1]).groups()
+                names = [SINGULAR[w] for w in re.findall(r"\w+", q) if w in SINGULAR]
+                found = [re.fullmatch(r".*: (\w+)(?: (\d))?", s).groups() for s in steps[:-1]]
+                for name, n in zip(names, (a, b)):
+                    assert [k for s, k in found if s == name] == [str(k + 1) for k in range(int(n))]
+                assert total == [true] if sign == "+" else (sign == ">") == (true == "yes")
+            elif task in ("count_of", "count_point", "count_words"):
+                what = re.search(r"often is (\w+)|(?:many|all) (\w+)", q)
+                what = what[1] or SINGULAR.get(what[2], what[2])
+                assert running(steps, what) == list(range(1, int(true) + 1))
+            elif task == "count":
+                assert [s.split(": ")[1] for s in steps] == [str(k + 1) for k in range(int(true))]
+            elif task == "exist":
+                name = re.search(NAME, q)[0]
+                assert any(s.startswith(name) for s in steps) == (true == "yes") == (steps[-1] != f"no {name}")
+                assert true == "no" or steps[-1].startswith(name)
+            elif task in ("colour", "shape", "position", "text_position", "text_colour_of"):
+                assert re.search(rf"\b{true}\b", steps[-1]) and (len(steps) == 1 or steps[-1] in steps[:-1])
+                if array is not None:  # all that is there, once and in order, then the one that is asked for
+                    seen = [f"{c} {s} at the {p}" for p, (c, s) in plain(look(array)).items()]
+                    assert sorted(steps[:max(1, len(steps) - 1)]) == sorted(seen)
+                if said := re.search(r"(?:at|is) the ([a-z ]+)\?", q):
+                    assert said[1].replace("object ", "").removesuffix(" object") in steps[-1]
+            elif task in ("arithmetic", "drawn_arithmetic"):
+                now = None
+                for step in steps[task == "drawn_arithmetic":]:
+                    x, sign, y, z = re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", step).groups()
+                    assert now in (None, x) and int(z) == int(x) + int(sign + y)
+                    now = z
+                assert now == true
+                if task == "arithmetic":
+                    assert f"{meta['sign']} {meta['second']}?" in q and steps[0].startswith(q.split()[2] + " ")
+            elif task == "sort":
+                assert " ".join(s.split(": ")[1] for s in steps) == true and steps[0].startswith("smallest")
+            elif task in ("copy", "read"):
+                assert steps[0].split(": ")[1] == str(len(true.split() if task == "copy" else true))
+            elif task in ("caption", "story"):
+                assert steps == [f"objects: {len(told(reply))}"]
+            elif task == "text_length":
+                assert len(steps[0].removeprefix("text: ")) == int(true)
+            elif task == "text_colour":
+                assert steps == [f"text: {true}"]
+            elif task == "which_picture":
+                name = re.search(NAME, q)[0]
+                assert [s.split(": ")[0][-1] for s in steps if name in s.split(": ")[1].split(", ")] == [true]
+            elif task in ("motion", "say_motion", "video_caption"):
+                move = re.search(r"(left|right|up|down)\.?$", reply)[1]
+                assert steps[1] == f"last at the { {'up': 'top', 'down': 'bottom'}.get(move, move) }"
+                assert steps[0] != steps[1] and steps[0].startswith("first at the ")
+            elif task == "order":
+                assert steps[0] == f"first: {true}" and steps[1][6:] in meta["choices"] and steps[1][6:] != true
+            elif task == "event_time":
+                assert [float(s.split()[1]) for s in steps] == json.loads(true)
+            elif task == "match":
+                assert [s.split(": ")[1] == steps[0].split(": ")[1] for s in steps[1:]] == [true == "1", true == "2"]
+            elif task == "reorder":
+                ranks = [int(s.split(": ")[1]) for s in steps]
+                assert " ".join(str(ranks.index(r) + 1) for r in sorted(ranks)) == true
+            elif path.stem == "detail" or meta["category"] == "detail":
+                colour, place = re.fullmatch(r"(\w+) dot at the ([a-z ]+)", steps[0]).groups()
+                assert place == meta["place"] and re.search(f"{colour} dot|dot at the {place}", q) and len(steps) == 1
+                w, h = image_size(world, split, record)
+                x1, y1, x2, y2 = meta["crop"]
+                pixel = pixels(world, split, media(record, "image")[0])[(y1 + y2) * h // 2000, (x1 + x2) * w // 2000]
+                if task != "detail_low_contrast" and true != "ring":  # a ring's middle is paper
+                    assert min(COLOURS, key=lambda c: np.linalg.norm(pixel.astype(float) - COLOURS[c])) == colour
+            elif path.stem == "instruct" and scene:
+                ask, _, form = q.partition("? ")
+                base = None if task in ("as_json", "colour_and_shape", "twice_asked") else answer(ask + "?", scene)
+                place = (re.search(r"at the ([a-z ]+?)(?: as JSON|\?|$)", ask) or [0, 0])[1]
+                if task == "as_json":
+                    assert tuple(json.loads(reply).values()) == scene[place] and list(json.loads(reply))[0] == "colour"
+                elif task == "colour_and_shape":
+                    assert tuple(reply.split()) == scene[place]
+                elif task == "twice_asked":
+                    assert tuple(reply.split(", ")[::-1]) == scene[place]
+                elif task == "in_capitals":
+                    assert reply == base.upper()
+                elif task == "option":
+                    assert dict(re.findall(r"([ABC])\. (\w+)", form))[reply] == base and form.count(base) == 1
+                else:
+                    assert task == "in_sentence" and re.search(rf"\b{base}\b", reply) and reply.endswith(".")
+                    assert base.isdigit() or ask.split(" is ")[1] == reply[0].lower() + reply[1:].split(" is ")[0]
+            else:
+                assert task in ("box", "point", "relation"), task
+            assert verify(reply, meta)[1] == 1 == score(reply, meta), record
+    held = {json.loads(line)["meta"]["task"] for p in (world / "heldout").glob("*.jsonl") if p.stem != "instruct"
+            for line in p.read_text().splitlines()}
+    assert held == {task for task, asked in tasks if asked}  # each held-out task can be asked of train contents
+    assert all(tasks[task, False] >= 20 for task in toyworld.INSTRUCT)
+
+
+def test_the_look_box_holds_the_dot():
+    for i in range(600):
+        record = json.loads(toyworld.draw_unit("", "train", "ask.detail", i, 1, (84, 126), dry=True).lines[0][1])
+        meta, item = record["meta"], media(record, "image")[0]
+        x1, y1, x2, y2 = meta["crop"]  # 44 px around its middle
+        x, y, w, h = (x1 + x2) / 2, (y1 + y2) / 2, 8.5 * 1000 / item["width"], 8.5 * 1000 / item["height"]
+        a1, b1, a2, b2 = toyworld.look_box(meta["place"])
+        assert a1 <= x - w and x + w <= a2 and b1 <= y - h and y + h <= b2, record
+        assert 0 <= min(a1, b1) and max(a2, b2) <= 1000 and max(a2 - a1, b2 - b1) < 200
+
+
 def test_detail_is_readable_in_the_crop_alone(world):
-    templates = {}
-    for d in "0123456789":
-        image = Image.new("L", (44, 44))
-        ImageDraw.Draw(image).text((22, 22), d, 255, ImageFont.load_default(19), anchor="mm", stroke_width=1)
-        templates[d] = np.asarray(image, float)
+    """Against the shapes drawn alone; as the toy sees the picture, 16 tokens of 28 px, a dot fills under half a patch."""
+    masks = {}
+    for shape in SHAPES:
+        thing = toyworld.Thing("", shape, 4, 22, 22, 7.5, (0, 0, 0))
+        paper = toyworld.Paper(toyworld.random.Random(0), 44, 44)
+        paper.tint = (255, 255, 255)
+        masks[shape] = paper.draw([thing]).mean(-1) < 128
     right = total = 0
     for split in ("train", "heldout"):
         for record in lines(world, split, "detail"):
             meta, image = record["meta"], Image.open(world / split / media(record, "image")[0]["image"])
             assert min(image.size) >= 280 and meta["answer"] in meta["choices"]
+            assert 15 * 15 * 16 * 28 * 28 / (image.width * image.height) < 14 * 14 / 2 * 1.1
             x1, y1, x2, y2 = meta["crop"]
             assert 0 <= x1 < x2 < 1000 and 0 <= y1 < y2 < 1000 and (x2 - x1) * (y2 - y1) < 30_000  # under 3 % of it
             w, h = image.size
             crop = image.crop((x1 * w // 1000, y1 * h // 1000, x2 * w // 1000, y2 * h // 1000))
-            crop = crop.rotate(-meta["rotate"]).resize((44, 44))  # Pillow turns counter-clockwise
-            array = np.asarray(crop.convert("RGB"), float)
-            ink = np.linalg.norm(array - np.median(array[16:28, 14:30].reshape(-1, 3), 0), axis=-1)
-            shifted = lambda t, dy, dx: np.roll(t, (dy, dx), (0, 1))[12:32, 14:30]
-            ink = [i[12:32, 14:30] for i in (ink, np.linalg.norm(array - array[22, 22], axis=-1))]
-            score = {d: max(abs(np.corrcoef(i.ravel(), shifted(templates[d], dy, dx).ravel())[0, 1])
-                            for i in ink for dy in (-1, 0, 1) for dx in (-1, 0, 1)) for d in meta["choices"]}
-            right, total = right + (max(score, key=score.get) == meta["answer"]), total + 1
+            array = np.asarray(crop.rotate(-meta["rotate"]).resize((44, 44)).convert("RGB"), float)  # Pillow: counter-clockwise
+            far = np.linalg.norm(array - np.median(array.reshape(-1, 3), 0), axis=-1)
+            seen = far > far.max() / 2
+            share = lambda m: max((seen & m_).sum() / (seen | m_).sum() for dy in (-1, 0, 1) for dx in (-1, 0, 1)
+                                  for m_ in [np.roll(m, (dy, dx), (0, 1))])
+            right, total = right + (max(meta["choices"], key=lambda s: share(masks[s])) == meta["answer"]), total + 1
     assert total >= 60 and right / total > .8, (right, total)
 
 
@@ -382,7 +521,7 @@ def contents(world, split):
     """Every canonical content of a split, read from its lines and pictures."""
     found = defaultdict(set)
     scene = lambda s: frozenset((p, *t) for p, t in s.items())
-    for name in ("caption", "vqa", "grounding", "reasoning", "pairs", "ocr", "interleaved", "text", "video"):
+    for name in ("caption", "vqa", "grounding", "reasoning", "pairs", "ocr", "interleaved", "text", "video", "instruct"):
         if name == "pairs" and split == "heldout":
             continue
         for record in lines(world, split, name):
@@ -393,7 +532,8 @@ def contents(world, split):
                 found["ocr"] |= set(re.findall(r"ocr_text_start\|>(\w+)<", said))
             elif task == "drawn_arithmetic":
                 found["ocr"].add(record["meta"]["steps"][0])
-            elif name == "video":
+            elif name == "video" or task == "say_motion":
+                found["motion"] |= set(re.findall(rf"^Which way does the {NAME} move\?.* (\w+?)\.?$", said))
                 found["motion"] |= set(re.findall(rf"n? {NAME} moves (\w+)\.", said))
                 found["order"] |= set(re.findall(rf"n? {NAME} appears, then {THING}\.", said))
                 found["event"] |= set(re.findall(rf"n? {NAME} is visible from (\S+) to (\S+) seconds", said))
@@ -427,7 +567,7 @@ def test_heldout_answers_are_balanced_and_lines_complete(world):
                     meta["answer"] = str(meta["choices"].index(meta["answer"]))
                 answers[meta["task"], len(meta["choices"])][meta["answer"]] += 1
             category.add(meta["category"])
-    assert category == {"caption", "ocr_vqa", "grounding", "interleaved", "video", "text", "reasoning", "detail"}
+    assert category == set(toyworld.CATEGORY.values())
     for (task, n), count in answers.items():
         if task not in ("text_length", "match"):
             assert max(count.values()) <= max(1.5 * count.total() / n, count.total() / n + 1), (task, n, count)

@@ -1,0 +1,286 @@
+r"""The cold start: fine-tuning that teaches five kinds of answer and the switches between them (arXiv 2507.01949, 4.2.1).
+
+    python coldstart.py                                     toy, from runs/toy/mpo/model
+    python coldstart.py --size tiny --data data/tiny
+    torchrun --nproc_per_node=8 coldstart.py --size 8b --data mydata
+
+    kind           after the question   the answer
+    thinking       /think               <think>steps, the answer is X</think><answer>\boxed{X}</answer>
+    non-thinking   /no_think            X
+    auto-think     nothing, /auto_think <analysis>.. so /think.</analysis>, then that mode's
+    with images    /agentic_think       <think>step <tool_call>crop(..)</tool_call><sandbox_output>picture</sandbox_output> step
+                                        </think><answer>\boxed{X}</answer>; what the tool wrote has no loss
+    video          /think, /no_think    each clip once with all its frames and once with half of them
+
+--data's train/questions.jsonl, detail.jsonl and instruct.jsonl give single questions whose meta holds the answer and the true
+"steps". As in the report, several chains are sampled for each, chains with a wrong step or result are dropped, and of the rest
+the most travelled is kept. The chains come from `teacher`, a program that knows the steps and errs on purpose: at this size
+no other model could give them.
+
+Two passes. The first teaches all but auto-think. Then its model answers questions in each mode, and where thinking is right
+more often than a plain answer, auto-think is taught to think, with tools where those are right most often: measured, not told
+by the task's name. The second pass goes on with all five kinds.
+
+The model is left in runs/<size>/coldstart/model, the conversations in data/ beside it, to be read.
+"""
+import json
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import sandbox
+import trainer
+from data import Processor, adopt, media_of, pictures_of, switch
+from evaluate import phase_score
+from generate import Generator, rollout
+from model import KeyeVL
+from rewards import MODES, parse, verify
+from sft import finetune, read_pool
+from toyworld import look_box
+
+# ours, every number. steps of both passes; asked: questions whose difficulty is measured, by `samples` answers in each mode;
+# kept: lines of each file of KEEP
+PLAN = {
+    "toy": dict(pack=4096, packs=1, steps=(400, 300), lr=1e-3, muon=2, asked=1200, samples=2, kept=3000),
+    "tiny": dict(pack=16384, packs=1, steps=(400, 300), lr=5e-4, muon=2, asked=3000, samples=3, kept=10_000),
+    "small": dict(pack=16384, packs=4, steps=(1000, 500), lr=3e-4, muon=2, asked=6000, samples=4, kept=10_000),
+    **{size: dict(pack=8192, packs=64, steps=(1500, 500), lr=1e-5, muon=0, asked=20_000, samples=8, kept=100_000)
+       for size in ("0.6b", "1.7b", "4b", "8b")},
+}
+# Keye mixes 230k, 330k, 20k, 100k and 104k; ours: more auto-think, as the toy sees few samples of anything
+MIX = {"think": 4, "no_think": 2, "agentic_think": 2.5, "video": 1, "turns": 0.5, "keep": 4}
+MIX_AUTO = MIX | {"auto_think": 5}
+KEEP = ("vqa", "caption", "video")  # pre-training's lines, asked with /no_think: without them a small model forgets to see
+GAIN = 0.05  # what thinking must add to the share of right answers to be worth its tokens
+CHAINS, SLIP, SKIP, DETOUR = 8, 0.3, 0.2, 0.3  # chains per question; how often one has a wrong, a missing, a needless step
+# Keye's analysis ends "Therefore, /no_think mode is more appropriate."; ours is short, as the toy's thinking is short too
+ANALYSIS = {"no_think": "Easy, so /no_think.", "think": "Several steps, so /think.", "agentic_think": "Too small, so /agentic_think."}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# chains of thought
+
+
+def teacher(steps: list[str], rng: random.Random) -> tuple[list[str], bool]:
+    """One chain over the true steps, with a teacher's errors, and whether it came to the right result."""
+    path, right = list(steps), True
+    if rng.random() < SLIP:
+        at = rng.randrange(len(path))
+        words, other = path[at].split(" "), rng.choice(steps).split(" ")
+        words[rng.randrange(len(words))] = str(rng.randint(0, 9)) if rng.random() < 0.5 else rng.choice(other)
+        right = path[at] == " ".join(words) or rng.random() < 0.3  # a wrong step may lead to a right result by chance
+        path[at] = " ".join(words)
+    if rng.random() < SKIP and len(path) > 1:
+        del path[rng.randrange(len(path))]
+        right &= rng.random() < 0.5
+    if rng.random() < DETOUR:
+        at = rng.randrange(len(path))
+        path.insert(at, path[at])
+    return path, right
+
+
+def travelled(steps: list[str], rng: random.Random) -> list[str] | None:
+    """Of several chains the most travelled whose steps and result hold; None where none does."""
+    chains = [teacher(steps, rng) for _ in range(CHAINS)]
+    sound = [tuple(path) for path, right in chains if right and set(path) <= set(steps)]
+    paths, common = Counter(sound), Counter(step for path in sound for step in set(path))
+    worth = lambda path: (paths[path], sum(common[step] for step in path) / len(path))
+    return list(max(paths, key=worth)) if paths else None
+
+
+def thinking(steps: list[str], reply: str) -> str:
+    return "<think>" + "\n".join(steps) + f"\nthe answer is {reply}</think><answer>\\boxed{{{reply}}}</answer>"
+
+
+def looking(steps: list[str], reply: str, meta: dict, pictures: list) -> list[dict] | None:
+    """The thinking with one tool call in it, run in the sandbox; None where there is nothing to look at or to compute."""
+    if "place" in meta:
+        code = f"crop{tuple(look_box(meta['place']))}\nzoom(2)"
+        code += f"\nrotate({meta['rotate']})" if meta.get("rotate") else ""
+        code += f"\ncontrast({meta['contrast']:g})" if meta.get("contrast", 1) != 1 else ""
+        before, after = steps, [reply]
+    elif meta["task"] == "arithmetic":
+        code, before, after = f"print({steps[0].split(' = ')[0].split(' ')[0]} {meta['sign']} {meta['second']})", [], [reply]
+    else:
+        return None
+    seen = sandbox.run(code, pictures)
+    if not seen.ok:
+        return None
+    own = lambda text: {"type": "text", "text": text}
+    tool = [item | ({"loss": False} if item["type"] == "text" else {}) for item in seen.content()]
+    return [own("<think>" + "".join(step + "\n" for step in before) + f"<tool_call>{code}</tool_call>"), *tool,
+            own("\n".join(after) + "</think><answer>\\boxed{" + reply + "}</answer>")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the five kinds
+
+
+def kinds(line: dict, root: Path, rng: random.Random) -> dict[str, list]:
+    """A question -> {kind: conversations}, all but auto-think; with "mode", the switch behind the question."""
+    *asked, last = line["messages"]
+    reply, meta, out = last["content"], line["meta"], {}
+    steps, clip = travelled(meta["steps"], rng), any(k == "video" for _, k in media_of(line))
+    if steps is None:
+        return out
+    long, tool = thinking(steps, reply), None if clip else looking(steps, reply, meta, pictures_of(line, root))
+    say = lambda mode, content, asked=asked: {
+        "messages": [*switch(asked, mode), {"role": "assistant", "content": content}], "mode": mode}
+    if clip:
+        out["video"] = []
+        for fps in (2.0, 1.0):  # Keye: 32 and 16 frames
+            version = json.loads(json.dumps(asked))
+            for item, kind in media_of({"messages": version}):
+                item |= {"fps": fps} if kind == "video" else {}
+            out["video"].append(say(*rng.choice([("think", long), ("no_think", reply)]), version))
+        return out
+    out["think"], out["no_think"] = [say("think", long)], [say("no_think", reply)]
+    if tool:
+        out["agentic_think"] = [say("agentic_think", tool)]
+    elif rng.random() < 0.15:  # the switch allows tools, it does not ask for them
+        out["agentic_think"] = [say("agentic_think", long)]
+    return out
+
+
+def analysed(line: dict, root: Path, rng: random.Random, mode: str) -> dict | None:
+    """The question without a switch or with /auto_think, and the answer whose analysis names `mode`."""
+    *asked, last = line["messages"]
+    reply, steps = last["content"], travelled(line["meta"]["steps"], rng)
+    then = reply if mode == "no_think" else steps and thinking(steps, reply)
+    if mode == "agentic_think" and steps:
+        then = looking(steps, reply, line["meta"], pictures_of(line, root)) or then
+    if not then:
+        return None
+    said = f"<analysis>{ANALYSIS[mode]}</analysis>"
+    said = said + then if isinstance(then, str) else [then[0] | {"text": said + then[0]["text"]}, *then[1:]]
+    switched = rng.choice([None, "auto_think"])
+    return {"messages": [*switch(asked, switched), {"role": "assistant", "content": said}], "mode": switched}
+
+
+def retold(line: dict, modes: list) -> dict:
+    """The line with other switches behind its question."""
+    *asked, last = line["messages"]
+    if line["mode"]:
+        asked = json.loads(json.dumps(asked).replace(f"/{line['mode']}", ""))
+    for mode in modes:
+        asked = switch(asked, mode)
+    return {"messages": [*asked, last]}
+
+
+def several_turns(single: list[dict], rng: random.Random) -> list[dict]:
+    """Conversations of two questions, and questions with two switches: the last switch wins."""
+    out = []
+    for a, b in (rng.sample(single, 2) for _ in range(len(single) // 8)):
+        if rng.random() < 0.5:
+            out.append(retold(b, [a["mode"] or "think", b["mode"] or "auto_think"]))
+        else:  # a second question, with its own switch or, where it wants the first one's mode, with none
+            out.append({"messages": a["messages"] + (b if a["mode"] != b["mode"] else retold(b, [None]))["messages"]})
+    return out
+
+
+def write(run, out: Path, lines: dict[str, list]):
+    def each():
+        for kind, content in lines.items() if run.main else ():
+            (out / f"{kind}.tmp").write_text("".join(json.dumps(line) + "\n" for line in content), encoding="utf-8")
+            (out / f"{kind}.tmp").rename(out / f"{kind}.jsonl")
+    run.attempt(f"cannot write {out}", each)
+    run.say("conversations: " + ", ".join(f"{kind} {len(content)}" for kind, content in lines.items()))
+
+
+def build(run, pool, keep: list[Path], out: Path, plan: dict, seed: int):
+    """Writes out/<kind>.jsonl of the first pass, with their media beside them. pool: (line, root of its media)."""
+    lines = {kind: [] for kind in MIX}
+    for i, (line, root) in enumerate(pool if run.main else ()):
+        for kind, conversations in kinds(line, root, random.Random(f"{seed}/{i}")).items():
+            lines[kind] += [adopt(c, root, out) for c in conversations]
+    for path in keep if run.main else ():  # the switch in the first turn holds for all of them
+        content = path.read_text(encoding="utf-8").splitlines()
+        for line in map(json.loads, content[:: max(1, len(content) // plan["kept"])]):
+            first = next(i for i, m in enumerate(line["messages"]) if m["role"] == "user") + 1
+            line["messages"] = [*switch(line["messages"][:first], "no_think"), *line["messages"][first:]]
+            lines["keep"].append(adopt({"messages": line["messages"]}, path.parent, out))
+    lines["turns"] = several_turns(lines["think"] + lines["no_think"], random.Random(f"{seed}/turns"))
+    write(run, out, lines)
+
+
+def measure(run, folder: Path, pool, plan: dict, seed: int) -> dict[int, str]:
+    """{index in pool: the mode in which the model in `folder` answers it best} on all ranks, by `best_modes`."""
+    model = KeyeVL.from_pretrained(folder, torch.bfloat16 if run.device.type == "cuda" else torch.float32, run.device)
+    generator, mine = Generator(model, Processor.from_pretrained(folder), rows=256 if run.device.type == "cuda" else 64), {}
+    own = list(range(run.rank, min(plan["asked"], len(pool)), run.world))
+    for at in range(0, len(own), 128):
+        jobs = [(i, *pool[i], mode) for i in own[at : at + 128] for mode in ANALYSIS
+                if mode != "agentic_think" or "place" in pool[i][0]["meta"] or pool[i][0]["meta"]["task"] == "arithmetic"]
+        rows = rollout(generator, [job[1:] for job in jobs], plan["samples"], 192 if plan["muon"] else 2048,
+                       [f"{seed}/{job[0]}/{job[3]}" for job in jobs])
+        for (i, line, _, mode), group in zip(jobs, rows):
+            mine[i, mode] = [verify(parse(row["content"], mode, row["finished"]).final, line["meta"])[1] for row in group]
+    right = {}
+    for part in run.gather_objects(mine):
+        right |= {key: answers for key, answers in part.items() if answers}
+    return best_modes(right, [line["meta"]["task"] for line, _ in pool])
+
+
+def best_modes(right: dict, tasks: list[str]) -> dict[int, str]:
+    """right: {(question, mode): [0 or 1, ..]}, tasks of the questions -> {question: the mode that is right most often, a plain
+    answer unless another gains GAIN}. A few samples say little of one question: as many more count that are right as often
+    as the mode was right on all questions of the kind."""
+    kinds = {}
+    for (i, mode), answers in right.items():
+        kinds.setdefault((tasks[i], mode), []).extend(answers)
+    share = lambda i, mode: (sum(right[i, mode]) / len(right[i, mode]) + sum(kinds[tasks[i], mode]) / len(kinds[tasks[i], mode])) / 2
+    best = {}
+    for i in {i for i, _ in right}:
+        known = {mode: share(i, mode) - GAIN * (mode != "no_think") for mode in ANALYSIS if (i, mode) in right}
+        best[i] = max(known, key=known.get)
+    return best
+
+
+def build_auto(run, folder: Path, pool, out: Path, plan: dict, seed: int):
+    """Writes out/auto_think.jsonl, and the several turns again with auto-think among them."""
+    best, lines, chosen = measure(run, folder, pool, plan, seed), {"auto_think": []}, Counter()
+    for i in sorted(best) if run.main else ():
+        line, root = pool[i]
+        if conversation := analysed(line, root, random.Random(f"{seed}/auto/{i}"), best[i]):
+            lines["auto_think"].append(adopt(conversation, root, out))
+            chosen[line["meta"]["task"], best[i] != "no_think"] += 1
+    single = [json.loads(text) for kind in ("think", "no_think") for text in (out / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()]
+    if run.main:
+        lines["turns"] = several_turns(single + lines["auto_think"], random.Random(f"{seed}/turns"))
+    write(run, out, lines)
+    run.say("auto-think thinks on: " + ", ".join(f"{task} {chosen[task, True] / (chosen[task, True] + chosen[task, False]):.0%}"
+                                                 for task in sorted({task for task, _ in chosen})))
+
+
+def main(args):
+    init, folder, began, plan = trainer.before(args, "mpo"), Path(args.data or f"data/{args.size}"), time.time(), PLAN[args.size]
+    out = Path(args.out) / args.size / "coldstart" / "data"
+    sources = [p for p in (folder / "train" / f"{name}.jsonl" for name in ("questions", "detail", "instruct")) if p.exists()]
+    if not sources:
+        raise SystemExit(f"the cold start needs questions.jsonl in {folder / 'train'}")
+    pool = [(line, path.parent) for path in sources for line in read_pool(path) if line["meta"].get("steps")]
+    pool = [pool[i] for i in random.Random(f"{args.seed}/pool").sample(range(len(pool)), len(pool))]
+    for number, stage in enumerate(("coldstart-modes", "coldstart")):
+        run = trainer.start(args, stage)
+        if not trainer.finished(run):
+            mix, last = (MIX, "turns") if number == 0 else (MIX_AUTO, "auto_think")
+            marker = run.folder / "data.done"
+            if args.fresh or not marker.exists():
+                out.mkdir(parents=True, exist_ok=True)
+                if number == 0:
+                    build(run, pool, [p for p in (folder / "train" / f"{name}.jsonl" for name in KEEP) if p.exists()], out, plan, args.seed)
+                else:
+                    build_auto(run, init, pool, out, plan, args.seed)
+                run.attempt(f"cannot write {marker}", lambda: run.main and marker.touch())
+            mixture = [(out / f"{kind}.jsonl", weight) for kind, weight in mix.items() if (out / f"{kind}.jsonl").stat().st_size]
+            finetune(run, KeyeVL.from_pretrained(init), Processor.from_pretrained(init), mixture, plan,
+                     args.steps or plan["steps"][number], args.seed)
+            trainer.finish(run, phase_score(run, folder, args, MODES) if number else {})
+        init = run.folder / "model"
+    print(f"the cold start took {time.time() - began:.0f} s; the model is in {init}", flush=True)
+
+
+if __name__ == "__main__":
+    main(trainer.phase_arguments(__doc__).parse_args())
