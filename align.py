@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 import rewards
 import trainer
-from data import Loader, MediaError, Processor, adopt, media_of, pack, switch, versions
+from data import Lines, Loader, MediaError, Processor, adopt, media_of, pack, switch, text_lines, versions
 from evaluate import phase_score, text_of
 from generate import Generator, rollout
 from model import KeyeVL, training_flops
@@ -55,7 +55,7 @@ PLAN = {
 }
 ADAM = dict(weight_decay=0.05, betas=(0.9, 0.95))
 WARMUP = 0.05
-HELD = 10  # every tenth pair is kept from training, for the accuracy of the preferences
+HELD, HELD_MOST = 10, 1000  # every tenth pair is kept from training, for the accuracy of the preferences
 MARGIN = 0.25  # least difference of the scores of a round's pair; they reach from -1 to 1.5
 MODES = {"think": 2, "no_think": 1, "auto_think": 3, "agentic_think": 2}  # of a round's prompts, by weight
 
@@ -103,7 +103,7 @@ def refer(run, folder: Path, source: Path, target: Path, room: int):
     """Writes source's pairs to target with "reference", the log-probabilities of both answers under the model in `folder`,
     and their media. Pairs that cannot be read are left out, with the reason said."""
     model = KeyeVL.from_pretrained(folder, device=run.device)
-    processor, lines, mine, ready = Processor.from_pretrained(folder), source.read_text(encoding="utf-8").splitlines(), {}, []
+    processor, lines, mine, ready = Processor.from_pretrained(folder), text_lines(source), {}, []
 
     def flush():
         for group in trainer.packs([s for _, samples in ready for s in samples], room):
@@ -116,13 +116,14 @@ def refer(run, folder: Path, source: Path, target: Path, room: int):
     told, tokens = [], 0
     for i in range(run.rank, len(lines), run.world):
         try:
-            line = json.loads(lines[i])
+            line = json.loads(lines[i][1])
             if not {"messages", "chosen", "rejected"} <= set(line):
                 raise ValueError('a preference has "messages", "chosen" and "rejected"')
+            Lines.parse(lines[i][1])
             ready.append((i, [processor(c, source.parent) for c in versions(line)]))
             tokens += sum(len(s["tokens"]) for s in ready[-1][1])
         except (MediaError, ValueError, KeyError, TypeError) as e:
-            print(f"skipped {source}:{i + 1}: {e}", flush=True)
+            print(f"skipped {source}:{lines[i][0]}: {e}", flush=True)
         if tokens > room:
             flush()
             tokens = 0
@@ -139,8 +140,8 @@ def refer(run, folder: Path, source: Path, target: Path, room: int):
             tmp = target.with_suffix(".tmp")
             with open(tmp, "w", encoding="utf-8") as f:
                 for i in sorted(known):
-                    line = json.loads(lines[i]) | {"reference": known[i]}
-                    f.write(json.dumps(line if source.parent == target.parent else adopt(line, source.parent, target.parent)) + "\n")
+                    line = json.loads(lines[i][1]) | {"reference": known[i]}
+                    f.write(json.dumps(adopt(line, source.parent, target.parent)) + "\n")
             tmp.rename(target)
     run.attempt(f"cannot write {target}", write)
 
@@ -154,9 +155,9 @@ def own_pairs(run, init: Path, sources: list[Path], target: Path, plan: dict, se
             wrong = [a for a in got or () if not a[2]]
             all_right += [a[2] for a in got or ()]
             if wrong:
-                worst = min(wrong, key=lambda a: a[1])[0]
-                line = {"messages": line["messages"][:-1], "chosen": line["messages"][-1]["content"], "rejected": worst,
-                        "task": line["meta"]["task"]}
+                worst = min(wrong, key=lambda a: a[1])
+                line = {"messages": line["messages"][:-1], "chosen": line["messages"][-1]["content"], "rejected": worst[0],
+                        "rejected_ended": worst[4], "task": line["meta"]["task"]}
                 out.append((line, source.parent))
     run.say(f"{sum(all_right) / max(1, len(all_right)):.0%} of the answers are right; {len(out)} pairs")
     write_pairs(run, out, target, seed)
@@ -168,8 +169,10 @@ def write_pairs(run, pairs: list[tuple[dict, Path]], target: Path, seed: int):
         if run.main:
             target.parent.mkdir(parents=True, exist_ok=True)
             order = random.Random(seed).sample(range(len(pairs)), len(pairs))
-            target.write_text("".join(json.dumps(adopt(pairs[i][0], pairs[i][1], target.parent)) + "\n" for i in order),
-                              encoding="utf-8")
+            tmp = target.with_suffix(".tmp")
+            tmp.write_text("".join(json.dumps(adopt(pairs[i][0], pairs[i][1], target.parent)) + "\n" for i in order),
+                           encoding="utf-8")
+            tmp.rename(target)
     if not pairs:
         raise SystemExit("no pair: every answer scores the same")
     run.attempt(f"cannot write {target}", write)
@@ -178,7 +181,7 @@ def write_pairs(run, pairs: list[tuple[dict, Path]], target: Path, seed: int):
 def split(run, path: Path):
     """path's lines -> train.jsonl and held.jsonl beside it: every HELD-th is kept from training."""
     if run.main:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = [text + "\n" for _, text in text_lines(path)]
         (path.parent / "held.jsonl").write_text("".join(lines[::HELD]), encoding="utf-8")
         (path.parent / "train.jsonl").write_text("".join(l for i, l in enumerate(lines) if i % HELD) or lines[0], encoding="utf-8")
     run.barrier()
@@ -188,19 +191,18 @@ def split(run, path: Path):
 def preference_accuracy(run, model, processor, path: Path, room: int) -> tuple[float, float]:
     """Share of held-out pairs whose chosen answer the model finds likelier than the rejected one, and the share for
     which it finds so by more than its reference did (rank by rank, then together)."""
-    lines, hits = path.read_text(encoding="utf-8").splitlines(), [0, 0, 0]
-    groups = [[processor(c, path.parent) for c in versions(json.loads(line))] for line in lines[run.rank :: run.world]]
-    samples = [s for group in groups for s in group]
-    batches = [pack(g) for g in trainer.packs(samples, room)]
-    most = int(max(row[0] for row in run.gather([len(batches)])))
-    blank = pack([processor({"messages": [{"role": "system", "content": ""}]})])
-    sums = []
-    for batch in batches + [blank] * (most - len(batches)):
-        with run.autocast():
-            sums += answer_logprobs(model, run.to(batch))[0].tolist()
-    for k, line in enumerate(lines[run.rank :: run.world]):
-        before, (c, r) = json.loads(line)["reference"], sums[2 * k : 2 * k + 2]
-        hits = [hits[0] + (c > r), hits[1] + (c - r > before[0] - before[1]), hits[2] + 1]
+    lines, hits = [json.loads(text) for _, text in text_lines(path)[:HELD_MOST]], [0, 0, 0]
+    blank = [processor({"messages": [{"role": "system", "content": ""}]})]
+    for at in range(0, len(lines), 16 * run.world):  # few at a time: their pixels
+        mine = lines[at + run.rank : at + 16 * run.world : run.world]
+        groups = trainer.packs([processor(c, path.parent) for line in mine for c in versions(line)], room)
+        most, sums = int(max(row[0] for row in run.gather([len(groups)]))), []
+        for group in groups + [blank] * (most - len(groups)):
+            with run.autocast():
+                sums += answer_logprobs(model, run.to(pack(group)))[0].tolist()
+        for k, line in enumerate(mine):
+            before, (c, r) = line["reference"], sums[2 * k : 2 * k + 2]
+            hits = [hits[0] + (c > r), hits[1] + (c - r > before[0] - before[1]), hits[2] + 1]
     right, more, n = (run.sum(h) for h in hits)
     return right / n, more / n
 
@@ -268,37 +270,36 @@ def mpo(run, start: Path, pairs: Path, plan: dict, steps: int, lr: float, seed: 
 # rounds of sampling, scoring and MPO
 
 
-def respond(run, folder: Path, jobs, longest: int, group: int, seed: str, judge=None):
-    """jobs: (line, root, mode) -> for each, `group` answers [(content, parts of rewards.reward)], on all ranks."""
+def respond(run, folder: Path, jobs, longest: int, group: int, seed: str, judge=None) -> dict[int, list]:
+    """jobs: (line, root, mode) -> {index: `group` answers [(content, parts of rewards.reward)]} of this rank's share."""
     model = KeyeVL.from_pretrained(folder, torch.bfloat16 if run.device.type == "cuda" else torch.float32, run.device)
     generator, mine, own = Generator(model, Processor.from_pretrained(folder)), {}, list(range(run.rank, len(jobs), run.world))
-    for at in range(0, len(own), 64):
-        part = own[at : at + 64]
-        for i, rows in zip(part, rollout(generator, [jobs[i] for i in part], group, longest, [f"{seed}/{i}" for i in part])):
-            line, _, mode = jobs[i]
-            tasks = [dict(completion=row["content"], meta=line["meta"], mode=mode, finished=row["finished"], judge=judge,
-                          question=text_of(line["messages"][-2]), length=sum(row["sampled"]), longest=longest,
-                          buffer=longest // 4) for row in rows]
-            mine[i] = [(task["completion"], parts | {"parsed": None, "tokens": task["length"]})
-                       for task, parts in zip(tasks, rewards.rewards(tasks))]
-    known = {}
-    for part in run.gather_objects(mine):
-        known |= part
-    return [known.get(i, []) for i in range(len(jobs))]
+    for at in range(0, len(own), 128):
+        part = own[at : at + 128]
+        rows = rollout(generator, [jobs[i] for i in part], group, longest, [f"{seed}/{i}" for i in part])
+        tasks = [dict(completion=row["content"], meta=jobs[i][0]["meta"], mode=jobs[i][2], finished=row["finished"], judge=judge,
+                      question=text_of(jobs[i][0]["messages"][-2]), length=sum(row["sampled"]), longest=longest,
+                      buffer=longest // 4) for i, group_rows in zip(part, rows) for row in group_rows]
+        scored = zip(tasks, rewards.rewards(tasks))
+        for i, group_rows in zip(part, rows):
+            mine[i] = [(task["completion"], parts | {"parsed": None, "tokens": task["length"], "finished": task["finished"]})
+                       for _, (task, parts) in zip(group_rows, scored)]
+    return mine
 
 
-def rank_pairs(jobs, answers) -> list[tuple[dict, Path]]:
+def rank_pairs(jobs, answers: dict[int, list]) -> list[tuple[dict, Path]]:
     """Best and worst answer of each prompt, where the best is right and in its mode's form, and MARGIN apart."""
     out = []
-    for (line, root, mode), got in zip(jobs, answers):
+    for i, got in answers.items():
+        line, root, mode = jobs[i]
         scored = sorted((a for a in got if a[1]["total"] is not None), key=lambda a: (a[1]["total"], -a[1]["tokens"]))
         if len(scored) < 2:
             continue
         (worst, low), (best, high) = scored[0], scored[-1]
         if high["right"] and high["format"] and high["total"] - low["total"] >= MARGIN:
             asked = switch(line["messages"][:-1], None if mode == "auto_think" else mode)
-            out.append(({"messages": asked, "chosen": best, "rejected": worst, "mode": mode, "task": line["meta"]["task"],
-                         "scores": [high["total"], low["total"]]}, root))
+            out.append(({"messages": asked, "chosen": best, "rejected": worst, "rejected_ended": low["finished"], "mode": mode,
+                         "task": line["meta"]["task"], "scores": [high["total"], low["total"]]}, root))
     return out
 
 
@@ -309,6 +310,9 @@ def iterate(args, folder: Path, plan: dict, judge):
         raise SystemExit(f"the rounds need questions.jsonl in {folder / 'train'}")
     pool = [(line, p.parent) for p in sources for line in read_pool(p)]
     longest = 192 if plan["muon"] else 2048
+    if args.fresh:  # later rounds are nothing without the first
+        for name in ("align", *(f"align-{n}" for n in range(1, plan["rounds"] + 1))):
+            (Path(args.out) / args.size / name / "score.json").unlink(missing_ok=True)
     for number in range(1, plan["rounds"] + 1):
         run = trainer.start(args, f"align-{number}")
         if not trainer.finished(run):
@@ -320,22 +324,28 @@ def iterate(args, folder: Path, plan: dict, judge):
                     modes = {m: w for m, w in MODES.items() if still or m != "agentic_think"}
                     jobs.append((line, root, *rng.choices(list(modes), modes.values())))
                 answers = respond(run, start, jobs, longest, plan["group"], f"{args.seed}/{number}", judge)
-                flat = [parts for got in answers for _, parts in got]
-                share = {k: sum(p[k] or 0 for p in flat) / max(1, len(flat)) for k in ("right", "format", "consistency")}
-                share["repetitive"] = sum(p["repetition"] > rewards.REPEATED for p in flat) / max(1, len(flat))
-                pairs = rank_pairs(jobs, answers)
-                run.say(f"round {number}: {len(flat)} answers, " + ", ".join(f"{k} {v:.1%}" for k, v in share.items()) + f"; {len(pairs)} pairs")
-                run.write(share | {"round": number, "pairs": len(pairs)})
+                flat, share = [parts for got in answers.values() for _, parts in got], {}
+                for k in ("right", "format", "consistency", "repetition"):
+                    values = [float(p[k] > rewards.REPEATED) if k == "repetition" else p[k] for p in flat if p[k] is not None]
+                    share[k] = run.sum(sum(values)) / max(1, run.sum(len(values)))  # unscored ones in neither
+                mine = [adopt(pair, root, data) for pair, root in rank_pairs(jobs, answers)]
+                pairs = [(pair, data) for part in run.gather_objects(mine) for pair in part]
+                run.say(f"round {number}: {run.sum(len(flat)):.0f} answers, " + ", ".join(f"{k} {v:.1%}" for k, v in share.items())
+                        + f"; {len(pairs)} pairs")
+                (data / "round.json").write_text(json.dumps(share | {"pairs": len(pairs)}) + "\n") if run.main else None
                 write_pairs(run, pairs, data / "answers.jsonl", args.seed)
                 refer(run, start, data / "answers.jsonl", data / "pairs.jsonl", plan["pack"])
             mpo(run, start, data / "pairs.jsonl", plan, args.steps or plan["round_steps"], plan["round_lr"], args.seed)
             trainer.finish(run, {})
+            args.resume = False  # it was for the round that had been interrupted
         start = run.folder / "model"
     run = trainer.start(args, "align")
     if not trainer.finished(run):
         if run.main:
-            shutil.rmtree(run.folder / "model", ignore_errors=True)
-            shutil.copytree(start, run.folder / "model")
+            for old in (run.folder / "model", run.folder / "model.tmp"):
+                shutil.rmtree(old, ignore_errors=True)
+            shutil.copytree(start, run.folder / "model.tmp")
+            (run.folder / "model.tmp").rename(run.folder / "model")
         trainer.finish(run, phase_score(run, folder, args, rewards.MODES))
 
 
@@ -348,7 +358,9 @@ def main(args):
         init, run = trainer.before(args, "sft"), trainer.start(args, "mpo")
         if trainer.finished(run):
             return
-        data = run.folder / "data"
+        data, made = run.folder / "data", {"init": str(init), "pairs": args.pairs}  # the references are of this start
+        if (data / "made.json").exists() and (was := json.loads((data / "made.json").read_text())) != made:
+            raise SystemExit(f"{data} was made with {was}, not with {made}; --fresh starts over")
         if args.fresh or not (data / "pairs.jsonl").exists():
             source = Path(args.pairs) if args.pairs else data / "answers.jsonl"
             if not args.pairs:
@@ -357,6 +369,7 @@ def main(args):
                     raise SystemExit(f"MPO needs --pairs, or questions.jsonl or instruct.jsonl in {folder / 'train'}")
                 own_pairs(run, init, sources, source, plan, args.seed)
             refer(run, init, source, data / "pairs.jsonl", plan["pack"])
+            (data / "made.json").write_text(json.dumps(made)) if run.main else None
         mpo(run, init, data / "pairs.jsonl", plan, args.steps or plan["steps"], plan["lr"], args.seed)
         trainer.finish(run, phase_score(run, folder, args, [None]))
     print(f"alignment ({args.phase}) took {time.time() - began:.0f} s", flush=True)

@@ -21,7 +21,7 @@ Two passes. The first teaches all but auto-think. Then its model answers questio
 more often than a plain answer, auto-think is taught to think, with tools where those are right most often: measured, not told
 by the task's name. The second pass goes on with all five kinds.
 
-The model is left in runs/<size>/coldstart/model, the conversations in data/ beside it, to be read.
+The model is left in runs/<size>/coldstart/model, the conversations in runs/<size>/coldstart-modes/data, to be read.
 """
 import json
 import random
@@ -33,7 +33,7 @@ import torch
 
 import sandbox
 import trainer
-from data import Processor, adopt, media_of, pictures_of, switch
+from data import MediaError, Processor, adopt, media_of, pictures_of, switch, text_lines
 from evaluate import phase_score
 from generate import Generator, rollout
 from model import KeyeVL
@@ -94,8 +94,9 @@ def thinking(steps: list[str], reply: str) -> str:
     return "<think>" + "\n".join(steps) + f"\nthe answer is {reply}</think><answer>\\boxed{{{reply}}}</answer>"
 
 
-def looking(steps: list[str], reply: str, meta: dict, pictures: list) -> list[dict] | None:
-    """The thinking with one tool call in it, run in the sandbox; None where there is nothing to look at or to compute."""
+def looking(steps: list[str], reply: str, meta: dict, pictures) -> list[dict] | None:
+    """The thinking with one tool call in it, run in the sandbox; None where there is nothing to look at or to compute.
+    pictures: a function that gives the question's."""
     if "place" in meta:
         code = f"crop{tuple(look_box(meta['place']))}\nzoom(2)"
         code += f"\nrotate({meta['rotate']})" if meta.get("rotate") else ""
@@ -105,7 +106,7 @@ def looking(steps: list[str], reply: str, meta: dict, pictures: list) -> list[di
         code, before, after = f"print({steps[0].split(' = ')[0].split(' ')[0]} {meta['sign']} {meta['second']})", [], [reply]
     else:
         return None
-    seen = sandbox.run(code, pictures)
+    seen = sandbox.run(code, pictures())
     if not seen.ok:
         return None
     own = lambda text: {"type": "text", "text": text}
@@ -125,7 +126,7 @@ def kinds(line: dict, root: Path, rng: random.Random) -> dict[str, list]:
     steps, clip = travelled(meta["steps"], rng), any(k == "video" for _, k in media_of(line))
     if steps is None:
         return out
-    long, tool = thinking(steps, reply), None if clip else looking(steps, reply, meta, pictures_of(line, root))
+    long, tool = thinking(steps, reply), None if clip else looking(steps, reply, meta, lambda: pictures_of({"messages": asked}, root))
     say = lambda mode, content, asked=asked: {
         "messages": [*switch(asked, mode), {"role": "assistant", "content": content}], "mode": mode}
     if clip:
@@ -133,7 +134,10 @@ def kinds(line: dict, root: Path, rng: random.Random) -> dict[str, list]:
         for fps in (2.0, 1.0):  # Keye: 32 and 16 frames
             version = json.loads(json.dumps(asked))
             for item, kind in media_of({"messages": version}):
-                item |= {"fps": fps} if kind == "video" else {}
+                if kind == "video" and isinstance(item["video"], list):  # frames: their own rate, or every other one
+                    item |= {"video": item["video"][:: round(2 / fps)], "fps": item.get("fps", 2.0) * fps / 2}
+                elif kind == "video":
+                    item["fps"] = fps
             out["video"].append(say(*rng.choice([("think", long), ("no_think", reply)]), version))
         return out
     out["think"], out["no_think"] = [say("think", long)], [say("no_think", reply)]
@@ -150,7 +154,7 @@ def analysed(line: dict, root: Path, rng: random.Random, mode: str) -> dict | No
     reply, steps = last["content"], travelled(line["meta"]["steps"], rng)
     then = reply if mode == "no_think" else steps and thinking(steps, reply)
     if mode == "agentic_think" and steps:
-        then = looking(steps, reply, line["meta"], pictures_of(line, root)) or then
+        then = looking(steps, reply, line["meta"], lambda: pictures_of({"messages": asked}, root)) or then
     if not then:
         return None
     said = f"<analysis>{ANALYSIS[mode]}</analysis>"
@@ -161,9 +165,10 @@ def analysed(line: dict, root: Path, rng: random.Random, mode: str) -> dict | No
 
 def retold(line: dict, modes: list) -> dict:
     """The line with other switches behind its question."""
-    *asked, last = line["messages"]
-    if line["mode"]:
-        asked = json.loads(json.dumps(asked).replace(f"/{line['mode']}", ""))
+    *asked, last = json.loads(json.dumps(line["messages"]))
+    if line["mode"]:  # `switch` has put it behind the last text of the last question
+        item = next(item for item in reversed(asked[-1]["content"]) if item["type"] == "text")
+        item["text"] = item["text"].removesuffix(f"/{line['mode']}")
     for mode in modes:
         asked = switch(asked, mode)
     return {"messages": [*asked, last]}
@@ -175,8 +180,9 @@ def several_turns(single: list[dict], rng: random.Random) -> list[dict]:
     for a, b in (rng.sample(single, 2) for _ in range(len(single) // 8)):
         if rng.random() < 0.5:
             out.append(retold(b, [a["mode"] or "think", b["mode"] or "auto_think"]))
-        else:  # a second question, with its own switch or, where it wants the first one's mode, with none
-            out.append({"messages": a["messages"] + (b if a["mode"] != b["mode"] else retold(b, [None]))["messages"]})
+        else:  # a second question with its own switch, or with none where the first one's holds for it too
+            mode = None if a["mode"] == b["mode"] else b["mode"] or "auto_think"
+            out.append({"messages": a["messages"] + retold(b, [mode])["messages"]})
     return out
 
 
@@ -193,14 +199,24 @@ def build(run, pool, keep: list[Path], out: Path, plan: dict, seed: int):
     """Writes out/<kind>.jsonl of the first pass, with their media beside them. pool: (line, root of its media)."""
     lines = {kind: [] for kind in MIX}
     for i, (line, root) in enumerate(pool if run.main else ()):
-        for kind, conversations in kinds(line, root, random.Random(f"{seed}/{i}")).items():
-            lines[kind] += [adopt(c, root, out) for c in conversations]
+        try:
+            made = kinds(line, root, random.Random(f"{seed}/{i}")).items()
+            made = {kind: [adopt(c, root, out) for c in conversations] for kind, conversations in made}
+        except (MediaError, ValueError) as e:
+            run.say(f"skipped: {e}")
+            continue
+        for kind, conversations in made.items():
+            lines[kind] += conversations
     for path in keep if run.main else ():  # the switch in the first turn holds for all of them
-        content = path.read_text(encoding="utf-8").splitlines()
-        for line in map(json.loads, content[:: max(1, len(content) // plan["kept"])]):
-            first = next(i for i, m in enumerate(line["messages"]) if m["role"] == "user") + 1
-            line["messages"] = [*switch(line["messages"][:first], "no_think"), *line["messages"][first:]]
-            lines["keep"].append(adopt({"messages": line["messages"]}, path.parent, out))
+        content = text_lines(path)
+        for number, text in content[:: max(1, len(content) // plan["kept"])]:
+            try:
+                messages = json.loads(text)["messages"]
+                first = next(i for i, m in enumerate(messages) if m["role"] == "user") + 1
+                messages = [*switch(messages[:first], "no_think"), *messages[first:]]
+                lines["keep"].append(adopt({"messages": messages}, path.parent, out))
+            except (MediaError, ValueError, KeyError, TypeError, StopIteration) as e:
+                run.say(f"skipped {path}:{number}: {e!r}")
     lines["turns"] = several_turns(lines["think"] + lines["no_think"], random.Random(f"{seed}/turns"))
     write(run, out, lines)
 
@@ -208,10 +224,10 @@ def build(run, pool, keep: list[Path], out: Path, plan: dict, seed: int):
 def measure(run, folder: Path, pool, plan: dict, seed: int) -> dict[int, str]:
     """{index in pool: the mode in which the model in `folder` answers it best} on all ranks, by `best_modes`."""
     model = KeyeVL.from_pretrained(folder, torch.bfloat16 if run.device.type == "cuda" else torch.float32, run.device)
-    generator, mine = Generator(model, Processor.from_pretrained(folder), rows=256 if run.device.type == "cuda" else 64), {}
+    generator, mine = Generator(model, Processor.from_pretrained(folder)), {}
     own = list(range(run.rank, min(plan["asked"], len(pool)), run.world))
-    for at in range(0, len(own), 128):
-        jobs = [(i, *pool[i], mode) for i in own[at : at + 128] for mode in ANALYSIS
+    for at in range(0, len(own), 256):
+        jobs = [(i, *pool[i], mode) for i in own[at : at + 256] for mode in ANALYSIS
                 if mode != "agentic_think" or "place" in pool[i][0]["meta"] or pool[i][0]["meta"]["task"] == "arithmetic"]
         rows = rollout(generator, [job[1:] for job in jobs], plan["samples"], 192 if plan["muon"] else 2048,
                        [f"{seed}/{job[0]}/{job[3]}" for job in jobs])
@@ -243,10 +259,13 @@ def build_auto(run, folder: Path, pool, out: Path, plan: dict, seed: int):
     best, lines, chosen = measure(run, folder, pool, plan, seed), {"auto_think": []}, Counter()
     for i in sorted(best) if run.main else ():
         line, root = pool[i]
-        if conversation := analysed(line, root, random.Random(f"{seed}/auto/{i}"), best[i]):
-            lines["auto_think"].append(adopt(conversation, root, out))
-            chosen[line["meta"]["task"], best[i] != "no_think"] += 1
-    single = [json.loads(text) for kind in ("think", "no_think") for text in (out / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()]
+        try:
+            if conversation := analysed(line, root, random.Random(f"{seed}/auto/{i}"), best[i]):
+                lines["auto_think"].append(adopt(conversation, root, out))
+                chosen[line["meta"]["task"], best[i] != "no_think"] += 1
+        except (MediaError, ValueError) as e:
+            run.say(f"skipped: {e}")
+    single = [json.loads(text) for kind in ("think", "no_think") for _, text in text_lines(out / f"{kind}.jsonl")]
     if run.main:
         lines["turns"] = several_turns(single + lines["auto_think"], random.Random(f"{seed}/turns"))
     write(run, out, lines)
@@ -256,12 +275,16 @@ def build_auto(run, folder: Path, pool, out: Path, plan: dict, seed: int):
 
 def main(args):
     init, folder, began, plan = trainer.before(args, "mpo"), Path(args.data or f"data/{args.size}"), time.time(), PLAN[args.size]
-    out = Path(args.out) / args.size / "coldstart" / "data"
+    out = Path(args.out) / args.size / "coldstart-modes" / "data"
     sources = [p for p in (folder / "train" / f"{name}.jsonl" for name in ("questions", "detail", "instruct")) if p.exists()]
     if not sources:
         raise SystemExit(f"the cold start needs questions.jsonl in {folder / 'train'}")
     pool = [(line, path.parent) for path in sources for line in read_pool(path) if line["meta"].get("steps")]
+    if not pool:
+        raise SystemExit(f"no question in {', '.join(map(str, sources))} has \"steps\" in its meta: nothing to think with")
     pool = [pool[i] for i in random.Random(f"{args.seed}/pool").sample(range(len(pool)), len(pool))]
+    if args.fresh:  # the second pass is nothing without the first
+        (Path(args.out) / args.size / "coldstart" / "score.json").unlink(missing_ok=True)
     for number, stage in enumerate(("coldstart-modes", "coldstart")):
         run = trainer.start(args, stage)
         if not trainer.finished(run):
@@ -278,6 +301,7 @@ def main(args):
             finetune(run, KeyeVL.from_pretrained(init), Processor.from_pretrained(init), mixture, plan,
                      args.steps or plan["steps"][number], args.seed)
             trainer.finish(run, phase_score(run, folder, args, MODES) if number else {})
+            args.resume = False  # it was for the pass that had been interrupted
         init = run.folder / "model"
     print(f"the cold start took {time.time() - began:.0f} s; the model is in {init}", flush=True)
 

@@ -155,12 +155,19 @@ def check_conversation(line):
                     raise ValueError(f"{where}: {key} must be a positive number")
 
 
+def text_lines(path):
+    """[(number, text)] of a JSONL file's lines that are not blank. A line ends at "\n" alone: JSON may hold U+2028."""
+    lines = enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1)
+    return [(number, text) for number, text in lines if text.strip()]
+
+
 def versions(line):
     """A line's conversations: of a preference, messages followed by the "chosen" and by the "rejected" answer; else one."""
     if "chosen" not in line and "rejected" not in line:
         return [line]
-    answer = lambda key: {"role": "assistant", "content": line.get(key)}
-    return [{"messages": [*line["messages"], answer(key)]} for key in ("chosen", "rejected")]
+    before = [m | {"loss": False} for m in line["messages"]]  # an earlier answer is no part of either
+    answer = lambda key: {"role": "assistant", "content": line.get(key), "ended": line.get(f"{key}_ended", True)}
+    return [{"messages": [*before, answer(key)]} for key in ("chosen", "rejected")]
 
 
 def switch(messages, mode):
@@ -187,23 +194,33 @@ def media_of(conversation):
 
 def adopt(conversation, root, folder):
     """A copy of the conversation for a JSONL file in `folder`: its media are hard-linked (or copied) below folder/media
-    from root; pictures in memory are written there as PNG. MediaError as the reader's."""
+    from root, unless that is where they are; pictures in memory are written there as PNG. MediaError as the reader's."""
+    here = os.path.realpath(root) == os.path.realpath(folder)
+
     def home(source):
+        if here and not isinstance(source, Image.Image):
+            return source
         target = Path(folder) / "media"
         if isinstance(source, Image.Image):
             target /= f"{hashlib.sha1(source.tobytes() + repr(source.size).encode()).hexdigest()[:20]}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                source.save(target, compress_level=1)
+            new = not target.exists()
         else:
             open_media(source, root).close()  # refuses what the reader would refuse
-            target /= source
+            old, target = Path(root) / source, target / source
+            new = not target.exists() or (old.stat().st_size, old.stat().st_mtime_ns) != (
+                target.stat().st_size, target.stat().st_mtime_ns)  # a new file of the old name
+        if new:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
+            tmp = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+            tmp.unlink(missing_ok=True)
+            if isinstance(source, Image.Image):
+                source.save(tmp, "PNG", compress_level=1)
+            else:
                 try:
-                    os.link(Path(root) / source, target)
+                    os.link(os.path.realpath(old), tmp)
                 except OSError:  # another file system
-                    shutil.copy(Path(root) / source, target)
+                    shutil.copy2(old, tmp)
+            os.replace(tmp, target)
         return target.relative_to(folder).as_posix()
 
     conversation = copy.deepcopy(conversation)
@@ -553,7 +570,7 @@ class Processor:
             if own:
                 pieces.append((encode(head), False))
             pieces += self._content(message["content"], own, loss, "" if own else head, seen)
-            pieces += [(end, loss), (encode("\n"), False)]
+            pieces += [(end, loss and message.get("ended", True)), (encode("\n"), False)]  # "ended": false: it was cut off
         if generate:
             pieces += [(start, False), (encode("assistant\n"), False)]
         return pieces

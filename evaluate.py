@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data import MediaError, Processor, check_conversation, pictures_of, switch
+from data import MediaError, Processor, check_conversation, pictures_of, switch, text_lines
 from generate import Generator, converse, load
 from model import KeyeVL
 from rewards import MODES, REPEATED, TOOLS, grade, parse, repetition, score, turn_of
@@ -45,9 +45,7 @@ def read_questions(folder: str | Path, limit: int | None = None, tasks: list[str
     if not (files := sorted(folder.glob("*.jsonl"))):
         raise ValueError(f"{folder}: no *.jsonl files with questions here")
     for path in files:
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not text.strip():
-                continue
+        for number, text in text_lines(path):
             try:
                 line = json.loads(text)
                 check_conversation(line)
@@ -101,7 +99,7 @@ def evaluate(model, processor, folder, limit=None, blind=True, batch=64, tasks=N
             except (MediaError, ValueError) as e:
                 failed.append({"where": q["where"], "reason": str(e)})
                 blank = 0.0 if blind and has_media(q) else None
-                done[q["meta"]["task"]].append((q, "", 0.0, blank, None, facts([], mode or "no_think", False, 0)))
+                done[q["meta"]["task"]].append((q, "", 0.0, blank, None, facts([], mode or "no_think", False, 0) | {"obeyed": 0.0}))
         ready.sort(key=lambda x: (room[x[0]["meta"]["task"]], len(x[1]["tokens"])))
         limits = [max_new_tokens or room[q["meta"]["task"]] for q, _ in ready]
         told = respond(generator, ready, limits, folder, mode)
@@ -109,7 +107,7 @@ def evaluate(model, processor, folder, limit=None, blind=True, batch=64, tasks=N
         for (q, _), (text, fact), guess in zip(ready, told, guesses):
             meta = q["meta"]
             rough = grade(text, meta) if meta["verifier"] in ROUGH else None
-            blank = None if guess is None else score(guess, meta)
+            blank = None if guess is None else score((parse(guess, mode).final or "") if mode else guess, meta)
             done[meta["task"]].append((q, text, score(text, meta), blank, rough, fact))
 
     by_category = defaultdict(list)
@@ -150,7 +148,7 @@ def respond(generator, ready, limits, folder, mode) -> list[tuple[str, dict]]:
     """Greedy answers to (question, sample)s: the final answer and its facts."""
     samples, tokenizer = [s for _, s in ready], generator.processor.tokenizer
     if mode in TOOLS:
-        pictures = [lambda q=q: pictures_of(q, folder) for q, _ in ready]
+        pictures = [lambda q=q: pictures_of({"messages": q["messages"][:-1]}, folder) for q, _ in ready]
         rows = converse(generator, samples, pictures, limits, temperature=0)
     else:
         rows = generator.sample(samples, limits, temperature=0)
@@ -248,7 +246,7 @@ def phase_score(run, folder: Path, args, modes, name="model") -> dict:
     if not run.main or not (folder / "heldout").is_dir():
         run.say(f"{folder}/heldout: no held-out score") if run.main else None
         return {}
-    model = KeyeVL.from_pretrained(run.folder / name, device=run.device)
+    model = KeyeVL.from_pretrained(run.folder / name, run.dtype if run.device.type == "cuda" else torch.float32, run.device)
     processor, scores, page = Processor.from_pretrained(run.folder / name), {}, f"# {run.stage}: answers to held-out questions\n"
     for mode in modes:
         with run.autocast():
@@ -280,7 +278,7 @@ def board(rows: list[tuple[str, dict]]) -> str:
 
 
 def markdown(table: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table)]
+    widths = [max(2, *map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * widths[0]] + ["-" * (w - 1) + ":" for w in widths[1:]])
     pad = lambda row: [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]
     return "\n".join("| " + " | ".join(pad(row)) + " |" for row in table)
@@ -328,6 +326,8 @@ def main(argv=None):
             results = {mode: evaluate(model, processor, args.data, args.limit, False, args.batch, args.categories,
                                       args.max_new_tokens, mode) for mode in args.mode}
             print(scoreboard(list(results.items())), board(list(results.items())), sep="\n\n")
+            for f in next(iter(results.values()))["failed"]:
+                print(f"failed, counted as wrong: {f['where']}: {f['reason']}")
             if args.out:
                 Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
             return

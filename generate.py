@@ -37,6 +37,7 @@ from rewards import TOOLS, turn_of
 
 NEVER = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 STOP = ("<|im_end|>", "<|endoftext|>")
+CACHE = 16 << 30  # bytes of keys and values at a time: 8B's take 144 KiB a token
 
 
 @dataclass
@@ -83,17 +84,19 @@ def choose(logits: Tensor, draws: list[float], temperature: float, top_k: int, t
 
 
 class Generator:
-    """Batched decoding. rows: conversations in the cache at once; pack_tokens: tokens of one prefill (a longer prompt
-    goes alone). On CUDA fp32 weights compute in bf16. ValueError when the vocabulary is not the model's."""
+    """Batched decoding. rows: conversations in the cache at once, as far as CACHE bytes reach (default: 64, on CUDA 512, as
+    a GPU waits for the host as long for few rows as for many); pack_tokens: tokens of one prefill (a longer prompt goes
+    alone). On CUDA fp32 weights compute in bf16. ValueError when the vocabulary is not the model's."""
 
-    def __init__(self, model: KeyeVL, processor: Processor, rows: int = 64, pack_tokens: int = 16384):
+    def __init__(self, model: KeyeVL, processor: Processor, rows: int | None = None, pack_tokens: int = 16384):
         special, cfg = processor.tokenizer.special, model.config
         if cfg.image_token_id != special["<|image_pad|>"] or cfg.vocab_size < len(special) + processor.tokenizer.n_base:
             raise ValueError(f"vocabulary and model do not belong together: <|image_pad|> is "
                              f"{special['<|image_pad|>']} in {processor.tokenizer.path} and {cfg.image_token_id} in "
                              "the model's config")
-        self.model, self.processor, self.rows, self.pack_tokens = model, processor, rows, pack_tokens
         weight = model.head_weight
+        rows = rows or (512 if weight.is_cuda else 64)
+        self.model, self.processor, self.rows, self.pack_tokens = model, processor, rows, pack_tokens
         self.device, self.bf16 = weight.device, weight.is_cuda and weight.dtype == torch.float32
         self.stop = {special[t] for t in STOP}
         beyond = range(processor.tokenizer.n_base + len(special), cfg.vocab_size)  # rows of the table without a token
@@ -130,14 +133,16 @@ class Generator:
             raise ValueError(f"sample {empty[0]} has no tokens")
         everyone = [Row(i, s, limits[i], random.Random(seeds[i])) for i, s in enumerate(samples)]
         waiting, active, stops = deque(everyone), [], self.stop | set(stop)
-        longest = max((len(s["tokens"]) + m for s, m in zip(samples, limits)), default=0)
+        longest, c = max((len(s["tokens"]) + m for s, m in zip(samples, limits)), default=0), self.model.config
+        a_row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * (2 if self.device.type == "cuda" else 4) * longest
+        rows = max(1, min(self.rows, n, CACHE // max(1, a_row)))
         # one context for all steps: bf16 copies of fp32 weights are made once
         with torch.autocast("cuda", torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-            cache = self.model.new_cache(min(self.rows, n), longest)
-            free = list(range(min(self.rows, n)))[::-1]
+            cache = self.model.new_cache(rows, longest)
+            free = list(range(rows))[::-1]
             while waiting or active:
                 # prompts enter several at a time: a prefill for every row that ends would stop all others each time
-                if len(free) >= min(len(waiting), -(-self.rows // 4)):
+                if len(free) >= min(len(waiting), -(-rows // 4)):
                     while waiting and free:
                         active.append(waiting.popleft())
                         active[-1].slot = free.pop()
@@ -214,7 +219,8 @@ class Generator:
         row.positions, row.seen = row.positions + sample["positions"].T.tolist(), row.seen + [sample]
         missing = cache.lengths[row.slot] + len(given) + 1 + row.left - cache.max_len
         if missing > 0:
-            cache.k, cache.v = (F.pad(c, (0, 0, 0, 0, 0, missing)) for c in (cache.k, cache.v))
+            cache.k = F.pad(cache.k, (0, 0, 0, 0, 0, missing))  # one after the other: the old ones go as the new ones come
+            cache.v = F.pad(cache.v, (0, 0, 0, 0, 0, missing))
             cache.max_len += missing
         return True
 
@@ -300,8 +306,9 @@ def rollout(generator: Generator, jobs, group: int, longest: int, seeds: list[st
             if (mode in TOOLS) == tools:
                 asked = switch(line["messages"][:-1], None if mode == "auto_think" else mode)
                 try:
-                    todo += [(i, generator.processor({"messages": asked}, root, generate=True), f"{seeds[i]}/{k}", pictures)
-                             for pictures in [lambda line=line, root=root: pictures_of(line, root)] for k in range(group)]
+                    sample = generator.processor({"messages": asked}, root, generate=True)
+                    pictures = lambda asked=asked, root=root: pictures_of({"messages": asked}, root)
+                    todo += [(i, sample, f"{seeds[i]}/{k}", pictures) for k in range(group)]
                 except (MediaError, ValueError) as e:
                     print(f"skipped: {e}", file=sys.stderr, flush=True)
         how = dict(max_new_tokens=longest, temperature=1.0, top_k=0, top_p=1.0, seed=[s for _, _, s, _ in todo])
@@ -362,14 +369,13 @@ def chat(generator: Generator, content: list, args):
         pictures.extend(pictures_of({"messages": [{"content": content}]}, ".", allow_outside=True))
 
     def turn(row):
-        if row.ids[-1] == close:
-            sample = use(row)
-            if sample is not None:
-                seen = observations[0][-1]
-                print(f"\n[sandbox: {seen.text or 'no text'}, {len(seen.images)} pictures]", flush=True)
+        if row.ids[-1] == close and row.left > 0 and (sample := use(row)) is not None:
+            seen = observations[0][-1]
+            print(f"\n[sandbox: {seen.text or 'no text'}, {len(seen.images)} pictures]", flush=True)
             return sample
         print()
         row.left = args.max_new_tokens
+        observations[0].clear()  # the next answer has calls of its own
         while interactive and (content := ask()) is not None:
             try:
                 sample = generator.next_turn(row, content, ".")

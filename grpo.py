@@ -78,8 +78,8 @@ def advantages(totals: list, algo: str = "grpo", eps: float = 1e-4) -> list[floa
 
 
 def spread(rights: list) -> bool:
-    """Whether some of a group's scored answers are right and some wrong."""
-    return len({r for r in rights if r is not None}) > 1
+    """Whether some of a group's scored answers are right (and in form: else they earn nothing) and some not."""
+    return len(set(rights)) > 1
 
 
 def token_weights(lengths: list[int], algo: str, longest: int, n: float, tokens: float) -> list[float]:
@@ -184,7 +184,7 @@ class Sampler:
         self.model, self.copy = model, None
         if isinstance(model, FSDPModule):
             self.copy = KeyeVL.empty(model.config, run.dtype, run.device).requires_grad_(False)
-        self.generator = Generator(self.copy or model, processor, rows=128)
+        self.generator = Generator(self.copy or model, processor)
 
     @torch.no_grad()
     def refresh(self):
@@ -222,7 +222,7 @@ def train(run, init: Path, pool, plan: dict, steps: int, algo: str, beta: float,
         seeds = [f"{seed}/{step}/{run.rank + i * run.world}" for i in range(len(jobs))]  # the same on any number of ranks
         rows = rollout(sampler.generator, jobs, plan["group"], longest, seeds)
         told = score(jobs, rows, longest, judge)
-        keep = [i for i, t in enumerate(told) if spread([p["right"] for p in t])]
+        keep = [i for i, t in enumerate(told) if spread([p["right"] and p["format"] for p in t if p["total"] is not None])]
         log, tokens, flops = Log(jobs, rows, told, keep), 0, 0.0
 
         for update in range(plan["updates"]):
@@ -245,7 +245,9 @@ def train(run, init: Path, pool, plan: dict, steps: int, algo: str, beta: float,
                 batch = run.to(gather_batch(group))
                 with run.autocast():
                     logp, entropy = model.logprobs(batch)
-                loss, clipped = policy_loss(logp, batch["old"], batch["reference"], batch["advantage"], batch["weight"],
+                # one update: the sampler's weights are these; its rounding, in bf16, would only trip the clip
+                old = batch["old"] if plan["updates"] > 1 else logp.detach()
+                loss, clipped = policy_loss(logp, old, batch["reference"], batch["advantage"], batch["weight"],
                                             batch["owner"], algo, beta, clip)
                 trainer.backward(model, loss, last=i == len(groups) - 1)
                 log.add(loss, clipped, logp, entropy, batch)
@@ -256,6 +258,8 @@ def train(run, init: Path, pool, plan: dict, steps: int, algo: str, beta: float,
             opt.zero_grad(set_to_none=True)
             log.norm = float(norm)
         values = log.values(run)
+        if judge:
+            values["judge_failed"] = run.sum(sum(judge.failed.values())) / max(1, run.sum(judge.asked))
         run.log(step, steps, tokens=tokens, flops=flops, lr=trainer.lr(opt), **values)
         if run.bar is not None and run.main:
             run.bar.set_description(f"{run.stage} reward {values['reward']:.2f}")

@@ -227,12 +227,12 @@ class KeyeVL(nn.Module):
             init_weights(self.lm_head, 1)
         return self
 
-    def embed(self, batch: dict) -> Tensor:
+    def embed(self, batch: dict, decoding: bool = False) -> Tensor:
         """Token embeddings with the placeholders of pictures and clips replaced by their features: (T, C)."""
         tokens, grids = batch["tokens"], batch["grids"]
-        if not len(grids) and not torch.is_grad_enabled():  # decoding
+        if decoding and not len(grids):
             return self.decoder.embed_tokens(tokens)
-        # In training a pack without pictures still runs the ViT, on zero rows: every rank must join FSDP's gathers.
+        # A whole pack without pictures still runs the ViT, on zero rows: every rank must join FSDP's gathers.
         visual = self.projector(self.vit(batch["patches"], grids), grids)  # (N / 4, C)
         holes = (tokens == self.config.image_token_id) | (tokens == self.config.video_token_id)  # (T,)
         if not tokens.is_cuda and holes.sum() != len(visual):  # on CUDA this would wait for the device; pack() checks
@@ -286,7 +286,7 @@ class KeyeVL(nn.Module):
         """
         lengths = batch["segments"].diff().tolist()
         cache.begin(rows, lengths)
-        hidden = self.decoder(self.embed(batch), batch["positions"], Segments.of(lengths, cache.device), cache)
+        hidden = self.decoder(self.embed(batch, decoding=True), batch["positions"], Segments.of(lengths, cache.device), cache)
         cache.end()
         return hidden
 

@@ -556,7 +556,8 @@ class Judge:
     def __call__(self, task: str, **data: str) -> float | None:
         text = json.dumps(data)
         for attempt in range(self.tries):
-            if (task, text) in self.known:
+            down = self.asked >= 50 and sum(self.failed.values()) > 0.9 * self.asked  # then one try, in ten requests
+            if (task, text) in self.known or down and (attempt or random.random() < 0.9):
                 break
             self.asked += 1
             time.sleep(self.wait * (2**attempt - 1))

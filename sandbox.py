@@ -167,7 +167,7 @@ class Program:
                 return bounded(ARITHMETIC[type(op)](self.value(a), self.value(b)))
             case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
                 return bounded(FUNCTIONS[name](*[self.value(a) for a in args]))
-        what, known = getattr(node, "id", "this"), ", ".join([*OPERATIONS, "print", *FUNCTIONS])
+        what, known = getattr(getattr(node, "func", node), "id", "this"), ", ".join([*OPERATIONS, "print", *FUNCTIONS])
         raise ValueError(f"{what} is not known; known are {known}, + - * / // % **")
 
     def print(self, numbers):

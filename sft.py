@@ -4,8 +4,9 @@
     python sft.py --size tiny --data data/tiny
     torchrun --nproc_per_node=8 sft.py --size 8b --data mydata --init Keye-VL-8B-Preview
 
-1. Difficulty filter: the start answers every line of --data's train/instruct.jsonl and questions.jsonl several times. What
-   is right every time, and in no more tokens than the reference, is easy and dropped (Keye: correctness and length).
+1. Difficulty filter: the start answers lines of --data's train/instruct.jsonl and questions.jsonl several times, as many
+   lines as PLAN says. What is right every time, and in no more tokens than the reference, is easy and dropped (Keye:
+   correctness and length).
 2. Training on the rest among pre-training's own lines; only what the assistant says counts, its end of turn included.
 3. The learning rate stays at its peak, and the last part of the steps anneals it to zero (Keye: +1 % on benchmarks).
 
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 import trainer
-from data import Loader, MediaError, Processor, adopt
+from data import Loader, MediaError, Processor, adopt, check_conversation, text_lines
 from evaluate import phase_score
 from generate import Generator
 from model import KeyeVL, training_flops
@@ -40,22 +41,27 @@ MIX = {"instruct": 4, "questions": 2, "vqa": 2, "caption": 0.5, "video": 0.5, "g
 
 
 def read_pool(path: Path, limit: int | None = None) -> list[dict]:
-    """Lines of single questions with "meta" (answer and verifier): an even choice of at most `limit`."""
+    """Lines of single questions with "meta" (answer and verifier; its task is by default the file's name): an even choice
+    of at most `limit`. SystemExit names a line that is none."""
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in text_lines(path):
         try:
             line = json.loads(text)
+            check_conversation(line)
             verify("", line["meta"])  # a truth that cannot be read is an error now
-            assert line["messages"][-1]["role"] == "assistant"
+            roles = [m["role"] for m in line["messages"]]
+            if roles[-1] != "assistant" or "user" not in roles:
+                raise ValueError("a user's question and, last, the assistant's answer are expected")
+            line["meta"].setdefault("task", path.stem)
             lines.append(line)
-        except (ValueError, KeyError, TypeError, AssertionError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise SystemExit(f"{path}:{number}: not a question with a known answer: {type(e).__name__}: {e}") from None
     return lines if not limit or len(lines) <= limit else [lines[i * len(lines) // limit] for i in range(limit)]
 
 
 def attempts(run, folder: Path, lines: list[dict], root: Path, samples: int, seed: int):
-    """The model in `folder` answers each line `samples` times at temperature 1: [[(text, outcome, right, tokens), ..] or
-    None where its media cannot be read], in order, on all ranks; each rank asks a share of the lines."""
+    """The model in `folder` answers each line `samples` times at temperature 1: [[(text, outcome, right, tokens, ended), ..]
+    or None where its media cannot be read], in order, on all ranks; each rank asks a share of the lines."""
     model = KeyeVL.from_pretrained(folder, torch.bfloat16 if run.device.type == "cuda" else torch.float32, run.device)
     processor = Processor.from_pretrained(folder)
     generator, mine, told = Generator(model, processor), {}, {}
@@ -72,7 +78,7 @@ def attempts(run, folder: Path, lines: list[dict], root: Path, samples: int, see
             rows = generator.sample([j[1] for j in jobs], [j[2] for j in jobs], 1.0, 0, 1.0, [j[3] for j in jobs])
             for (i, *_), row in zip(jobs, rows):
                 text = processor.tokenizer.decode(row["ids"], skip_special=True)
-                mine.setdefault(i, []).append((text, *verify(text, lines[i]["meta"]), len(row["ids"])))
+                mine.setdefault(i, []).append((text, *verify(text, lines[i]["meta"]), len(row["ids"]), row["finished"]))
             ready = []
     for part in run.gather_objects(mine):
         told |= part

@@ -96,11 +96,17 @@ def before(args, stage: str) -> Path:
 
 
 def finished(run: "Run") -> bool:
-    """Whether this phase has ended before (and says so); its mark is removed with --fresh."""
+    """Whether this phase has ended before (and says so). --fresh removes all that an earlier run of it left, data too, so
+    that a run killed before its first checkpoint goes on with nothing old."""
     done = run.folder / "score.json"
-    if run.args.fresh and run.main:
-        done.unlink(missing_ok=True)
-    run.barrier()
+
+    def clean():
+        if run.args.fresh and run.main:
+            for name in ("score.json", "metrics.jsonl", "data.done"):
+                (run.folder / name).unlink(missing_ok=True)
+            for name in ("checkpoint", "data"):
+                shutil.rmtree(run.folder / name, ignore_errors=True)
+    run.attempt(f"cannot clean {run.folder}", clean)
     if done.exists():
         run.say(f"{run.stage} is done: {run.folder} (--fresh trains it again)")
         run.close()
@@ -150,8 +156,9 @@ def start(args, stage: str) -> "Run":
         args.workers = min(8, max(1, share - 1)) if kind == "cuda" else 1
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun, also with one process
         # gloo next to NCCL: counts and objects travel between CPUs without a stop of the GPU
+        # timeout: the others wait while rank 0 scores a model or writes a phase's data
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-                                timeout=datetime.timedelta(minutes=30), device_id=device if kind == "cuda" else None)
+                                timeout=datetime.timedelta(hours=12), device_id=device if kind == "cuda" else None)
         atexit.register(end_processes)
     seed_everything(args.seed)
     run = Run(args, stage, device, torch.bfloat16 if bf16 else torch.float32, rank, world)

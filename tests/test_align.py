@@ -126,14 +126,34 @@ def test_adopt_takes_media_and_refuses_what_the_reader_refuses(tmp_path):
 
 
 def test_best_and_worst_of_a_round():
-    parts = lambda total, right=1.0, form=1.0, tokens=5: {"total": total, "right": right, "format": form, "tokens": tokens}
+    parts = lambda total, right=1.0, form=1.0, tokens=5: {"total": total, "right": right, "format": form, "tokens": tokens, "finished": right}
     job = ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "3"}], "meta": {"task": "t"}}, "root", "think")
-    pair, = align.rank_pairs([job], [[("worst", parts(-0.5, 0)), ("long", parts(1.5, tokens=9)), ("best", parts(1.5)), ("none", parts(None))]])
+    pair, = align.rank_pairs([job], {0: [("worst", parts(-0.5, 0)), ("long", parts(1.5, tokens=9)), ("best", parts(1.5)), ("none", parts(None))]})
+    assert pair[0]["rejected_ended"] == 0
     assert (pair[0]["chosen"], pair[0]["rejected"], pair[1]) == ("best", "worst", "root")
     assert pair[0]["messages"][-1]["content"][-1]["text"] == "q/think"
-    assert align.rank_pairs([job], [[("a", parts(1.5)), ("b", parts(1.4))]]) == []  # too close
-    assert align.rank_pairs([job], [[("a", parts(0.0, 0)), ("b", parts(-1.0, 0))]]) == []  # the best one is wrong
-    assert align.rank_pairs([job], [[("a", parts(1.0))], []][:1]) == []
+    assert align.rank_pairs([job], {0: [("a", parts(1.5)), ("b", parts(1.4))]}) == []  # too close
+    assert align.rank_pairs([job], {0: [("a", parts(0.0, 0)), ("b", parts(-1.0, 0))]}) == []  # the best one is wrong
+    assert align.rank_pairs([job], {0: [("a", parts(1.0))]}) == []
+
+
+def test_only_the_answer_counts_and_a_cut_one_has_no_end(processor):
+    line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "an earlier answer"}, {"role": "user", "content": "b"}],
+            "chosen": "red", "rejected": "blue blue", "rejected_ended": False}
+    for conversation, text in zip(versions(line), ("red<|im_end|>", "blue blue")):
+        sample = processor(conversation)
+        shown = sample["tokens"][torch.where(sample["labels"] != -100)[0] + 1]
+        assert processor.tokenizer.decode(shown) == text
+
+
+def test_a_new_file_of_an_old_name_is_taken(tmp_path):
+    line, = preferences(tmp_path / "from", 1)
+    adopt(line, tmp_path / "from", tmp_path / "to")
+    (tmp_path / "from" / "0.png").unlink()
+    Image.new("RGB", (50, 50), (9, 9, 9)).save(tmp_path / "from" / "0.png")
+    moved = adopt(line, tmp_path / "from", tmp_path / "to")
+    assert Image.open(tmp_path / "to" / moved["messages"][0]["content"][0]["image"]).getpixel((0, 0)) == (9, 9, 9)
+    assert adopt(moved, tmp_path / "to", tmp_path / "to") == moved and not list((tmp_path / "to").rglob("*.tmp"))
 
 
 # -------------------------------------------------------------------------------------------------------- the command

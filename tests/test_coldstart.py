@@ -149,7 +149,7 @@ def test_both_commands(tmp_path, world, start):
     assert kept and all((tmp_path / "toy/sft/data" / item["image"]).exists() for line in kept for item, k in media_of(line) if k == "image")
     said = shell(tmp_path / "short.py", "coldstart.py", *args)
     assert "auto-think thinks on" in said
-    data = tmp_path / "toy/coldstart/data"
+    data = tmp_path / "toy/coldstart-modes/data"
     counts = {p.stem: len(p.read_text().splitlines()) for p in data.glob("*.jsonl")}
     assert set(counts) == set(coldstart.MIX_AUTO) and all(counts.values()) and counts["auto_think"] <= 12
     score = json.loads((tmp_path / "toy/coldstart/score.json").read_text())
@@ -162,8 +162,8 @@ def test_the_filter_drops_what_is_easy(tmp_path, world, start, processor, monkey
     lines = sft.read_pool(world / "train" / "questions.jsonl")[:6]
     source = world / "train" / "few.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    right = lambda line, n: [("x", 1.0, 1.0, n)] * 2
-    told = [right(lines[0], 1), right(lines[1], 10_000), [("x", 0, 0.0, 1), ("x", 1, 1.0, 1)], None, right(lines[4], 1), right(lines[5], 1)]
+    right = lambda line, n: [("x", 1.0, 1.0, n, True)] * 2
+    told = [right(lines[0], 1), right(lines[1], 10_000), [("x", 0, 0.0, 1, True), ("x", 1, 1.0, 1, True)], None, right(lines[4], 1), right(lines[5], 1)]
     monkeypatch.setattr(sft, "attempts", lambda *a: told)
 
     class Run:

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,9 @@ from evaluate import evaluate, grade, score, scoreboard, wilson
 from rewards import edit_distance, normal
 from generate import Generator
 from model import PRESETS, KeyeVL
+from rewards import MODES
+from sandbox import observe
+from test_generate import call, scripted
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 BOX = "<|object_ref_start|>red cross<|object_ref_end|><|box_start|>{}<|box_end|>"
@@ -292,3 +296,246 @@ def test_toy_worlds_own_answers_are_right(tmp_path):
     for task in ("box", "point", "position", "caption", "sort"):
         pairs = list(zip(replies[task], replies[task][1:]))
         assert np.mean([score(a["a"], b["meta"]) for a, b in pairs]) < 0.5
+
+
+# -- modes
+
+
+def boxed(answer, thinking="a b"):
+    return f"<think>{thinking}</think><answer>It is \\boxed{{{answer}}}</answer>"
+
+
+def chosen(mode, rest):
+    return f"<analysis>Easy, so /{mode}.</analysis>{rest}"
+
+
+@pytest.fixture
+def ask(model, processor, world, monkeypatch):
+    """evaluate, with a model that writes what `say` makes of the prompt -> result, prompts."""
+    def use(say, mode, **how):
+        prompts = scripted(monkeypatch, say if callable(say) else lambda prompt: say)
+        return evaluate(model, processor, world, mode=mode, **{"blind": False} | how), prompts
+    return use
+
+
+@pytest.mark.parametrize("mode, switch", [("think", "/think"), ("no_think", "/no_think"), ("agentic_think", "/agentic_think"),
+                                          ("auto_think", ""), (None, "")])
+def test_the_switch_stands_behind_the_question(ask, mode, switch):
+    result, prompts = ask("red", mode, limit=2)
+    assert len(prompts) == result["questions"] == 4 and result["mode"] == mode
+    assert sum(p.endswith(f"What colour?{switch}<|im_end|>\n<|im_start|>assistant\n") for p in prompts) == 2
+    assert sorted(re.findall(r"\d \+ 1\?(.*?)<", "".join(prompts))) == [switch] * 2
+    assert {e["question"] for e in result["examples"]} == {"[image]What colour?", "What is 0 + 1?", "What is 1 + 1?"}  # as asked
+
+
+def test_the_graded_answer_is_the_boxed_one(ask):
+    true = lambda prompt: int(re.search(r"(\d) \+ 1", prompt)[1]) + 1
+    right = {"think": lambda p: boxed(true(p), "7"), "no_think": lambda p: f"{true(p)}", "agentic_think": lambda p: boxed(true(p), "7"),
+             "auto_think": lambda p: chosen("think", boxed(true(p), "7")) if true(p) % 2 else chosen("no_think", true(p))}
+    for mode, say in right.items():
+        result, _ = ask(say, mode, tasks=["sum"])
+        assert result["tasks"]["sum"]["accuracy"] == result["mixed"] == 1 and result["all"]["obeyed"] == 1, mode
+        assert result["all"]["format"] == 0 and all(e["right"] for e in result["examples"])
+    for mode in ("think", "agentic_think"):
+        result, _ = ask(lambda p: boxed(7, f"So \\boxed{{{true(p)}}}."), mode, tasks=["sum"])  # right, but in its thinking
+        assert result["all"]["obeyed"] == 1 and result["tasks"]["sum"]["accuracy"] == 0
+        assert ask(lambda p: f"<think>So {true(p)}", mode, tasks=["sum"])[0]["tasks"]["sum"]["accuracy"] == 0  # no answer at all
+    assert ask(lambda p: boxed(true(p)), None, tasks=["sum"])[0]["tasks"]["sum"]["accuracy"] == 0  # the bare answer was asked for
+    assert ask(lambda p: f"{true(p)}", None, tasks=["sum"])[0]["tasks"]["sum"]["accuracy"] == 1
+    example = ask("<think>2</think><answer>\\boxed{1}</answer>", "think", tasks=["sum"])[0]["examples"][0]
+    assert example["output"] == "<think>2</think><answer>\\boxed{1}</answer>" and example["right"] and example["answer"] == "1"
+
+
+OBEYED = {"think": [boxed(1)], "no_think": ["1", "\\boxed{1}"], "agentic_think": [boxed(1), boxed(1, call("1 + 1"))],
+          "auto_think": [chosen("no_think", "1"), chosen("think", boxed(1)), chosen("agentic_think", boxed(1))]}
+VIOLATED = {"think": ["1", "", chosen("think", boxed(1))], "no_think": [boxed(1), chosen("no_think", "1")],
+            "agentic_think": ["1", call("1 + 1"), chosen("agentic_think", boxed(1))],
+            "auto_think": ["1", "", boxed(1), chosen("no_think", boxed(1)), chosen("think", "1"), chosen("agentic_think", "1"),
+                           "<analysis>Easy.</analysis>1", "<analysis>So /think or /no_think.</analysis>1"]}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_obeyed(mode):
+    said = lambda text: E.facts([{"type": "text", "text": text}], mode, True, 9)
+    assert [t for t in OBEYED[mode] if said(t)["obeyed"] != 1 or said(t)["format"] != 0] == []
+    assert [t for t in VIOLATED[mode] if said(t)["obeyed"] != 0 or said(t)["format"] != 1] == []
+    for text in OBEYED[mode] + VIOLATED[mode]:
+        assert said(text)["thought"] == ("<think>" in text) and said(text)["said"] == text and said(text)["tokens"] == 9
+
+
+def test_facts_tell_the_form_from_what_was_asked():
+    """A broken form may still obey, and only the model's own words count."""
+    said = lambda text, finished=True, mode="think", seen=(): E.facts([{"type": "text", "text": text}], mode, finished, 5, seen)
+    cut = said("<think>a b", finished=False)
+    assert (cut["obeyed"], cut["thought"], cut["format"], cut["repetitive"]) == (1, 1, 1, 0)
+    assert said(boxed(1), finished=False)["format"] == 1 and said("<think>a</think>1")["format"] == 1
+    assert said(boxed(1, "red and blue " * 30))["repetitive"] == 1 and said(boxed(1, "red and blue"))["repetitive"] == 0
+    told = said("1", mode="no_think", seen=[observe("2"), observe(error="no"), observe("3")])
+    assert (told["calls"], told["failed_calls"]) == (3, 1) and (cut["calls"], cut["failed_calls"]) == (0, 0)
+    tool = {"type": "text", "text": "<sandbox_output><think>" + "red and blue " * 30 + "</sandbox_output>", "loss": False}
+    fact = E.facts([{"type": "text", "text": call("1")}, tool, {"type": "text", "text": "1"}], "agentic_think", True, 5)
+    assert (fact["thought"], fact["obeyed"], fact["repetitive"]) == (0, 0, 0) and "<sandbox_output>" in fact["said"]
+
+
+def test_facts_of_a_score(ask, processor, world):
+    """Means over a task's questions, over all, and thinking by difficulty."""
+    easy, hard, loop = chosen("no_think", "1"), chosen("think", boxed(2)), "no " * 40
+    write(world / "text.jsonl", [question(f"{said}?", answer, "sum", "text", "number", **more) for said, answer, more in (
+        ("easy", "1", {}), ("hard", "2", {"difficulty": 3}), ("hard", "3", {"difficulty": 3}), ("loop", "1", {"difficulty": 3}))])
+    say = lambda prompt: easy if "easy" in prompt else hard if "hard" in prompt else loop
+    result, _ = ask(say, "auto_think", tasks=["sum"])
+    tokens = [len(processor.tokenizer.encode(t, added=True)) + 1 for t in (easy, hard, hard, loop)]  # and the end of the turn
+    want = {"accuracy": 0.5, "tokens": sum(tokens) / 4, "thought": 0.5, "obeyed": 0.75, "format": 0.25, "repetitive": 0.25,
+            "calls": 0, "failed_calls": 0, "failed": 0, "n": 4}
+    assert {k: result["tasks"]["sum"][k] for k in want} == want
+    assert result["all"] == {k: result["categories"]["text"][k] for k in result["all"]} and "said" not in result["all"]
+    assert result["thinking"] == {"1": 0, "3": pytest.approx(2 / 3)}
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_tools_run_where_the_mode_has_them(ask, processor):
+    """Each question's own picture is looked at; what the tool says is no token of the model's."""
+    said = ["<think>" + call("crop(0, 0, 500, 1000)"), call("crop(1)"), call("4 * 4"), "so</think><answer>\\boxed{red}</answer>"]
+    tokens = len(processor.tokenizer.encode("".join(said), added=True)) + 1
+    for mode in MODES:
+        result, _ = ask("".join(said), mode, tasks=["colour"], limit=3)
+        colour, run = result["tasks"]["colour"], mode in ("auto_think", "agentic_think")
+        assert (colour["calls"], colour["failed_calls"], colour["tokens"]) == (3 * run, 1 * run, tokens)
+        assert colour["accuracy"] == pytest.approx(1 / 3) and colour["obeyed"] == (mode in ("think", "agentic_think"))
+        assert colour["format"] == (mode != "agentic_think")
+        output = result["examples"][0]["output"]
+        shown = ("<sandbox_output>[image]</sandbox_output>", "<sandbox_output>error: line 1: use crop(x1, y1, x2, y2)</sandbox_output>",
+                 "<sandbox_output>16</sandbox_output>")
+        assert output == "".join(a + b for a, b in zip(said, (*shown, ""))) if run else output == "".join(said)
+
+
+def test_room_for_an_answer_in_a_mode(ask):
+    """192 tokens for a small model, else as many as are asked for; what is cut off has a broken form."""
+    for how, tokens in (({}, 192), ({"max_new_tokens": 7}, 7)):
+        result, _ = ask("red " * 400, "no_think", tasks=["sum"], limit=1, **how)
+        assert (result["all"]["tokens"], result["all"]["format"], result["all"]["obeyed"]) == (tokens, 1, 1)
+    assert ask("1 " * 400, None, tasks=["sum"], limit=1)[0]["all"]["tokens"] < 10  # the bare question: twice the truth
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_broken_media_count_as_wrong_in_a_mode(ask, world, mode):
+    (world / "1.png").unlink()
+    (world / "4.png").write_bytes(b"not a picture")
+    text = {"no_think": "red", "auto_think": chosen("no_think", "red")}.get(mode, boxed("red", call("zoom(2)")))
+    result, prompts = ask(text, mode, tasks=["colour"], limit=6)
+    colour = result["tasks"]["colour"]
+    assert len(prompts) == 4 and [f["where"].split("/")[-1] for f in result["failed"]] == ["look.jsonl:2", "look.jsonl:5"]
+    assert (colour["n"], colour["failed"], colour["accuracy"]) == (6, 2, pytest.approx(2 / 6))  # red are the first and the fourth
+    assert colour["format"] == pytest.approx((6 if mode == "think" else 2) / 6)  # no answer has no form; calls are none of think's
+    assert colour["calls"] == pytest.approx(4 / 6 if mode == "agentic_think" else 0) and colour["failed_calls"] == 0
+    assert colour["obeyed"] == pytest.approx(4 / 6)
+    assert [e["output"] for e in result["examples"] if e["where"].endswith(":2")] == [""]
+
+
+def test_blind_in_a_mode(ask):
+    """What is answered blind is graded as what is answered with the pictures."""
+    colour = ask(boxed("red"), "think", blind=True, tasks=["colour"])[0]["tasks"]["colour"]
+    assert colour["accuracy"] == colour["blind"] == pytest.approx(1 / 3)
+
+
+def test_tools_know_nothing_of_the_true_answer(ask, world):
+    picture = {"type": "image", "image": "0.png"}
+    answer = [picture, {"type": "text", "text": "red"}]
+    line = question([picture, {"type": "text", "text": "What colour?"}], "red", "colour", "look")
+    write(world / "look.jsonl", [line | {"messages": [line["messages"][0], {"role": "assistant", "content": answer}]}])
+    result, _ = ask(boxed("red", call("image(2)")), "agentic_think", tasks=["colour"])
+    assert result["all"]["failed_calls"] == result["all"]["calls"] == 1
+
+
+def test_modes_on_the_command_line(model, processor, world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(E, "load", lambda folder, device: (model, processor))
+    scripted(monkeypatch, lambda prompt: boxed(1) if "/think" in prompt else "2")
+    E.main(["--init", "x", "--data", str(world), "--limit", "2", "--mode", "think", "no_think", "--out", str(tmp_path / "out.json")])
+    out, result = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert list(result) == ["think", "no_think"] and [r["mode"] for r in result.values()] == list(result)
+    assert [r["tasks"]["sum"]["accuracy"] for r in result.values()] == [0.5, 0.5] and [r["all"]["thought"] for r in result.values()] == [1, 0]
+    assert "think %" in out and E.board(list(result.items())) in out and scoreboard(list(result.items())) in out
+    (world / "1.png").unlink()
+    E.main(["--init", "x", "--data", str(world), "--limit", "2", "--mode", "no_think"])
+    assert "look.jsonl:2" in capsys.readouterr().out  # counted as wrong, so named
+    with pytest.raises(SystemExit):
+        E.main(["--init", "x", "--data", str(world), "--mode", "dream"])
+    assert "dream" in capsys.readouterr().err
+
+
+# -- the board of phases
+
+
+def phase(mixed=0.5, thinking=None, facts=(2.0, 0.9, 0.1, 0.0, 1.25, 0.5), **categories):
+    keys = ("tokens", "obeyed", "format", "repetitive", "calls", "failed_calls")
+    return {"categories": {c: {"accuracy": a} for c, a in categories.items()}, "mixed": mixed,
+            "all": dict(zip(keys, facts)) | {"thought": 0.3}, "thinking": thinking or {}}
+
+
+def table_of(text):
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+    assert len({len(row) for row in rows}) == 1 and set("".join(rows[1])) == {"-", ":"}
+    return [dict(zip(rows[0], row)) for row in rows[2:]]
+
+
+def test_board():
+    bare = {"tasks": {}, "categories": {"look": {"accuracy": 0.25}}, "headline": {}}  # of a pretraining before there were modes
+    rows = table_of(E.board([("pretrain plain", bare), ("grpo think", phase(look=1.0, text=0.125, thinking={"1": 0.0, "3": 1.0})),
+                             ("grpo auto_think", phase(0.75, {"2": 0.5}, (31.04, 1.0, 0.0, 0.025, 0.0, 0.0), text=0.75)),
+                             ("align think", phase(None) | {"all": {}})]))
+    name, counts, levels = "phase and mode", ["tokens", "obeyed", "format errors", "repetitive", "calls", "failed calls"], "123"
+    assert list(rows[0]) == [name, "look", "text", "mixed", *counts, *(f"thinks at {k}" for k in levels)]
+    assert [list(row.values()) for row in rows] == [
+        ["pretrain plain", "25.0"] + [""] * 11,
+        ["grpo think", "100.0", "12.5", "50.0", "2.0", "90.0", "10.0", "0.0", "1.25", "0.50", "0.0", "", "100.0"],
+        ["grpo auto_think", "", "75.0", "75.0", "31.0", "100.0", "0.0", "2.5", "0.00", "0.00", "", "50.0", ""],
+        ["align think"] + [""] * 12]
+    assert table_of(E.board([("pretrain plain", bare)]))[0]["look"] == "25.0"
+
+
+def test_board_of_real_results(ask):
+    """What evaluate returns, and what json makes of it, are its rows."""
+    got = {mode: ask(boxed("red"), mode, limit=3)[0] for mode in ("think", "no_think")}
+    rows = table_of(E.board(list(got.items())))
+    assert rows == table_of(E.board(list(json.loads(json.dumps(got)).items())))
+    for row, mode in zip(rows, got):
+        assert row["phase and mode"] == mode and (row["look"], row["text"], row["mixed"]) == ("33.3", "0.0", "16.7")
+        assert row["obeyed"] == ("100.0" if mode == "think" else "0.0") and row["thinks at 1"] == "100.0"
+        assert row["tokens"] == f"{got[mode]['all']['tokens']:.1f}" and row["calls"] == "0.00"
+
+
+def lay(folder, **scores):
+    for phase, score in scores.items():
+        (folder / phase).mkdir(parents=True)
+        (folder / phase / "score.json").write_text(json.dumps(score))
+
+
+def test_phases(tmp_path):
+    """In their order, whatever the folder's; what is not done, has no held-out score or is none of them is left out."""
+    lay(tmp_path, grpo={m: phase(look=0.5) for m in MODES}, sft={"plain": phase(look=0.25)}, pretrain=phase(look=0.125),
+        coldstart={}, align=None, other={"plain": phase(look=1.0)})
+    (tmp_path / "mpo").mkdir()  # it still runs
+    (tmp_path / "pretrain-0").mkdir()
+    (tmp_path / "pretrain-0" / "score.json").write_text('{"accuracy": 0.2, "n": 258.0, "among": 64.5}')
+    rows = E.phases(tmp_path)
+    assert [name for name, _ in rows] == ["pretrain plain", "sft plain", *(f"grpo {m}" for m in MODES)]
+    assert [r["categories"]["look"]["accuracy"] for _, r in rows] == [0.125, 0.25] + [0.5] * 4
+    assert E.phases(tmp_path / "mpo") == E.phases(tmp_path / "nowhere") == []
+
+
+def test_board_on_the_command_line(tmp_path, capsys):
+    lay(tmp_path / "run", pretrain={"tasks": {}, "categories": {"look": {"accuracy": 0.25}}}, sft={"plain": phase(look=0.5)})
+    E.main(["--board", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert [row["look"] for row in table_of(out.strip())] == ["25.0", "50.0"]
+    assert (tmp_path / "run" / "scoreboard.md").read_text() == out
+    (tmp_path / "empty").mkdir()
+    lay(tmp_path / "null", pretrain=None)
+    for name in ("empty", "nowhere", "null"):
+        with pytest.raises(SystemExit) as error:  # a text as its code: python prints it and exits with 1
+            E.main(["--board", str(tmp_path / name)])
+        assert str(tmp_path / name) in error.value.code and "no finished phase (pretrain, sft, " in error.value.code
+        assert not (tmp_path / name / "scoreboard.md").exists()
+    with pytest.raises(SystemExit):
+        E.main(["--board", str(tmp_path / "run"), "--init", "x"])
+    assert "not allowed with" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """generate.py: what is sampled, with which probability, from which position, and what the command line says."""
 import contextlib
 import random
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from PIL import Image
 import generate
 from conftest import ROOT
 from data import BUDGETS, Processor, pack
-from generate import Generator, choose
+from generate import Generator, choose, converse, rollout
 from model import PRESETS, KeyeVL
 
 
@@ -367,3 +368,234 @@ def test_fp32_weights_on_cuda(processor, prompts):
             logp = model.logits(batch).float().log_softmax(-1)[len(prompt["tokens"]) - 1 : -1]
         want = logp[torch.arange(len(row["ids"])), torch.tensor(row["ids"])].cpu()
         torch.testing.assert_close(torch.tensor(row["logprobs"]), want, atol=0.1, rtol=0)
+
+
+# -- tools
+
+STEP, CLOSE = Generator._step, generate.TOOL
+
+
+def scripted(monkeypatch, say):
+    """Every row writes what `say` makes of its prompt's text, whatever the model says, and ends. Returns the prompts."""
+    prompts = []
+
+    def step(self, group, *how):
+        tokenizer = self.processor.tokenizer
+        for row in group:
+            if row.new and not row.ids:
+                prompts.append(tokenizer.decode(row.new["tokens"]))
+                row.script = iter(tokenizer.encode(say(prompts[-1]), added=True))
+        _, logprobs = STEP(self, group, *how)
+        return [next(row.script, tokenizer.special["<|im_end|>"]) for row in group], logprobs
+    monkeypatch.setattr(Generator, "_step", step)
+    return prompts
+
+
+def call(code):
+    return f"<tool_call>{code}{CLOSE}"
+
+
+@pytest.fixture
+def talk(model, processor, monkeypatch):
+    """converse on a question for each of the texts, which its row writes; say(i) is called when row i begins."""
+    def use(texts, pictures, limit=400, say=lambda i: None, **how):
+        def written(prompt):
+            i = int(re.search(r"Question (\d+)\?", prompt)[1])
+            say(i)
+            return texts[i]
+        scripted(monkeypatch, written)
+        samples = [processor(ask(f"Question {i}?"), generate=True) for i in range(len(texts))]
+        return converse(Generator(model, processor), samples, pictures, limit, temperature=0, **how)
+    return use
+
+
+FAILS = {"crop(1)": "use crop(x1, y1, x2, y2)", "image(2)": "image(2): there are 1", "1 / 0": "zero", "": "nothing was shown",
+         "fly(3)": "is not known", "zoom(16)\n" * 8: "too much work", "rotate(45)\nzoom(16)\nzoom(16)": "too much work",
+         "10**10**7": "line 1", "x = 9**9\nx = x**x": "line 2", "while 1:\n zoom(2)": "cannot read", "f = f\nf": "line 1",
+         "(" * 30 + "1" + ")" * 30: "parentheses", "import os": "error", "open('/etc/passwd')": "cannot read"}
+
+
+def test_a_failing_call_gets_a_short_error_and_the_row_goes_on(talk, processor):
+    rows = talk([f"Look. {call(code)}so red" for code in FAILS], [[picture(100, 100)] for _ in FAILS])
+    for (code, message), row in zip(FAILS.items(), rows):
+        seen, = row["observations"]
+        assert not seen.ok and seen.text.startswith("error: ") and message in seen.text, (code, seen.text)
+        assert seen.images == [] and len(seen.text) < 200 and row["finished"]
+        end = f"<sandbox_output>{seen.text}</sandbox_output>so red<|im_end|>"
+        assert processor.tokenizer.decode(row["ids"]) == f"Look. {call(code)}{end}"
+        given = [i for i, own in zip(row["ids"], row["sampled"]) if not own]
+        assert processor.tokenizer.decode(given) == end.removesuffix("so red<|im_end|>")
+
+
+def test_a_call_without_a_picture(talk):
+    row, = talk([call("zoom(2)") + call("2 + 3") + "so 5"], [[]])
+    assert [(o.ok, o.text) for o in row["observations"]] == [(False, "error: line 1: image(1): there are 0"), (True, "5")]
+
+
+def test_at_most_so_many_calls(talk, processor):
+    """One more is told so; after that a call ends the row, which is not finished."""
+    rows = talk([call("1 + 1") * n + "so 2" for n in (2, 3, 4, 5)], [[]] * 4, calls=2)
+    enough = ["2", "2", "error: at most 2 calls"]
+    assert [[o.text for o in row["observations"]] for row in rows] == [enough[:2], enough, enough, enough]
+    assert [row["finished"] for row in rows] == [True, True, False, False]
+    close = processor.tokenizer.special[CLOSE]
+    assert [row["ids"].count(close) for row in rows] == [2, 3, 4, 4] and rows[2]["ids"][-1] == rows[3]["ids"][-1] == close
+    default, = talk([call("1 + 1") * 9], [[]])
+    assert [o.text for o in default["observations"]] == ["2"] * 4 + ["error: at most 4 calls"] and not default["finished"]
+
+
+def test_a_call_that_was_not_opened(talk):
+    rows = talk([f"so {CLOSE}red", f"{call('1 + 1')}2{CLOSE}red", f"<tool_call>1<tool_call>2 + 2{CLOSE}"], [[]] * 3)
+    stray = "error: ‹/tool_call> without ‹tool_call>"  # no tag can be spelled in what a tool says
+    assert [[o.text for o in row["observations"]] for row in rows] == [[stray], ["2", stray], ["4"]]  # the last opening counts
+    assert all(row["finished"] for row in rows)
+
+
+def test_too_much_to_look_at(talk):
+    text, pictures = call("crop(0, 0, 1000, 1000)") * 3 + "so red", [[picture(100, 100)]]
+    free, = talk([text], pictures)
+    one = len(free["seen"][0]["tokens"])
+    assert [len(s["tokens"]) for s in free["seen"]] == [one] * 3 and all(o.ok for o in free["observations"])
+    for room, fit in ((3 * one, 3), (3 * one - 1, 2), (2 * one, 2), (one, 1), (one - 1, 0)):
+        row, = talk([text], pictures, room=room)
+        assert [len(o.images) for o in row["observations"]] == [1] * fit + [0] * (3 - fit)
+        assert {o.text for o in row["observations"][fit:]} <= {"error: too much to look at"} and row["finished"]
+        assert sum(len(s["grids"]) for s in row["seen"]) == fit  # nor was the model shown more
+
+
+def test_pictures_are_loaded_at_the_first_call_and_once(talk):
+    events = []
+    load = lambda i: lambda: events.append(("loads", i)) or [picture(60, 60, i)]
+    rows = talk(["just red", f"first {call('image(1)')}{call('image(2)')}", f"so {CLOSE}"], [load(i) for i in range(3)],
+                say=lambda i: events.append(("asks", i)))
+    assert events[:3] == [("asks", i) for i in range(3)] and sorted(events[3:]) == [("loads", 1), ("loads", 2)]
+    assert rows[0]["observations"] == rows[0]["seen"] == [] and all(rows[0]["sampled"]) and rows[0]["finished"]
+    for seen in rows[1]["observations"]:  # the second looks at what the first showed
+        assert seen.ok and seen.images[0].tobytes() == picture(60, 60, 1).tobytes()
+
+
+def test_rows_do_not_see_each_others_pictures(talk):
+    own = [[picture(80, 60, 1)], [picture(70, 90, 2), picture(50, 50, 3)], [picture(64, 64, 4)]]
+    text = "".join(map(call, ("image(1)", "crop(0, 0, 500, 500)", "image({})", "image(9)")))  # {}: what the crop showed
+    rows = talk([text.format(3), text.format(4), "none"], own)
+    for mine, row in zip(own, rows[:2]):
+        first, crop, again, beyond = row["observations"]
+        assert first.images[0].size == mine[0].size and first.images[0].tobytes() == mine[0].tobytes()
+        assert crop.images[0].size == tuple(n // 2 for n in mine[0].size)
+        assert again.images[0].tobytes() == crop.images[0].tobytes()
+        assert beyond.text == f"error: line 1: image(9): there are {len(mine) + 3}"  # and three that it made
+    assert rows[2]["observations"] == [] and [len(mine) for mine in own] == [1, 2, 1]  # the caller's lists stay
+
+
+# -- groups of answers
+
+
+def job(text, mode, root=None, image=None):
+    content = [{"type": "image", "image": image}] * bool(image) + [{"type": "text", "text": text}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "known"}]}, root, mode
+
+
+SWITCH = {"think": "/think", "no_think": "/no_think", "agentic_think": "/agentic_think", "auto_think": ""}
+
+
+def test_rollout(model, processor, tmp_path):
+    picture(80, 60).save(tmp_path / "x.png")
+    jobs = [job(f"What is {i}?", mode, tmp_path, "x.png" if i % 2 else None)
+            for i, mode in enumerate(["agentic_think", "no_think", "auto_think", "think", "agentic_think", "no_think"])]
+    generator, seeds = Generator(model, processor, rows=5), list("abcdef")
+    ids = lambda out: [[row["ids"] for row in rows] for rows in out]
+    out = rollout(generator, jobs, 2, 8, seeds)
+    assert [len(rows) for rows in out] == [2] * 6 and len({tuple(i) for rows in ids(out) for i in rows}) == 12
+    for i, ((_, _, mode), rows) in enumerate(zip(jobs, out)):
+        for row in rows:
+            text = processor.tokenizer.decode(row["sample"]["tokens"])
+            assert text.endswith(f"What is {i}?{SWITCH[mode]}<|im_end|>\n<|im_start|>assistant\n")
+            assert len(row["sample"]["grids"]) == i % 2 and len(row["ids"]) <= 8
+            said = processor.tokenizer.decode(row["ids"], skip_special=True)
+            assert "".join(c["text"] for c in row["content"] if c["type"] == "text") == said
+    assert ids(rollout(generator, jobs, 2, 8, seeds)) == ids(out)
+    changed = ids(rollout(generator, jobs, 2, 8, ["a", "b", "c", "other", "e", "f"]))
+    assert [a == b for a, b in zip(changed, ids(out))] == [True, True, True, False, True, True]
+    for i in (0, 3):  # nor do the other jobs and the size of the group matter
+        assert ids(rollout(generator, [jobs[i]], 3, 8, [seeds[i]]))[0][:2] == ids(out)[i]
+    row, = generator.sample([out[3][1]["sample"]], 8, 1.0, 0, 1.0, ["d/1"])
+    assert row["ids"] == out[3][1]["ids"]
+    assert row["logprobs"] == pytest.approx(out[3][1]["logprobs"], abs=1e-4)
+
+
+def test_rollout_without_a_picture(model, processor, tmp_path, capsys):
+    """A job whose picture is missing has no rows; the others have the same as without it."""
+    good = [job("One?", "think"), job("Two?", "agentic_think")]
+    bad = [job("Red?", mode, tmp_path, "none.png") for mode in ("no_think", "auto_think")]
+    generator = Generator(model, processor)
+    out = rollout(generator, [good[0], *bad, good[1]], 2, 5, list("abcd"))
+    assert [len(rows) for rows in out] == [2, 0, 0, 2] and capsys.readouterr().err.count("skipped: none.png: missing") == 2
+    alone = rollout(generator, good, 2, 5, list("ad"))
+    assert [[row["ids"] for row in rows] for rows in (out[0], out[3])] == [[row["ids"] for row in rows] for rows in alone]
+    assert rollout(generator, bad, 2, 5, list("bc")) == [[], []] and rollout(generator, [], 2, 5, []) == []
+
+
+def test_tools_run_in_their_modes_alone(model, processor, tmp_path, monkeypatch):
+    picture(80, 60).save(tmp_path / "x.png")
+    run, load, runs, loads = generate.sandbox.run, generate.pictures_of, [], []
+    monkeypatch.setattr(generate.sandbox, "run", lambda *a: runs.append(a) or run(*a))
+    monkeypatch.setattr(generate, "pictures_of", lambda *a: loads.append(a) or load(*a))
+    scripted(monkeypatch, lambda prompt: call("crop(0, 0, 500, 500)") + "so red")
+    jobs = [job("What?", mode, tmp_path, "x.png") for mode in ("think", "auto_think", "no_think", "agentic_think")]
+    out = rollout(Generator(model, processor), jobs, 2, 100, list("abcd"))
+    assert len(runs) == len(loads) == 4
+    for i, rows in enumerate(out):
+        for row in rows:
+            assert row["finished"] and len(row.get("observations", ())) == len(row["seen"]) == i % 2
+            assert all(row["sampled"]) == (i % 2 == 0)  # without tools it writes on behind its call
+            kinds = [c["type"] for c in row["content"]]
+            assert kinds == (["text"] if i % 2 == 0 else ["text", "text", "image", "text", "text"])
+
+
+def test_tools_know_nothing_of_the_known_answer(model, processor, tmp_path, monkeypatch):
+    """Where the pool's answer holds pictures, even unreadable ones, they are none of the question's."""
+    picture(80, 60).save(tmp_path / "x.png")
+    scripted(monkeypatch, lambda prompt: call("image(2)") + "so red")
+    jobs = [job("What?", "agentic_think", tmp_path, "x.png") for _ in range(2)]
+    for (line, _, _), name in zip(jobs, ("x.png", "none.png")):
+        line["messages"][-1]["content"] = [{"type": "image", "image": name}, {"type": "text", "text": "red"}]
+    for row, in rollout(Generator(model, processor), jobs, 1, 100, list("ab")):
+        assert [o.text for o in row["observations"]] == ["error: line 1: image(2): there are 1"] and row["finished"]
+
+
+# -- tools on the command line
+
+
+def test_a_question_with_tool_calls(folder, processor, tmp_path, capsys, monkeypatch):
+    picture(90, 70).save(tmp_path / "x.png")
+    text = call("crop(0, 0, 500, 500)\nprint(6 * 7)") + call("crop(1)") + call("image(2)") + "it is red"
+    prompts = scripted(monkeypatch, lambda prompt: text)
+    generate.main(["--init", str(folder), "--image", str(tmp_path / "x.png"), "--device", "cpu", "What?/agentic_think"])
+    out = capsys.readouterr()
+    told = re.findall(r"\n\[sandbox: (.*), (\d) pictures\]\n", out.out)
+    assert told == [("42", "1"), ("error: line 1: use crop(x1, y1, x2, y2)", "0"), ("no text", "1")]  # 2: what it had cropped
+    assert out.out.endswith("[sandbox: no text, 1 pictures]\nit is red\n") and len(prompts) == 1
+    assert f"{len(processor.tokenizer.encode(text, added=True)) + 1} written" in out.err
+
+
+@pytest.mark.parametrize("text, limit, sandboxes", [
+    (call("1 + 1") * 6, 256, 5),  # one call more than are answered
+    (call("1"), 3, None),  # its tokens end with a call
+])
+def test_a_chat_outlives_its_tool_calls(folder, capsys, monkeypatch, text, limit, sandboxes):
+    """It goes on with the next question, and the calls of the last one are forgotten."""
+    lines, asked = ["first", "second"], []
+
+    def typed(prompt):
+        if len(asked) == len(lines):
+            raise EOFError
+        asked.append(lines[len(asked)])
+        return asked[-1]
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    scripted(monkeypatch, lambda prompt: text + call("3 + 4") + "so 7")
+    generate.main(["--init", str(folder), "--device", "cpu", "--max-new-tokens", str(limit)])
+    out = capsys.readouterr().out
+    assert asked == lines
+    if sandboxes:
+        assert out.count("[sandbox: ") == sandboxes + 1 and out.endswith("[sandbox: 7, 0 pictures]\nso 7\n")

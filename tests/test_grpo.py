@@ -51,7 +51,7 @@ def test_advantages_limits():
 
 def test_groups_are_dropped_by_accuracy():
     assert not spread([1, 1, 1, 1]) and not spread([0, 0, 0, 0]) and spread([1, 0, 0, 0])
-    assert not spread([1, None, 1]) and not spread([])
+    assert not spread([])
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
@@ -293,7 +293,7 @@ whole = rewards.reward
 def reward(completion, *a, **k):
     parts = whole(completion, *a, **k)
     n = sum(len(c.get("text", "")) for c in completion) % 7
-    return parts | {"total": n / 7, "right": float(n > 3)}
+    return parts | {"total": n / 7, "right": float(n > 3), "format": 1.0}
 rewards.reward = reward
 runpy.run_path("grpo.py", run_name="__main__")
 '''
@@ -345,3 +345,33 @@ def test_a_missing_start_is_named(tmp_path, world):
     done = subprocess.run(command(tmp_path, world, tmp_path / "nothing"), cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode and "holds no model" in done.stderr and "Traceback" not in done.stderr
+
+
+def two_ranks(rank, port, folder, out):
+    """Rank 0 has only text, rank 1 a picture; both run the sharded model without gradients, as the reference does."""
+    import torch.distributed as dist
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    processor = Processor.from_pretrained(folder)
+
+    class Run:
+        device, dtype, world = torch.device("cpu"), torch.float32, 2
+    sharded = trainer.shard(KeyeVL.from_pretrained(folder), Run)
+    content = "a" if rank == 0 else [{"type": "image", "image": Image.new("RGB", (60, 60))}, {"type": "text", "text": "a"}]
+    batch = pack([processor({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]})])
+    with torch.no_grad():
+        logp, _ = sharded.logprobs(batch)
+    alone, _ = KeyeVL.from_pretrained(folder).logprobs(batch)
+    assert (logp - alone).abs().max() < 1e-5
+    (out / f"{rank}").write_text("done")
+    dist.destroy_process_group()
+
+
+def test_ranks_with_and_without_pictures_stay_together_without_gradients(tmp_path, start):
+    import socket
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(two_ranks, (port, start, tmp_path), nprocs=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1"]
