@@ -44,8 +44,8 @@ BETA, WEIGHTS = 0.1, (0.8, 0.2, 1.0)  # MPO's own (and DPO, BCO, SFT); Keye stat
 # ours, every number. asked: lines to which answers are sampled; samples: answers to each; iterate's by round
 PLAN = {
     "toy": dict(pack=4096, packs=1, steps=40, lr=1e-4, muon=2, asked=700, samples=3, rounds=2, prompts=320, group=4,
-                round_steps=20, round_lr=5e-5),
-    "tiny": dict(pack=16384, packs=1, steps=60, lr=5e-5, muon=2, asked=3000, samples=4, rounds=2, prompts=800, group=4,
+                round_steps=25, round_lr=1e-4),
+    "tiny": dict(pack=16384, packs=1, steps=60, lr=5e-5, muon=2, asked=1500, samples=4, rounds=2, prompts=500, group=4,
                  round_steps=30, round_lr=3e-5),
     "small": dict(pack=16384, packs=4, steps=200, lr=5e-5, muon=2, asked=6000, samples=4, rounds=2, prompts=2000, group=4,
                   round_steps=60, round_lr=3e-5),
@@ -288,7 +288,8 @@ def respond(run, folder: Path, jobs, longest: int, group: int, seed: str, judge=
 
 
 def rank_pairs(jobs, answers: dict[int, list]) -> list[tuple[dict, Path]]:
-    """Best and worst answer of each prompt, where the best is right and in its mode's form, and MARGIN apart."""
+    """Best and worst answer of each prompt, MARGIN apart, the best in its mode's form. Where none is right, only what is
+    worse than wrong, a loop or an endless answer, is so far away."""
     out = []
     for i, got in answers.items():
         line, root, mode = jobs[i]
@@ -296,7 +297,7 @@ def rank_pairs(jobs, answers: dict[int, list]) -> list[tuple[dict, Path]]:
         if len(scored) < 2:
             continue
         (worst, low), (best, high) = scored[0], scored[-1]
-        if high["right"] and high["format"] and high["total"] - low["total"] >= MARGIN:
+        if high["format"] and high["total"] - low["total"] >= MARGIN:
             asked = switch(line["messages"][:-1], None if mode == "auto_think" else mode)
             out.append(({"messages": asked, "chosen": best, "rejected": worst, "rejected_ended": low["finished"], "mode": mode,
                          "task": line["meta"]["task"], "scores": [high["total"], low["total"]]}, root))
@@ -309,11 +310,11 @@ def iterate(args, folder: Path, plan: dict, judge):
     if not sources:
         raise SystemExit(f"the rounds need questions.jsonl in {folder / 'train'}")
     pool = [(line, p.parent) for p in sources for line in read_pool(p)]
-    longest = 192 if plan["muon"] else 2048
+    longest, rounds = 192 if plan["muon"] else 2048, args.rounds or plan["rounds"]
     if args.fresh:  # later rounds are nothing without the first
-        for name in ("align", *(f"align-{n}" for n in range(1, plan["rounds"] + 1))):
+        for name in ("align", *(f"align-{n}" for n in range(1, rounds + 1))):
             (Path(args.out) / args.size / name / "score.json").unlink(missing_ok=True)
-    for number in range(1, plan["rounds"] + 1):
+    for number in range(1, rounds + 1):
         run = trainer.start(args, f"align-{number}")
         if not trainer.finished(run):
             data, rng = run.folder / "data", random.Random(f"{args.seed}/{number}")
@@ -378,5 +379,6 @@ def main(args):
 if __name__ == "__main__":
     parser = trainer.judge_arguments(trainer.phase_arguments(__doc__))
     parser.add_argument("--phase", required=True, choices=["mpo", "iterate"])
+    parser.add_argument("--rounds", type=int, help="of --phase iterate (default: by size)")
     parser.add_argument("--pairs", help="JSONL of preferences, media relative to it (default: the model's own answers)")
     main(parser.parse_args())

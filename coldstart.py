@@ -44,8 +44,8 @@ from toyworld import look_box
 # ours, every number. steps of both passes; asked: questions whose difficulty is measured, by `samples` answers in each mode;
 # kept: lines of each file of KEEP
 PLAN = {
-    "toy": dict(pack=4096, packs=1, steps=(400, 300), lr=1e-3, muon=2, asked=1200, samples=2, kept=3000),
-    "tiny": dict(pack=16384, packs=1, steps=(400, 300), lr=5e-4, muon=2, asked=3000, samples=3, kept=10_000),
+    "toy": dict(pack=4096, packs=1, steps=(600, 400), lr=1e-3, muon=2, asked=1200, samples=2, kept=3000),
+    "tiny": dict(pack=16384, packs=1, steps=(400, 300), lr=5e-4, muon=2, asked=1500, samples=3, kept=10_000),
     "small": dict(pack=16384, packs=4, steps=(1000, 500), lr=3e-4, muon=2, asked=6000, samples=4, kept=10_000),
     **{size: dict(pack=8192, packs=64, steps=(1500, 500), lr=1e-5, muon=0, asked=20_000, samples=8, kept=100_000)
        for size in ("0.6b", "1.7b", "4b", "8b")},

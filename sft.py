@@ -29,7 +29,7 @@ from rewards import verify
 # ours, every number: Keye states none. asked: lines per file that the filter looks at; samples: answers to each
 PLAN = {
     "toy": dict(pack=4096, packs=1, steps=200, lr=6e-4, muon=2, asked=1200, samples=3),
-    "tiny": dict(pack=16384, packs=1, steps=200, lr=3e-4, muon=2, asked=6000, samples=4),
+    "tiny": dict(pack=16384, packs=1, steps=200, lr=3e-4, muon=2, asked=1500, samples=4),
     "small": dict(pack=16384, packs=4, steps=800, lr=2e-4, muon=2, asked=6000, samples=4),
     **{size: dict(pack=8192, packs=64, steps=2000, lr=1e-5, muon=0, asked=100_000, samples=4)
        for size in ("0.6b", "1.7b", "4b", "8b")},

@@ -133,7 +133,8 @@ def test_best_and_worst_of_a_round():
     assert (pair[0]["chosen"], pair[0]["rejected"], pair[1]) == ("best", "worst", "root")
     assert pair[0]["messages"][-1]["content"][-1]["text"] == "q/think"
     assert align.rank_pairs([job], {0: [("a", parts(1.5)), ("b", parts(1.4))]}) == []  # too close
-    assert align.rank_pairs([job], {0: [("a", parts(0.0, 0)), ("b", parts(-1.0, 0))]}) == []  # the best one is wrong
+    assert len(align.rank_pairs([job], {0: [("a", parts(0.0, 0)), ("loop", parts(-0.9, 0))]})) == 1  # wrong, but no loop
+    assert align.rank_pairs([job], {0: [("a", parts(0.5, 0, 0.0)), ("b", parts(-0.9, 0))]}) == []  # the best one has no form
     assert align.rank_pairs([job], {0: [("a", parts(1.0))]}) == []
 
 
