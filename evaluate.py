@@ -290,9 +290,9 @@ def phases(folder: Path) -> list[tuple[str, dict]]:
     for phase in PHASES:
         path = folder / phase / "score.json"
         scores = json.loads(path.read_text()) if path.exists() else None
-        for mode, score in ({"plain": scores} if phase == "pretrain" and scores else scores or {}).items():
-            if isinstance(score, dict) and "categories" in score:
-                rows.append((f"{phase} {mode}", score))
+        for mode, result in ({"plain": scores} if phase == "pretrain" and scores else scores or {}).items():
+            if isinstance(result, dict) and "categories" in result:
+                rows.append((f"{phase} {mode}", result))
     return rows
 
 

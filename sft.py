@@ -12,7 +12,6 @@
 
 The model is left in runs/<size>/sft/model, the kept lines in data/ beside it. The same command goes on after a kill.
 """
-import argparse
 import json
 import time
 from pathlib import Path

@@ -12,7 +12,7 @@ import grpo
 import trainer
 from conftest import ROOT
 from data import BUDGETS, Processor, pack
-from generate import Generator, converse, rollout, trajectory
+from generate import Generator, converse, trajectory
 from grpo import advantages, k3, policy_loss, spread, token_weights
 from model import PRESETS, KeyeVL
 from PIL import Image

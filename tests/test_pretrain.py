@@ -203,7 +203,7 @@ def test_torchrun_as_in_the_readme(world, tmp_path):
     shell(*ranks, *flags(tmp_path, world, "--stage", "1", "--steps", 1, "--workers", 0))
     ((_, tokens),) = curve(tmp_path, "1", "tokens")
     assert PLAN["pack"] // 2 < tokens <= PLAN["pack"]
-    assert pretrain.share({"pack": 4096, "packs": 1}, 3) == (1365, 3) and pretrain.share({"pack": 8192, "packs": 64}, 8) == (8192, 64)
+    assert trainer.share({"pack": 4096, "packs": 1}, 3) == (1365, 3) and trainer.share({"pack": 8192, "packs": 64}, 8) == (8192, 64)
 
 
 def vectors(n):

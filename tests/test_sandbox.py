@@ -3,7 +3,6 @@
 An attempt at Python says THROUGH, or shows the secret, where it succeeds; in a plain interpreter most of them do.
 """
 import hashlib
-import itertools
 import json
 import os
 import pickle
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import sandbox
 import toyworld
@@ -152,29 +151,30 @@ def test_code_is_taken_out_of_its_marks():
 
 
 @pytest.mark.parametrize("task", ["detail_rotated", "detail_low_contrast"])
-def test_hidden_digits_of_the_toy_world_become_readable(task, tmp_path):
-    """By a threshold and comparison with upright digits: after the operations that the toy world names, not before."""
-    templates, right, tried = {}, {True: 0, False: 0}, 16
-    for d in "0123456789":
-        paper = Image.new("L", (44, 44))
-        ImageDraw.Draw(paper).text((22, 22), d, 255, ImageFont.load_default(19), anchor="mm", stroke_width=1)
-        templates[d] = array(paper) > 100
+def test_hidden_shapes_of_the_toy_world_become_readable(task, tmp_path):
+    """By a threshold and comparison with upright shapes: after the operations that the toy world names, not before."""
+    masks, right, tried = {}, {True: 0, False: 0}, 0
+    for shape in toyworld.SHAPES:
+        paper = toyworld.Paper(random.Random(0), 44, 44)
+        paper.tint = (255, 255, 255)
+        masks[shape] = paper.draw([toyworld.Thing("", shape, 4, 22, 22, 7.5, (0, 0, 0))]).mean(-1) < 128
     os.makedirs(tmp_path / "train/pictures")
-    for index in range(toyworld.DETAIL.index(task), 3 * tried, 3):
+    for index in range(toyworld.DETAIL.index(task), 150, 3):
+        meta = json.loads(toyworld.draw_unit(tmp_path, "train", "detail", index, 0, None, dry=True).lines[0][1])["meta"]
+        if task == "detail_rotated" and meta["answer"] not in ("triangle", "star"):
+            continue  # a turned circle, square, cross or ring looks the same
         record = json.loads(toyworld.draw_unit(tmp_path, "train", "detail", index, 0, None).lines[0][1])
         picture = Image.open(tmp_path / "train" / record["messages"][0]["content"][0]["image"])
-        meta = record["meta"]
+        tried += 1
         for helped in (True, False):
             crop = f"crop({', '.join(map(str, meta['crop']))})\n"
             a = one(crop + f"rotate({meta['rotate']})\ncontrast({meta['contrast']})" * helped, picture)
-            a, score = array(a.resize((44, 44))).astype(float), {}
-            for ground in (np.median(a[16:28, 14:30].reshape(-1, 3), 0), a[22, 22]):
-                ink = (np.linalg.norm(a - ground, axis=-1) > 80)[12:32, 14:30]
-                for d, y, x in itertools.product(meta["choices"], (-1, 0, 1), (-1, 0, 1)) if 0 < ink.mean() < 1 else ():
-                    template = np.roll(templates[d], (y, x), (0, 1))[12:32, 14:30]
-                    score[d] = max(score.get(d, 0), abs(np.corrcoef(ink.ravel(), template.ravel())[0, 1]))
-            right[helped] += bool(score) and max(score, key=score.get) == meta["answer"]
-    assert right[True] >= .85 * tried and right[False] <= .5 * tried, right
+            a = array(a.resize((44, 44))).astype(float)
+            seen = np.linalg.norm(a - np.median(a.reshape(-1, 3), 0), axis=-1) > 45
+            share = {d: max((seen & m).sum() / (seen | m).sum() for y in (-1, 0, 1) for x in (-1, 0, 1)
+                            for m in [np.roll(mask, (y, x), (0, 1))]) for d, mask in masks.items()}
+            right[helped] += max(share.values()) > 0.5 and max(share, key=share.get) == meta["answer"]
+    assert tried >= 14 and right[True] >= .85 * tried and right[False] <= .5 * tried, (right, tried)
 
 
 def test_an_observation_goes_into_the_open_turn():

@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 import tiktoken
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import toyworld
 from rewards import score, verify
