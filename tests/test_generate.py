@@ -119,11 +119,12 @@ def test_a_row_does_not_depend_on_its_neighbours(model, processor, prompts):
 
 
 def test_seed(model, processor):
+    # hot: at temperature 1 fresh weights often repeat the word before
     generator, same = Generator(model, processor), [ask("Tell me")] * 3
-    texts = generator.generate(same, 12, 1.0, 0, 1.0, seed=5)
-    assert texts == generator.generate(same, 12, 1.0, 0, 1.0, seed=5)
+    texts = generator.generate(same, 12, 8.0, 0, 1.0, seed=5)
+    assert texts == generator.generate(same, 12, 8.0, 0, 1.0, seed=5)
     assert len(set(texts)) == 3  # each row has its own numbers
-    assert len({*texts, *generator.generate(same, 12, 1.0, 0, 1.0), *generator.generate(same, 12, 1.0, 0, 1.0)}) == 9
+    assert len({*texts, *generator.generate(same, 12, 8.0, 0, 1.0), *generator.generate(same, 12, 8.0, 0, 1.0)}) == 9
 
 
 def reference(logits, temperature, top_k, top_p, banned):
