@@ -41,13 +41,12 @@ from rewards import MODES, parse, verify
 from sft import finetune, read_pool
 from toyworld import look_box
 
-# ours, every number. steps of both passes; asked: questions whose difficulty is measured, by `samples` answers in each mode;
-# kept: lines of each file of KEEP
+# ours, every number. steps of both passes; asked: questions whose difficulty is measured; kept: lines of each file of KEEP
 PLAN = {
-    "toy": dict(pack=4096, packs=1, steps=(600, 400), lr=1e-3, muon=2, asked=1200, samples=2, kept=3000),
-    "tiny": dict(pack=16384, packs=1, steps=(400, 300), lr=5e-4, muon=2, asked=1500, samples=3, kept=10_000),
-    "small": dict(pack=16384, packs=4, steps=(1000, 500), lr=3e-4, muon=2, asked=6000, samples=4, kept=10_000),
-    **{size: dict(pack=8192, packs=64, steps=(1500, 500), lr=1e-5, muon=0, asked=20_000, samples=8, kept=100_000)
+    "toy": dict(pack=4096, packs=1, steps=(600, 400), lr=1e-3, muon=2, asked=1200, kept=3000),
+    "tiny": dict(pack=16384, packs=1, steps=(400, 300), lr=5e-4, muon=2, asked=1500, kept=10_000),
+    "small": dict(pack=16384, packs=4, steps=(1000, 500), lr=3e-4, muon=2, asked=6000, kept=10_000),
+    **{size: dict(pack=8192, packs=64, steps=(1500, 500), lr=1e-5, muon=0, asked=20_000, kept=100_000)
        for size in ("0.6b", "1.7b", "4b", "8b")},
 }
 # Keye mixes 230k, 330k, 20k, 100k and 104k; ours: more auto-think, as the toy sees few samples of anything
@@ -229,8 +228,8 @@ def measure(run, folder: Path, pool, plan: dict, seed: int) -> dict[int, str]:
     for at in range(0, len(own), 256):
         jobs = [(i, *pool[i], mode) for i in own[at : at + 256] for mode in ANALYSIS
                 if mode != "agentic_think" or "place" in pool[i][0]["meta"] or pool[i][0]["meta"]["task"] == "arithmetic"]
-        rows = rollout(generator, [job[1:] for job in jobs], plan["samples"], 192 if plan["muon"] else 2048,
-                       [f"{seed}/{job[0]}/{job[3]}" for job in jobs])
+        # greedy, as answers are given later: sampling errs once a step, and would count against long answers
+        rows = rollout(generator, [job[1:] for job in jobs], 1, 192 if plan["muon"] else 2048, [str(seed)] * len(jobs), 0.0)
         for (i, line, _, mode), group in zip(jobs, rows):
             mine[i, mode] = [verify(parse(row["content"], mode, row["finished"]).final, line["meta"])[1] for row in group]
     right = {}
@@ -241,8 +240,7 @@ def measure(run, folder: Path, pool, plan: dict, seed: int) -> dict[int, str]:
 
 def best_modes(right: dict, tasks: list[str]) -> dict[int, str]:
     """right: {(question, mode): [0 or 1, ..]}, tasks of the questions -> {question: the mode that is right most often, a plain
-    answer unless another gains GAIN}. A few samples say little of one question: as many more count that are right as often
-    as the mode was right on all questions of the kind."""
+    answer unless another gains GAIN}. One answer says little of a question: half of the share is that of its whole kind."""
     kinds = {}
     for (i, mode), answers in right.items():
         kinds.setdefault((tasks[i], mode), []).extend(answers)

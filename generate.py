@@ -294,9 +294,9 @@ def converse(generator: Generator, samples, pictures, max_new_tokens=256, calls=
             for row, seen in zip(rows, observations)]
 
 
-def rollout(generator: Generator, jobs, group: int, longest: int, seeds: list[str]) -> list[list[dict]]:
-    """jobs: (question, root of its media, mode) -> for each job `group` rows of sample or converse, at temperature 1 and
-    without truncation, so that a trainer finds the same probabilities. A row has its prompt's "sample" and its "content",
+def rollout(generator: Generator, jobs, group: int, longest: int, seeds: list[str], temperature=1.0) -> list[list[dict]]:
+    """jobs: (question, root of its media, mode) -> for each job `group` rows of sample or converse, by default at temperature 1
+    and without truncation, so that a trainer finds the same probabilities. A row has its prompt's "sample" and its "content",
     the assistant's turn, besides; a job whose media cannot be read has none. seeds: one of each job; its row k draws from "seed/k"."""
     out = [[] for _ in jobs]
     for tools in (False, True):
@@ -310,7 +310,7 @@ def rollout(generator: Generator, jobs, group: int, longest: int, seeds: list[st
                     todo += [(i, sample, f"{seeds[i]}/{k}", pictures) for k in range(group)]
                 except (MediaError, ValueError) as e:
                     print(f"skipped: {e}", file=sys.stderr, flush=True)
-        how = dict(max_new_tokens=longest, temperature=1.0, top_k=0, top_p=1.0, seed=[s for _, _, s, _ in todo])
+        how = dict(max_new_tokens=longest, temperature=temperature, top_k=0, top_p=1.0, seed=[s for _, _, s, _ in todo])
         samples = [sample for _, sample, _, _ in todo]
         rows = converse(generator, samples, [p for *_, p in todo], **how) if tools else generator.sample(samples, **how)
         for (i, sample, _, _), row in zip(todo, rows):

@@ -70,7 +70,7 @@ def test_auto_think_is_taught_what_was_measured(world, start, tmp_path, monkeypa
     right = {"no_think": 0, "think": 1, "agentic_think": 1}
     lines = [line for line in pool(world) if line["meta"]["task"] in ("detail", "colour", "count")]
 
-    def rollout(generator, jobs, group, longest, seeds):
+    def rollout(generator, jobs, group, longest, seeds, temperature):
         texts = {"no_think": "{}", "think": "<think>x</think><answer>\\boxed{{{}}}</answer>"}
         texts["agentic_think"] = texts["think"]
         wrong = lambda line, mode: line["meta"]["task"] == "colour" or not right[mode] or (line["meta"]["task"] == "detail" and mode == "think")
@@ -81,7 +81,7 @@ def test_auto_think_is_taught_what_was_measured(world, start, tmp_path, monkeypa
     class Run:
         rank, world, main, device = 0, 1, True, torch.device("cpu")
         gather_objects = staticmethod(lambda x: [x])
-    best = coldstart.measure(Run, start, [(line, world / "train") for line in lines], {"asked": 500, "samples": 2, "muon": 2}, 0)
+    best = coldstart.measure(Run, start, [(line, world / "train") for line in lines], {"asked": 500, "muon": 2}, 0)
     chosen = {(lines[i]["meta"]["task"], mode) for i, mode in best.items()}
     assert chosen == {("detail", "agentic_think"), ("colour", "no_think"), ("count", "think")}
 
@@ -132,7 +132,7 @@ SHORT = '''
 import runpy, sys, trainer
 add = trainer.phase_arguments
 def arguments(doc):
-    sys.modules["__main__"].PLAN["toy"].update(pack=1200, asked=12, samples=2)
+    sys.modules["__main__"].PLAN["toy"].update(pack=1200, asked=12)
     return add(doc)
 trainer.phase_arguments = arguments
 script = sys.argv.pop(1)
