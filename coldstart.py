@@ -286,8 +286,7 @@ def main(args):
     for number, stage in enumerate(("coldstart-modes", "coldstart")):
         run = trainer.start(args, stage)
         if not trainer.finished(run):
-            mix, last = (MIX, "turns") if number == 0 else (MIX_AUTO, "auto_think")
-            marker = run.folder / "data.done"
+            marker, mix = run.folder / "data.done", MIX_AUTO if number else MIX
             if args.fresh or not marker.exists():
                 out.mkdir(parents=True, exist_ok=True)
                 if number == 0:

@@ -1,7 +1,7 @@
 """Makes a deliberately repetitive model, for the question whether rounds of alignment cure it (docs/results.md).
 
     python tests/repetitive.py --init runs/toy/grpo/model --out runs-loop      leaves runs-loop/toy/repetitive/model
-    python align.py --phase iterate --init runs-loop/toy/repetitive/model --out runs-loop
+    python align.py --phase iterate --rounds 5 --init runs-loop/toy/repetitive/model --out runs-loop
 
 Trains on the cold start's conversations, but in a share of them the thinking, or a plain answer, goes on repeating its last
 part until it is cut off.
