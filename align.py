@@ -333,7 +333,9 @@ def iterate(args, folder: Path, plan: dict, judge):
                 pairs = [(pair, data) for part in run.gather_objects(mine) for pair in part]
                 run.say(f"round {number}: {run.sum(len(flat)):.0f} answers, " + ", ".join(f"{k} {v:.1%}" for k, v in share.items())
                         + f"; {len(pairs)} pairs")
-                (data / "round.json").write_text(json.dumps(share | {"pairs": len(pairs)}) + "\n") if run.main else None
+                if run.main:
+                    data.mkdir(parents=True, exist_ok=True)
+                    (data / "round.json").write_text(json.dumps(share | {"pairs": len(pairs)}) + "\n")
                 write_pairs(run, pairs, data / "answers.jsonl", args.seed)
                 refer(run, start, data / "answers.jsonl", data / "pairs.jsonl", plan["pack"])
             mpo(run, start, data / "pairs.jsonl", plan, args.steps or plan["round_steps"], plan["round_lr"], args.seed)
@@ -348,13 +350,14 @@ def iterate(args, folder: Path, plan: dict, judge):
             shutil.copytree(start, run.folder / "model.tmp")
             (run.folder / "model.tmp").rename(run.folder / "model")
         trainer.finish(run, phase_score(run, folder, args, rewards.MODES))
+    return run
 
 
 def main(args):
     plan, folder, began = PLAN[args.size], Path(args.data or f"data/{args.size}"), time.time()
     judge = rewards.Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", "")) if args.judge else None
     if args.phase == "iterate":
-        iterate(args, folder, plan, judge)
+        run = iterate(args, folder, plan, judge)
     else:
         init, run = trainer.before(args, "sft"), trainer.start(args, "mpo")
         if trainer.finished(run):
@@ -373,7 +376,7 @@ def main(args):
             (data / "made.json").write_text(json.dumps(made)) if run.main else None
         mpo(run, init, data / "pairs.jsonl", plan, args.steps or plan["steps"], plan["lr"], args.seed)
         trainer.finish(run, phase_score(run, folder, args, [None]))
-    print(f"alignment ({args.phase}) took {time.time() - began:.0f} s", flush=True)
+    run.main and print(f"alignment ({args.phase}) took {time.time() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

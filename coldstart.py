@@ -300,7 +300,7 @@ def main(args):
             trainer.finish(run, phase_score(run, folder, args, MODES) if number else {})
             args.resume = False  # it was for the pass that had been interrupted
         init = run.folder / "model"
-    print(f"the cold start took {time.time() - began:.0f} s; the model is in {init}", flush=True)
+    run.main and print(f"the cold start took {time.time() - began:.0f} s; the model is in {init}", flush=True)
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ def main(args):
     judge = rewards.Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", "")) if args.judge else None
     train(run, init, pool, plan, args.steps or plan["steps"], args.algo, args.beta, args.seed, judge)
     trainer.finish(run, phase_score(run, folder, args, rewards.MODES))
-    print(f"GRPO took {time.time() - began:.0f} s; the model is in {run.folder / 'model'}", flush=True)
+    run.main and print(f"GRPO took {time.time() - began:.0f} s; the model is in {run.folder / 'model'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def main(args):
         raise SystemExit(f"sft needs one of {', '.join(MIX)}.jsonl in {folder / 'train'}")
     finetune(run, KeyeVL.from_pretrained(init), processor, mixture, plan, args.steps or plan["steps"], args.seed)
     trainer.finish(run, phase_score(run, folder, args, [None]))
-    print(f"SFT took {time.time() - began:.0f} s; the model is in {run.folder / 'model'}", flush=True)
+    run.main and print(f"SFT took {time.time() - began:.0f} s; the model is in {run.folder / 'model'}", flush=True)
 
 
 if __name__ == "__main__":
