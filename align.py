@@ -34,9 +34,9 @@ import torch.nn.functional as F
 
 import rewards
 import trainer
-from data import Lines, Loader, MediaError, Processor, adopt, media_of, pack, switch, text_lines, versions
-from evaluate import phase_score, text_of
-from generate import Generator, rollout
+from data import Lines, Loader, MediaError, Processor, adopt, asked, pack, text_lines, versions
+from evaluate import phase_score
+from generate import Generator, draw, earned, longest_answer, rollout
 from model import KeyeVL, training_flops
 from sft import attempts, read_pool
 
@@ -195,9 +195,8 @@ def preference_accuracy(run, model, processor, path: Path, room: int) -> tuple[f
     blank = [processor({"messages": [{"role": "system", "content": ""}]})]
     for at in range(0, len(lines), 16 * run.world):  # few at a time: their pixels
         mine = lines[at + run.rank : at + 16 * run.world : run.world]
-        groups = trainer.packs([processor(c, path.parent) for line in mine for c in versions(line)], room)
-        most, sums = int(max(row[0] for row in run.gather([len(groups)]))), []
-        for group in groups + [blank] * (most - len(groups)):
+        samples, sums = [processor(c, path.parent) for line in mine for c in versions(line)], []
+        for group in trainer.even_packs(run, samples, room, blank):
             with run.autocast():
                 sums += answer_logprobs(model, run.to(pack(group)))[0].tolist()
         for k, line in enumerate(mine):
@@ -270,20 +269,17 @@ def mpo(run, start: Path, pairs: Path, plan: dict, steps: int, lr: float, seed: 
 # rounds of sampling, scoring and MPO
 
 
-def respond(run, folder: Path, jobs, longest: int, group: int, seed: str, judge=None) -> dict[int, list]:
+def respond(run, folder: Path, jobs, group: int, seed: str, judge=None) -> dict[int, list]:
     """jobs: (line, root, mode) -> {index: `group` answers [(content, parts of rewards.reward)]} of this rank's share."""
-    model = KeyeVL.from_pretrained(folder, torch.bfloat16 if run.device.type == "cuda" else torch.float32, run.device)
-    generator, mine, own = Generator(model, Processor.from_pretrained(folder)), {}, list(range(run.rank, len(jobs), run.world))
+    generator, mine, own = Generator.from_pretrained(folder, run.device), {}, list(range(run.rank, len(jobs), run.world))
+    longest = longest_answer(generator.model.config)
     for at in range(0, len(own), 128):
         part = own[at : at + 128]
-        rows = rollout(generator, [jobs[i] for i in part], group, longest, [f"{seed}/{i}" for i in part])
-        tasks = [dict(completion=row["content"], meta=jobs[i][0]["meta"], mode=jobs[i][2], finished=row["finished"], judge=judge,
-                      question=text_of(jobs[i][0]["messages"][-2]), length=sum(row["sampled"]), longest=longest,
-                      buffer=longest // 4) for i, group_rows in zip(part, rows) for row in group_rows]
-        scored = zip(tasks, rewards.rewards(tasks))
-        for i, group_rows in zip(part, rows):
-            mine[i] = [(task["completion"], parts | {"parsed": None, "tokens": task["length"], "finished": task["finished"]})
-                       for _, (task, parts) in zip(group_rows, scored)]
+        some = [jobs[i] for i in part]
+        rows = rollout(generator, some, group, longest, [f"{seed}/{i}" for i in part])
+        for i, answers, scored in zip(part, rows, earned(some, rows, longest, judge)):
+            mine[i] = [(row["content"], parts | {"parsed": None, "tokens": sum(row["sampled"]), "finished": row["finished"]})
+                       for row, parts in zip(answers, scored)]
     return mine
 
 
@@ -298,8 +294,7 @@ def rank_pairs(jobs, answers: dict[int, list]) -> list[tuple[dict, Path]]:
             continue
         (worst, low), (best, high) = scored[0], scored[-1]
         if high["format"] and high["total"] - low["total"] >= MARGIN:
-            asked = switch(line["messages"][:-1], None if mode == "auto_think" else mode)
-            out.append(({"messages": asked, "chosen": best, "rejected": worst, "rejected_ended": low["finished"], "mode": mode,
+            out.append(({"messages": asked(line, mode), "chosen": best, "rejected": worst, "rejected_ended": low["finished"], "mode": mode,
                          "task": line["meta"]["task"], "scores": [high["total"], low["total"]]}, root))
     return out
 
@@ -310,21 +305,17 @@ def iterate(args, folder: Path, plan: dict, judge):
     if not sources:
         raise SystemExit(f"the rounds need questions.jsonl in {folder / 'train'}")
     pool = [(line, p.parent) for p in sources for line in read_pool(p)]
-    longest, rounds = 192 if plan["muon"] else 2048, args.rounds or plan["rounds"]
+    rounds = args.rounds or plan["rounds"]
     if args.fresh:  # later rounds are nothing without the first
         for name in ("align", *(f"align-{n}" for n in range(1, rounds + 1))):
             (Path(args.out) / args.size / name / "score.json").unlink(missing_ok=True)
     for number in range(1, rounds + 1):
         run = trainer.start(args, f"align-{number}")
         if not trainer.finished(run):
-            data, rng = run.folder / "data", random.Random(f"{args.seed}/{number}")
+            data = run.folder / "data"
             if args.fresh or not (data / "pairs.jsonl").exists():
-                jobs = []
-                for line, root in rng.sample(pool, min(plan["prompts"], len(pool))):
-                    still = not any(kind == "video" for _, kind in media_of(line))
-                    modes = {m: w for m, w in MODES.items() if still or m != "agentic_think"}
-                    jobs.append((line, root, *rng.choices(list(modes), modes.values())))
-                answers = respond(run, start, jobs, longest, plan["group"], f"{args.seed}/{number}", judge)
+                jobs = draw(pool, plan["prompts"], MODES, f"{args.seed}/{number}")
+                answers = respond(run, start, jobs, plan["group"], f"{args.seed}/{number}", judge)
                 flat, share = [parts for got in answers.values() for _, parts in got], {}
                 for k in ("right", "format", "consistency", "repetition"):
                     values = [float(p[k] > rewards.REPEATED) if k == "repetition" else p[k] for p in flat if p[k] is not None]

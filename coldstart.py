@@ -29,13 +29,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 import sandbox
 import trainer
 from data import MediaError, Processor, adopt, media_of, pictures_of, switch, text_lines
 from evaluate import phase_score
-from generate import Generator, rollout
+from generate import Generator, longest_answer, rollout
 from model import KeyeVL
 from rewards import MODES, parse, verify
 from sft import finetune, read_pool
@@ -222,14 +220,13 @@ def build(run, pool, keep: list[Path], out: Path, plan: dict, seed: int):
 
 def measure(run, folder: Path, pool, plan: dict, seed: int) -> dict[int, str]:
     """{index in pool: the mode in which the model in `folder` answers it best} on all ranks, by `best_modes`."""
-    model = KeyeVL.from_pretrained(folder, torch.bfloat16 if run.device.type == "cuda" else torch.float32, run.device)
-    generator, mine = Generator(model, Processor.from_pretrained(folder)), {}
+    generator, mine = Generator.from_pretrained(folder, run.device), {}
     own = list(range(run.rank, min(plan["asked"], len(pool)), run.world))
     for at in range(0, len(own), 256):
         jobs = [(i, *pool[i], mode) for i in own[at : at + 256] for mode in ANALYSIS
                 if mode != "agentic_think" or "place" in pool[i][0]["meta"] or pool[i][0]["meta"]["task"] == "arithmetic"]
         # greedy, as answers are given later: sampling errs once a step, and would count against long answers
-        rows = rollout(generator, [job[1:] for job in jobs], 1, 192 if plan["muon"] else 2048, [str(seed)] * len(jobs), 0.0)
+        rows = rollout(generator, [job[1:] for job in jobs], 1, longest_answer(generator.model.config), [str(seed)] * len(jobs), 0.0)
         for (i, line, _, mode), group in zip(jobs, rows):
             mine[i, mode] = [verify(parse(row["content"], mode, row["finished"]).final, line["meta"])[1] for row in group]
     right = {}

@@ -186,6 +186,11 @@ def switch(messages, mode):
     return [*messages[:at], messages[at] | {"content": content}, *messages[at + 1 :]]
 
 
+def asked(line, mode):
+    """The messages of a line before its answer, asked in a mode; auto_think is what no switch means."""
+    return switch(line["messages"][:-1], None if mode == "auto_think" else mode)
+
+
 def media_of(conversation):
     """All pictures and clips of a conversation, or of a preference with its answers, in order: [(item, kind)]."""
     contents = [m["content"] for m in conversation["messages"]] + [conversation.get(k) for k in ("chosen", "rejected")]
@@ -228,6 +233,11 @@ def adopt(conversation, root, folder):
         source = item[kind]
         item[kind] = [home(frame) for frame in source] if isinstance(source, list) else home(source)
     return conversation
+
+
+def text_of(message: dict) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(c.get("text", f"[{c['type']}]") for c in content)
 
 
 def pictures_of(conversation, root=None, **limits):

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from data import MediaError, Processor, check_conversation, pictures_of, switch, text_lines
-from generate import Generator, converse, load
+from data import MediaError, Processor, asked, check_conversation, pictures_of, text_lines, text_of
+from generate import Generator, converse, load, longest_answer
 from model import KeyeVL
 from rewards import MODES, REPEATED, TOOLS, grade, parse, repetition, score, turn_of
 
@@ -87,13 +87,13 @@ def evaluate(model, processor, folder, limit=None, blind=True, batch=64, tasks=N
         task, truth = q["meta"]["task"], processor.tokenizer.encode(text_of(q["messages"][-1]), added=True)
         room[task] = max(room[task], 2 * len(truth) + 4)
     if mode:
-        max_new_tokens = max_new_tokens or (192 if model.config.hidden_size < 1024 else 2048)
+        max_new_tokens = max_new_tokens or longest_answer(model.config)
     questions.sort(key=lambda q: room[q["meta"]["task"]])
     done, failed, unseen = defaultdict(list), [], {}
     for start in range(0, len(questions), 8 * batch):  # 8: enough to sort, few enough to hold their pixels
         ready = []
         for q in questions[start : start + 8 * batch]:
-            prompt = {"messages": switch(q["messages"][:-1], None if mode == "auto_think" else mode)}
+            prompt = {"messages": asked(q, mode) if mode else q["messages"][:-1]}
             try:
                 ready.append((q, processor(prompt, folder, generate=True)))
             except (MediaError, ValueError) as e:
@@ -173,11 +173,6 @@ def facts(said: list[dict], mode: str, finished: bool, tokens: int, observations
             "failed_calls": float(sum(not o.ok for o in observations)), "said": text_of({"content": said})}
 
 
-def text_of(message: dict) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(c.get("text", f"[{c['type']}]") for c in content)
-
-
 def has_media(question: dict) -> bool:
     contents = [m["content"] for m in question["messages"]]
     return any(part["type"] != "text" for c in contents if isinstance(c, list) for part in c)
@@ -240,14 +235,14 @@ def at_once(run) -> int:
     return 512 if run.device.type == "cuda" and run.args.size in ("toy", "tiny", "small") else 64
 
 
-def phase_score(run, folder: Path, args, modes, name="model") -> dict:
+def phase_score(run, folder: Path, args, modes) -> dict:
     """The held-out score of run.folder/model in each mode (None: the bare question) -> {mode: result}; said, and a page
     of answers written beside it. Rank 0 asks; the others get {}."""
     if not run.main or not (folder / "heldout").is_dir():
         run.say(f"{folder}/heldout: no held-out score") if run.main else None
         return {}
-    model = KeyeVL.from_pretrained(run.folder / name, run.dtype if run.device.type == "cuda" else torch.float32, run.device)
-    processor, scores, page = Processor.from_pretrained(run.folder / name), {}, f"# {run.stage}: answers to held-out questions\n"
+    model = KeyeVL.from_pretrained(run.folder / "model", run.dtype if run.device.type == "cuda" else torch.float32, run.device)
+    processor, scores, page = Processor.from_pretrained(run.folder / "model"), {}, f"# {run.stage}: answers to held-out questions\n"
     for mode in modes:
         with run.autocast():
             scores[mode or "plain"] = score = evaluate(model, processor, folder / "heldout", args.eval_limit, False, at_once(run), mode=mode)

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sandbox
-from data import MediaError, Processor, pack, pictures_of, switch
+from data import MediaError, Processor, asked, media_of, pack, pictures_of, text_of
 from model import KeyeVL
-from rewards import TOOLS, turn_of
+from rewards import TOOLS, rewards, turn_of
 
 NEVER = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 STOP = ("<|im_end|>", "<|endoftext|>")
@@ -100,6 +100,12 @@ class Generator:
         self.stop = {special[t] for t in STOP}
         beyond = range(processor.tokenizer.n_base + len(special), cfg.vocab_size)  # rows of the table without a token
         self.banned = torch.tensor([special[t] for t in NEVER] + list(beyond))
+
+    @classmethod
+    def from_pretrained(cls, folder, device) -> "Generator":
+        """Of a model's folder, on CUDA in bf16."""
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        return cls(KeyeVL.from_pretrained(folder, dtype, device), Processor.from_pretrained(folder))
 
     def generate(self, conversations, max_new_tokens=256, temperature=0.6, top_k=20, top_p=0.95, seed=None, root=None,
                  stream=None) -> list[str]:
@@ -294,6 +300,22 @@ def converse(generator: Generator, samples, pictures, max_new_tokens=256, calls=
             for row, seen in zip(rows, observations)]
 
 
+def longest_answer(cfg) -> int:
+    """Tokens of an answer in a mode: 2,048 is Keye's own in evaluation, 192 ours for models that think in few words."""
+    return 192 if cfg.hidden_size < 1024 else 2048
+
+
+def draw(pool, n: int, modes: dict[str, float], seed: str) -> list[tuple]:
+    """n jobs of a pool of (question, root of its media): (question, root, mode), modes by weight. Questions with a clip are
+    not asked with tools."""
+    rng, jobs = random.Random(seed), []
+    for line, root in rng.sample(pool, min(n, len(pool))):
+        still = not any(kind == "video" for _, kind in media_of(line))
+        fit = {m: w for m, w in modes.items() if still or m != "agentic_think"}
+        jobs.append((line, root, *rng.choices(list(fit), list(fit.values()))))
+    return jobs
+
+
 def rollout(generator: Generator, jobs, group: int, longest: int, seeds: list[str], temperature=1.0) -> list[list[dict]]:
     """jobs: (question, root of its media, mode) -> for each job `group` rows of sample or converse, by default at temperature 1
     and without truncation, so that a trainer finds the same probabilities. A row has its prompt's "sample" and its "content",
@@ -303,10 +325,10 @@ def rollout(generator: Generator, jobs, group: int, longest: int, seeds: list[st
         todo = []
         for i, (line, root, mode) in enumerate(jobs):
             if (mode in TOOLS) == tools:
-                asked = switch(line["messages"][:-1], None if mode == "auto_think" else mode)
+                messages = asked(line, mode)
                 try:
-                    sample = generator.processor({"messages": asked}, root, generate=True)
-                    pictures = lambda asked=asked, root=root: pictures_of({"messages": asked}, root)
+                    sample = generator.processor({"messages": messages}, root, generate=True)
+                    pictures = lambda messages=messages, root=root: pictures_of({"messages": messages}, root)
                     todo += [(i, sample, f"{seeds[i]}/{k}", pictures) for k in range(group)]
                 except (MediaError, ValueError) as e:
                     print(f"skipped: {e}", file=sys.stderr, flush=True)
@@ -316,6 +338,15 @@ def rollout(generator: Generator, jobs, group: int, longest: int, seeds: list[st
         for (i, sample, _, _), row in zip(todo, rows):
             out[i].append(row | {"sample": sample, "content": turn_of(row, generator.processor.tokenizer)})
     return out
+
+
+def earned(jobs, rows, longest: int, judge=None) -> list[list[dict]]:
+    """The parts of the reward of every row of a rollout, with the soft penalty of the last quarter of `longest` tokens."""
+    parts = iter(rewards([dict(
+        completion=row["content"], meta=line["meta"], mode=mode, finished=row["finished"], judge=judge,
+        question=text_of(line["messages"][-2]), length=sum(row["sampled"]), longest=longest, buffer=longest // 4)
+        for (line, _, mode), group in zip(jobs, rows) for row in group]))
+    return [[next(parts) for _ in group] for group in rows]
 
 
 def trajectory(sample: dict, row: dict) -> dict:

@@ -27,7 +27,6 @@ Log: reward and its parts, spread of groups, dropped groups, clipped share, KL, 
 The model is left in runs/<size>/grpo/model.
 """
 import os
-import random
 import time
 from pathlib import Path
 
@@ -36,9 +35,9 @@ from torch.distributed.fsdp import FSDPModule
 
 import rewards
 import trainer
-from data import Processor, media_of, pack
-from evaluate import phase_score, text_of
-from generate import Generator, rollout, trajectory
+from data import Processor, pack
+from evaluate import phase_score
+from generate import Generator, draw, earned, rollout, trajectory
 from model import KeyeVL, training_flops
 from sft import read_pool
 
@@ -116,16 +115,6 @@ def policy_loss(logp, old, reference, advantage, weight, owner=None, algo="grpo"
 # questions, answers, samples to train on
 
 
-def draw(pool, n: int, seed: str) -> list[tuple]:
-    """n jobs: (question, root of its media, mode). Questions with a clip are not asked with tools."""
-    rng, jobs = random.Random(seed), []
-    for line, root in rng.sample(pool, min(n, len(pool))):
-        still = not any(kind == "video" for _, kind in media_of(line))
-        modes = {m: w for m, w in MODES.items() if still or m != "agentic_think"}
-        jobs.append((line, root, *rng.choices(list(modes), list(modes.values()))))
-    return jobs
-
-
 def choosing(row: dict, tokenizer) -> int:
     """How many of the row's first ids choose the mode: all up to </analysis>, where it begins with one."""
     if not tokenizer.decode(row["ids"][:16]).startswith("<analysis>"):
@@ -135,11 +124,7 @@ def choosing(row: dict, tokenizer) -> int:
 
 def score(jobs, rows, longest: int, judge) -> list[list[dict]]:
     """The parts of every answer's reward; in auto mode its length costs a little (ours)."""
-    tasks = [dict(completion=row["content"], meta=line["meta"], mode=mode, finished=row["finished"], judge=judge,
-                  question=text_of(line["messages"][-2]), length=sum(row["sampled"]), longest=longest, buffer=longest // 4)
-             for (line, _, mode), group in zip(jobs, rows) for row in group]
-    parts = iter(rewards.rewards(tasks))
-    out = [[next(parts) for _ in group] for group in rows]
+    out = earned(jobs, rows, longest, judge)
     for (_, _, mode), group, told in zip(jobs, rows, out):
         for row, p in zip(group, told):
             if mode == "auto_think" and p["total"] is not None:
@@ -209,16 +194,10 @@ def train(run, init: Path, pool, plan: dict, steps: int, algo: str, beta: float,
     sampler, clip = Sampler(model, processor, run), CLIP.get(algo, (LOW, HIGH))
     blank = [{**processor({"messages": [{"role": "system", "content": ""}]}), **{k: torch.zeros(0) for k in ("old", "advantage", "weight", "reference")}}]
 
-    def groups_of(samples):
-        """The samples of this rank's micro-batches, on all ranks equally many."""
-        groups = trainer.packs(samples, plan["pack"])
-        most = int(max(row[0] for row in run.gather([len(groups)])))
-        return groups + [blank] * (most - len(groups))
-
     for step in range(begin["step"], steps):
         trainer.set_lr(opt, trainer.schedule(step, steps, int(WARMUP * steps), "constant"))
         sampler.refresh()
-        jobs = draw(pool, plan["prompts"], f"{seed}/{step}")[run.rank :: run.world]
+        jobs = draw(pool, plan["prompts"], MODES, f"{seed}/{step}")[run.rank :: run.world]
         seeds = [f"{seed}/{step}/{run.rank + i * run.world}" for i in range(len(jobs))]  # the same on any number of ranks
         rows = rollout(sampler.generator, jobs, plan["group"], longest, seeds)
         told = score(jobs, rows, longest, judge)
@@ -233,14 +212,14 @@ def train(run, init: Path, pool, plan: dict, steps: int, algo: str, beta: float,
             weigh(samples, algo, longest, n, trained)
             if reference is not None:
                 with torch.no_grad(), run.autocast():
-                    for group in groups_of(samples):
+                    for group in trainer.even_packs(run, samples, plan["pack"], blank):
                         parts = reference.logprobs(run.to(pack(group)))[0].cpu().split([len(s["old"]) for s in group])
                         for s, part in zip(group, parts):
                             s["reference"] = part
             else:
                 for s in samples:
                     s["reference"] = s["old"]
-            groups = groups_of(samples)
+            groups = trainer.even_packs(run, samples, plan["pack"], blank)
             for i, group in enumerate(groups):
                 batch = run.to(gather_batch(group))
                 with run.autocast():

@@ -16,8 +16,6 @@ import json
 import time
 from pathlib import Path
 
-import torch
-
 import trainer
 from data import Loader, MediaError, Processor, adopt, check_conversation, text_lines
 from evaluate import phase_score
@@ -61,9 +59,8 @@ def read_pool(path: Path, limit: int | None = None) -> list[dict]:
 def attempts(run, folder: Path, lines: list[dict], root: Path, samples: int, seed: int):
     """The model in `folder` answers each line `samples` times at temperature 1: [[(text, outcome, right, tokens, ended), ..]
     or None where its media cannot be read], in order, on all ranks; each rank asks a share of the lines."""
-    model = KeyeVL.from_pretrained(folder, torch.bfloat16 if run.device.type == "cuda" else torch.float32, run.device)
-    processor = Processor.from_pretrained(folder)
-    generator, mine, told = Generator(model, processor), {}, {}
+    generator, mine, told = Generator.from_pretrained(folder, run.device), {}, {}
+    processor = generator.processor
     ready, chunk = [], 256
     for i in range(run.rank, len(lines), run.world):
         line = lines[i]

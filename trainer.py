@@ -506,6 +506,13 @@ def packs(samples: list[dict], room: int) -> list[list[dict]]:
     return out
 
 
+def even_packs(run: Run, samples: list[dict], room: int, blank: list[dict]) -> list[list[dict]]:
+    """packs, with `blank` behind them until all ranks have equally many: FSDP's gathers need every rank each time."""
+    groups = packs(samples, room)
+    most = int(max(row[0] for row in run.gather([len(groups)])))
+    return groups + [blank] * (most - len(groups))
+
+
 def backward(model: nn.Module, loss: torch.Tensor, last: bool):
     """Adds the loss's gradients; ranks reduce them once a step, after its last micro-batch."""
     if isinstance(model, FSDPModule):

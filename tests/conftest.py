@@ -11,7 +11,21 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from data import BUDGETS, Processor  # noqa: E402
+from model import PRESETS, KeyeVL  # noqa: E402
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor(ROOT / "vocab-toy.json", **BUDGETS["toy"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return KeyeVL.empty(PRESETS["toy"]).init_weights()
 
 
 def pytest_collection_modifyitems(items):

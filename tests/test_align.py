@@ -13,8 +13,7 @@ from PIL import Image
 import align
 from align import Shift, mpo_loss
 from conftest import ROOT
-from data import BUDGETS, Loader, Processor, adopt, pack, versions
-from model import PRESETS, KeyeVL
+from data import Loader, adopt, pack, versions
 from toyworld import make_world
 from trainer import per_sample
 
@@ -60,17 +59,6 @@ def test_shift_is_the_mean_of_all_rewards():
         shift.add(total, n)
         seen.append(float(shift))
     assert seen == pytest.approx([0.1, 0.22, 1.4 / 6]) and float(Shift(shift.total, shift.n)) == float(shift)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return Processor(ROOT / "vocab-toy.json", **BUDGETS["toy"])
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return KeyeVL.empty(PRESETS["toy"]).init_weights()
 
 
 def preferences(folder, n=6):

@@ -11,7 +11,7 @@ import torch
 import coldstart
 import sft
 from conftest import ROOT
-from data import BUDGETS, Processor, media_of, switch
+from data import media_of, switch
 from model import PRESETS, KeyeVL
 from rewards import MODES, consistent, parse, verify
 from toyworld import make_world
@@ -22,11 +22,6 @@ def world(tmp_path_factory):
     out = tmp_path_factory.mktemp("coldstart") / "world"
     make_world(out, pictures=240, clips=40, heldout=5, workers=1, progress=False)
     return out
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return Processor(ROOT / "vocab-toy.json", **BUDGETS["toy"])
 
 
 @pytest.fixture(scope="module")

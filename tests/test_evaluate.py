@@ -14,11 +14,10 @@ from PIL import Image
 import evaluate as E
 import toyworld
 from conftest import ROOT
-from data import BUDGETS, Processor, pack
+from data import pack
 from evaluate import evaluate, grade, score, scoreboard, wilson
 from rewards import edit_distance, normal
 from generate import Generator
-from model import PRESETS, KeyeVL
 from rewards import MODES
 from sandbox import observe
 from test_generate import call, scripted
@@ -88,17 +87,6 @@ def test_wilson():
 
 
 # -- the benchmark
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return Processor(ROOT / "vocab-toy.json", **BUDGETS["toy"])
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return KeyeVL.empty(PRESETS["toy"]).init_weights()
 
 
 def question(content, answer, task, category, verifier="choice", chance=0.0, **more):

@@ -12,20 +12,9 @@ from PIL import Image
 
 import generate
 from conftest import ROOT
-from data import BUDGETS, Processor, pack
+from data import pack
 from generate import Generator, choose, converse, rollout
 from model import PRESETS, KeyeVL
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return Processor(ROOT / "vocab-toy.json", **BUDGETS["toy"])
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return KeyeVL.empty(PRESETS["toy"]).init_weights()
 
 
 @pytest.fixture(scope="module")

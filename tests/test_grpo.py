@@ -11,10 +11,10 @@ import torch
 import grpo
 import trainer
 from conftest import ROOT
-from data import BUDGETS, Processor, pack
+from data import Processor, pack
 from generate import Generator, converse, trajectory
 from grpo import advantages, k3, policy_loss, spread, token_weights
-from model import PRESETS, KeyeVL
+from model import KeyeVL
 from PIL import Image
 from rewards import overlong, turn_of
 from toyworld import make_world
@@ -127,17 +127,6 @@ def test_overlong_golden():
 
 
 # --------------------------------------------------------------------------------------------------- sampler and trainer
-
-@pytest.fixture(scope="module")
-def processor():
-    return Processor(ROOT / "vocab-toy.json", **BUDGETS["toy"])
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return KeyeVL.empty(PRESETS["toy"]).init_weights()
-
 
 def script(generator, monkeypatch, texts):
     """The generator writes these texts, whatever the model says; log-probabilities stay the model's."""
