@@ -67,7 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the computation; weights stay fp32")
     add("--save-every", type=at_least(1), default=100, help="steps between checkpoints")
     add("--workers", type=at_least(0), help="decoding processes per rank (default: 1, with a GPU up to 8)")
-    add("--threads", type=at_least(1), help="CPU threads per rank (default: OMP_NUM_THREADS, else all cores)")
+    add("--threads", type=at_least(1), help="CPU threads per rank (default: OMP_NUM_THREADS, else all cores, with a GPU up to 4)")
     return parser
 
 
@@ -151,7 +151,8 @@ def start(args, stage: str) -> "Run":
         torch.utils.deterministic.fill_uninitialized_memory = False
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    torch.set_num_threads(args.threads or int(os.environ.get("OMP_NUM_THREADS", share)))
+    # beside a GPU the CPU has small work only, which many threads make slower
+    torch.set_num_threads(args.threads or int(os.environ.get("OMP_NUM_THREADS", min(share, 4) if kind == "cuda" else share)))
     if args.workers is None:  # a GPU outruns one process that decodes
         args.workers = min(8, max(1, share - 1)) if kind == "cuda" else 1
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun, also with one process

@@ -9,12 +9,14 @@ Samples lie end to end in one row of T tokens; a token sees its own segment only
 and the shape at hand; that choice is made in `attention` and nowhere else.
 """
 
+import contextlib
 import inspect
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:  # flash attention over cumulative lengths, CUDA only
     from torch.nn.attention.varlen import varlen_attn
@@ -119,10 +121,15 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
     k, v (B, L, KV, D), of which row b holds the first lengths[b] + Q entries; lengths (B,) int64 counts what was there
     before. Returns (B, Q, H, D). Rows with fewer than Q new tokens give garbage beyond them, which the caller drops.
     """
-    seen = lengths[:, None] + torch.arange(q.shape[1], device=q.device)  # (B, Q): last key that query may see
+    (_, new, _, _), group = q.shape, q.shape[2] // k.shape[2]
+    seen = lengths[:, None] + torch.arange(new, device=q.device)  # (B, Q): last key that query may see
     mask = torch.arange(k.shape[1], device=q.device) <= seen[:, None, :, None]  # (B, 1, Q, L)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    # queries that share a key head stand beside each other as if they were one head's: keys are read once, not copied
+    q = q.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, KV, H/KV * Q, D)
+    # not by cuDNN, which plans anew, for some 50 ms, at every new length: at every token, here
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if q.is_cuda else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask.repeat(1, 1, group, 1))
+    return out.unflatten(2, (group, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def attention_path(device: torch.device, dtype: torch.dtype) -> str:

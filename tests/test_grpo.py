@@ -1,4 +1,5 @@
 """grpo.py: golden values and limiting cases of its loss, sampler against trainer, a bandit, two ranks, kill and resume."""
+import copy
 import json
 import math
 import os
@@ -145,7 +146,14 @@ def script(generator, monkeypatch, texts):
     monkeypatch.setattr(generate, "choose", forced)
 
 
-def test_sampler_logprobs_are_the_trainers_with_pictures_and_a_tool_turn(model, processor, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_sampler_logprobs_are_the_trainers_with_pictures_and_a_tool_turn(model, processor, monkeypatch, device):
+    model = copy.deepcopy(model).to(device)
+
+    def logprobs(batch):
+        batch = {k: v if k in ("segments", "grids") else v.to(device) for k, v in batch.items()}
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            return [v.cpu() for v in model.logprobs(batch)]
     picture = Image.effect_noise((300, 280), 80).convert("RGB")
     asked = {"messages": [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Look./agentic_think"}]}]}
     sample, generator = processor(asked, generate=True), Generator(model, processor)
@@ -153,10 +161,11 @@ def test_sampler_logprobs_are_the_trainers_with_pictures_and_a_tool_turn(model, 
     row, = converse(generator, [sample], [[picture]], 60, temperature=1.0, top_k=0, top_p=1.0, seed=1)
     assert len(row["observations"]) == 1 and row["observations"][0].ok and not all(row["sampled"])
     whole = trajectory(sample, row)
-    with torch.no_grad():
-        logp, entropy = model.logprobs(pack([whole]))
+    logp, entropy = logprobs(pack([whole]))
     old = torch.tensor([p for p, own in zip(row["logprobs"], row["sampled"]) if own])
-    assert len(logp) == len(old) == sum(row["sampled"]) and (logp - old).abs().max() < 1e-4 and (entropy > 0).all()
+    assert len(logp) == len(old) == sum(row["sampled"]) and (entropy > 0).all()
+    off = (logp - old).abs()
+    assert off.max() < 1e-4 if device == "cpu" else off.mean() < 0.02 and off.max() < 0.2  # bf16 in packs, and with a cache
     # what the tool gave has no label, but changes what comes after it
     given = [i for i, own in enumerate(row["sampled"]) if not own]
     at = len(sample["tokens"]) + given[0]
@@ -164,8 +173,7 @@ def test_sampler_logprobs_are_the_trainers_with_pictures_and_a_tool_turn(model, 
     other = pack([whole | {"tokens": whole["tokens"].clone()}])
     text = next(at + k for k in range(len(given)) if whole["tokens"][at + k] not in whole["pads"])
     other["tokens"][text] = (other["tokens"][text] + 1) % 900
-    with torch.no_grad():
-        changed, _ = model.logprobs(other)
+    changed, _ = logprobs(other)
     first = sum(row["sampled"][: given[0]])
     assert torch.equal(changed[:first], logp[:first]) or (changed[:first] - logp[:first]).abs().max() < 1e-5
     assert (changed[first:] - logp[first:]).abs().max() > 1e-6

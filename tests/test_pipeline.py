@@ -1,9 +1,11 @@
-"""All phases after pre-training one after the other on two ranks, each from what the one before left, as a user starts them."""
+"""All phases after pre-training one after the other, on two ranks or a GPU, each from what the one before left, as a user
+starts them."""
 import json
 import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from conftest import ROOT
@@ -27,7 +29,8 @@ runpy.run_path(script, run_name="__main__")
 '''
 
 
-def test_all_phases_on_two_ranks(tmp_path):
+@pytest.mark.parametrize("device, ranks", [("cpu", 2), pytest.param("cuda", torch.cuda.device_count(), marks=pytest.mark.cuda)])
+def test_all_phases(tmp_path, device, ranks):
     make_world(tmp_path / "world", pictures=240, clips=40, heldout=5, workers=1, progress=False)
     torch.manual_seed(0)
     start = tmp_path / "toy" / "pretrain" / "model"
@@ -36,10 +39,10 @@ def test_all_phases_on_two_ranks(tmp_path):
     (tmp_path / "small.py").write_text(SMALL)
     for phase in (["sft.py"], ["align.py", "--phase", "mpo"], ["coldstart.py"], ["grpo.py"], ["align.py", "--phase", "iterate"]):
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+            [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
              str(tmp_path / "small.py"), *phase, "--data", str(tmp_path / "world"), "--out", str(tmp_path), "--steps", "2", "--eval-limit", "1",
-             "--device", "cpu", "--threads", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+             "--device", device, "--threads", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-4000:]
         assert done.stdout.count(" took ") == 1  # rank 0 alone speaks
     for phase in ("sft", "mpo", "coldstart-modes", "coldstart", "grpo", "align-1", "align-2", "align"):
