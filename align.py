@@ -34,18 +34,18 @@ import torch.nn.functional as F
 
 import rewards
 import trainer
-from data import Lines, Loader, MediaError, Processor, adopt, asked, pack, text_lines, versions
+from data import Lines, Loader, MediaError, Processor, adopt, asked, pack, text_lines, versions, write_lines
 from evaluate import phase_score
 from generate import Generator, draw, earned, longest_answer, rollout
 from model import KeyeVL, training_flops
-from sft import attempts, read_pool
+from sft import attempts, question_pool, read_pool
 
 BETA, WEIGHTS = 0.1, (0.8, 0.2, 1.0)  # MPO's own (and DPO, BCO, SFT); Keye states neither
 # ours, every number. asked: lines to which answers are sampled; samples: answers to each; iterate's by round
 PLAN = {
     "toy": dict(pack=4096, packs=1, steps=40, lr=1e-4, muon=2, asked=700, samples=3, rounds=2, prompts=320, group=4,
                 round_steps=25, round_lr=1e-4),
-    "tiny": dict(pack=16384, packs=1, steps=60, lr=5e-5, muon=2, asked=1500, samples=4, rounds=2, prompts=500, group=4,
+    "tiny": dict(pack=16384, packs=1, steps=40, lr=5e-5, muon=2, asked=6000, samples=4, rounds=2, prompts=500, group=4,
                  round_steps=30, round_lr=3e-5),
     "small": dict(pack=16384, packs=4, steps=200, lr=5e-5, muon=2, asked=6000, samples=4, rounds=2, prompts=2000, group=4,
                   round_steps=60, round_lr=3e-5),
@@ -134,16 +134,9 @@ def refer(run, folder: Path, source: Path, target: Path, room: int):
     if not known:
         raise SystemExit(f"{source}: no pair of answers could be read")
 
-    def write():
-        if run.main:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            tmp = target.with_suffix(".tmp")
-            with open(tmp, "w", encoding="utf-8") as f:
-                for i in sorted(known):
-                    line = json.loads(lines[i][1]) | {"reference": known[i]}
-                    f.write(json.dumps(adopt(line, source.parent, target.parent)) + "\n")
-            tmp.rename(target)
-    run.attempt(f"cannot write {target}", write)
+    referred = (json.loads(lines[i][1]) | {"reference": known[i]} for i in sorted(known))
+    run.attempt(f"cannot write {target}", lambda: run.main and write_lines(
+        target, (adopt(line, source.parent, target.parent) for line in referred)))
 
 
 def own_pairs(run, init: Path, sources: list[Path], target: Path, plan: dict, seed: int):
@@ -165,26 +158,21 @@ def own_pairs(run, init: Path, sources: list[Path], target: Path, plan: dict, se
 
 def write_pairs(run, pairs: list[tuple[dict, Path]], target: Path, seed: int):
     """Pairs, with the folder that each one's media are relative to, in a fixed random order."""
-    def write():
-        if run.main:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            order = random.Random(seed).sample(range(len(pairs)), len(pairs))
-            tmp = target.with_suffix(".tmp")
-            tmp.write_text("".join(json.dumps(adopt(pairs[i][0], pairs[i][1], target.parent)) + "\n" for i in order),
-                           encoding="utf-8")
-            tmp.rename(target)
     if not pairs:
         raise SystemExit("no pair: every answer scores the same")
-    run.attempt(f"cannot write {target}", write)
+    order = random.Random(seed).sample(pairs, len(pairs))
+    run.attempt(f"cannot write {target}", lambda: run.main and write_lines(
+        target, (adopt(pair, root, target.parent) for pair, root in order)))
 
 
 def split(run, path: Path):
     """path's lines -> train.jsonl and held.jsonl beside it: every HELD-th is kept from training."""
-    if run.main:
-        lines = [text + "\n" for _, text in text_lines(path)]
-        (path.parent / "held.jsonl").write_text("".join(lines[::HELD]), encoding="utf-8")
-        (path.parent / "train.jsonl").write_text("".join(l for i, l in enumerate(lines) if i % HELD) or lines[0], encoding="utf-8")
-    run.barrier()
+    def write():
+        if run.main:
+            lines = [json.loads(text) for _, text in text_lines(path)]
+            write_lines(path.parent / "held.jsonl", lines[::HELD])
+            write_lines(path.parent / "train.jsonl", [line for i, line in enumerate(lines) if i % HELD] or lines[:1])
+    run.attempt(f"cannot write beside {path}", write)
 
 
 @torch.no_grad()
@@ -301,10 +289,7 @@ def rank_pairs(jobs, answers: dict[int, list]) -> list[tuple[dict, Path]]:
 
 def iterate(args, folder: Path, plan: dict, judge):
     start = trainer.before(args, "grpo")
-    sources = [p for p in (folder / "train" / f"{name}.jsonl" for name in ("questions", "detail", "instruct")) if p.exists()]
-    if not sources:
-        raise SystemExit(f"the rounds need questions.jsonl in {folder / 'train'}")
-    pool = [(line, p.parent) for p in sources for line in read_pool(p)]
+    pool = question_pool(folder)
     rounds = args.rounds or plan["rounds"]
     if args.fresh:  # later rounds are nothing without the first
         for name in ("align", *(f"align-{n}" for n in range(1, rounds + 1))):

@@ -31,30 +31,32 @@ from pathlib import Path
 
 import sandbox
 import trainer
-from data import MediaError, Processor, adopt, media_of, pictures_of, switch, text_lines
+from data import MediaError, Processor, adopt, media_of, pictures_of, switch, text_lines, write_lines
 from evaluate import phase_score
 from generate import Generator, longest_answer, rollout
 from model import KeyeVL
 from rewards import MODES, parse, verify
-from sft import finetune, read_pool
+from sft import finetune, question_pool
 from toyworld import look_box
 
-# ours, every number. steps of both passes; asked: questions whose difficulty is measured; kept: lines of each file of KEEP
+# ours, every number. steps: of both passes; pool: questions that are turned into conversations; asked: of these, those whose
+# difficulty is measured; kept: lines of each file of KEEP
 PLAN = {
-    "toy": dict(pack=4096, packs=1, steps=(600, 400), lr=1e-3, muon=2, asked=1200, kept=3000),
-    "tiny": dict(pack=16384, packs=1, steps=(400, 300), lr=5e-4, muon=2, asked=1500, kept=10_000),
-    "small": dict(pack=16384, packs=4, steps=(1000, 500), lr=3e-4, muon=2, asked=6000, kept=10_000),
-    **{size: dict(pack=8192, packs=64, steps=(1500, 500), lr=1e-5, muon=0, asked=20_000, kept=100_000)
+    "toy": dict(pack=4096, packs=1, steps=(600, 400), lr=1e-3, muon=2, pool=10_000, asked=3000, kept=3000),
+    "tiny": dict(pack=16384, packs=1, steps=(400, 300), lr=5e-4, muon=2, pool=12_000, asked=2000, kept=6000),
+    "small": dict(pack=16384, packs=4, steps=(1000, 500), lr=3e-4, muon=2, pool=30_000, asked=6000, kept=10_000),
+    **{size: dict(pack=8192, packs=64, steps=(1500, 500), lr=1e-5, muon=0, pool=300_000, asked=20_000, kept=100_000)
        for size in ("0.6b", "1.7b", "4b", "8b")},
 }
 # Keye mixes 230k, 330k, 20k, 100k and 104k; ours: more auto-think, as the toy sees few samples of anything
 MIX = {"think": 4, "no_think": 2, "agentic_think": 2.5, "video": 1, "turns": 0.5, "keep": 4}
 MIX_AUTO = MIX | {"auto_think": 5}
 KEEP = ("vqa", "caption", "video")  # pre-training's lines, asked with /no_think: without them a small model forgets to see
-GAIN = 0.05  # what thinking must add to the share of right answers to be worth its tokens
+GAIN = 0.08  # what thinking must add to the share of right answers to be worth its tokens
+OWN = 0.25  # weight of a question's own one answer in that share, beside those to all questions of its kind
 CHAINS, SLIP, SKIP, DETOUR = 8, 0.3, 0.2, 0.3  # chains per question; how often one has a wrong, a missing, a needless step
-# Keye's analysis ends "Therefore, /no_think mode is more appropriate."; ours is short, as the toy's thinking is short too
-ANALYSIS = {"no_think": "Easy, so /no_think.", "think": "Several steps, so /think.", "agentic_think": "Too small, so /agentic_think."}
+# Keye's analysis ends "Therefore, /no_think mode is more appropriate."; ours is a telegram, as the toy's thinking is short too
+ANALYSIS = {"no_think": "Easy /no_think.", "think": "Several steps /think.", "agentic_think": "Too small /agentic_think."}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # chains of thought
@@ -107,8 +109,7 @@ def looking(steps: list[str], reply: str, meta: dict, pictures) -> list[dict] | 
     if not seen.ok:
         return None
     own = lambda text: {"type": "text", "text": text}
-    tool = [item | ({"loss": False} if item["type"] == "text" else {}) for item in seen.content()]
-    return [own("<think>" + "".join(step + "\n" for step in before) + f"<tool_call>{code}</tool_call>"), *tool,
+    return [own("<think>" + "".join(step + "\n" for step in before) + f"<tool_call>{code}</tool_call>"), *seen.content(),
             own("\n".join(after) + "</think><answer>\\boxed{" + reply + "}</answer>")]
 
 
@@ -186,8 +187,7 @@ def several_turns(single: list[dict], rng: random.Random) -> list[dict]:
 def write(run, out: Path, lines: dict[str, list]):
     def each():
         for kind, content in lines.items() if run.main else ():
-            (out / f"{kind}.tmp").write_text("".join(json.dumps(line) + "\n" for line in content), encoding="utf-8")
-            (out / f"{kind}.tmp").rename(out / f"{kind}.jsonl")
+            write_lines(out / f"{kind}.jsonl", content)
     run.attempt(f"cannot write {out}", each)
     run.say("conversations: " + ", ".join(f"{kind} {len(content)}" for kind, content in lines.items()))
 
@@ -218,10 +218,19 @@ def build(run, pool, keep: list[Path], out: Path, plan: dict, seed: int):
     write(run, out, lines)
 
 
-def measure(run, folder: Path, pool, plan: dict, seed: int) -> dict[int, str]:
-    """{index in pool: the mode in which the model in `folder` answers it best} on all ranks, by `best_modes`."""
-    generator, mine = Generator.from_pretrained(folder, run.device), {}
-    own = list(range(run.rank, min(plan["asked"], len(pool)), run.world))
+def kind_of(line: dict) -> tuple:
+    """Questions of one task and level of difficulty are of one kind."""
+    return line["meta"]["task"], line["meta"].get("difficulty", 1)
+
+
+def measure(run, folder: Path, pool, plan: dict, seed: int) -> list[str | None]:
+    """The mode in which the model in `folder` answers each question of the pool best, on all ranks, by `best_modes`."""
+    generator, mine, kinds = Generator.from_pretrained(folder, run.device), {}, [kind_of(line) for line, _ in pool]
+    seen, turns = Counter(), []
+    for i, kind in enumerate(kinds):  # plan["asked"] questions, as many of each kind as there are
+        turns.append((seen[kind], i))
+        seen[kind] += 1
+    own = [i for _, i in sorted(turns)[: plan["asked"]]][run.rank :: run.world]
     for at in range(0, len(own), 256):
         jobs = [(i, *pool[i], mode) for i in own[at : at + 256] for mode in ANALYSIS
                 if mode != "agentic_think" or "place" in pool[i][0]["meta"] or pool[i][0]["meta"]["task"] == "arithmetic"]
@@ -232,32 +241,33 @@ def measure(run, folder: Path, pool, plan: dict, seed: int) -> dict[int, str]:
     right = {}
     for part in run.gather_objects(mine):
         right |= {key: answers for key, answers in part.items() if answers}
-    return best_modes(right, [line["meta"]["task"] for line, _ in pool])
+    return best_modes(right, kinds)
 
 
-def best_modes(right: dict, tasks: list[str]) -> dict[int, str]:
-    """right: {(question, mode): [0 or 1, ..]}, tasks of the questions -> {question: the mode that is right most often, a plain
-    answer unless another gains GAIN}. One answer says little of a question: half of the share is that of its whole kind."""
-    kinds = {}
+def best_modes(right: dict, kinds: list) -> list[str | None]:
+    """right: {(question, mode): [0 or 1, ..]}, kinds of all questions -> each question's mode that is right most often, a
+    plain answer unless another gains GAIN. One answer says little of a question: OWN of the share is its own, the rest, and
+    all where it was not asked, is that of its kind. None: nothing of its kind was asked."""
+    pooled, best = {}, []
     for (i, mode), answers in right.items():
-        kinds.setdefault((tasks[i], mode), []).extend(answers)
-    share = lambda i, mode: (sum(right[i, mode]) / len(right[i, mode]) + sum(kinds[tasks[i], mode]) / len(kinds[tasks[i], mode])) / 2
-    best = {}
-    for i in {i for i, _ in right}:
-        known = {mode: share(i, mode) - GAIN * (mode != "no_think") for mode in ANALYSIS if (i, mode) in right}
-        best[i] = max(known, key=known.get)
+        pooled.setdefault((kinds[i], mode), []).extend(answers)
+    share = lambda answers: sum(answers) / len(answers)
+    for i, kind in enumerate(kinds):
+        known = {mode: share(pooled[kind, mode]) for mode in ANALYSIS if (kind, mode) in pooled}
+        worth = {mode: (OWN * share(right[i, mode]) + (1 - OWN) * value if (i, mode) in right else value) - GAIN * (mode != "no_think")
+                 for mode, value in known.items()}
+        best.append(max(worth, key=worth.get, default=None))
     return best
 
 
 def build_auto(run, folder: Path, pool, out: Path, plan: dict, seed: int):
     """Writes out/auto_think.jsonl, and the several turns again with auto-think among them."""
     best, lines, chosen = measure(run, folder, pool, plan, seed), {"auto_think": []}, Counter()
-    for i in sorted(best) if run.main else ():
-        line, root = pool[i]
+    for i, ((line, root), mode) in enumerate(zip(pool, best)) if run.main else ():
         try:
-            if conversation := analysed(line, root, random.Random(f"{seed}/auto/{i}"), best[i]):
+            if mode and (conversation := analysed(line, root, random.Random(f"{seed}/auto/{i}"), mode)):
                 lines["auto_think"].append(adopt(conversation, root, out))
-                chosen[line["meta"]["task"], best[i] != "no_think"] += 1
+                chosen[line["meta"]["task"], mode != "no_think"] += 1
         except (MediaError, ValueError) as e:
             run.say(f"skipped: {e}")
     single = [json.loads(text) for kind in ("think", "no_think") for _, text in text_lines(out / f"{kind}.jsonl")]
@@ -271,13 +281,10 @@ def build_auto(run, folder: Path, pool, out: Path, plan: dict, seed: int):
 def main(args):
     init, folder, began, plan = trainer.before(args, "mpo"), Path(args.data or f"data/{args.size}"), time.time(), PLAN[args.size]
     out = Path(args.out) / args.size / "coldstart-modes" / "data"
-    sources = [p for p in (folder / "train" / f"{name}.jsonl" for name in ("questions", "detail", "instruct")) if p.exists()]
-    if not sources:
-        raise SystemExit(f"the cold start needs questions.jsonl in {folder / 'train'}")
-    pool = [(line, path.parent) for path in sources for line in read_pool(path) if line["meta"].get("steps")]
+    pool = [(line, root) for line, root in question_pool(folder) if line["meta"].get("steps")]
     if not pool:
-        raise SystemExit(f"no question in {', '.join(map(str, sources))} has \"steps\" in its meta: nothing to think with")
-    pool = [pool[i] for i in random.Random(f"{args.seed}/pool").sample(range(len(pool)), len(pool))]
+        raise SystemExit(f"no question in {folder / 'train'} has \"steps\" in its meta: nothing to think with")
+    pool = random.Random(f"{args.seed}/pool").sample(pool, min(plan["pool"], len(pool)))
     if args.fresh:  # the second pass is nothing without the first
         (Path(args.out) / args.size / "coldstart" / "score.json").unlink(missing_ok=True)
     for number, stage in enumerate(("coldstart-modes", "coldstart")):

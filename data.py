@@ -161,6 +161,15 @@ def text_lines(path):
     return [(number, text) for number, text in lines if text.strip()]
 
 
+def write_lines(path, lines):
+    """Writes dicts as JSONL, whole or not at all: beside the path, then renamed."""
+    tmp = Path(path).with_suffix(".tmp")
+    tmp.parent.mkdir(parents=True, exist_ok=True)
+    with open(tmp, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(line) + "\n" for line in lines)
+    tmp.rename(path)
+
+
 def versions(line):
     """A line's conversations: of a preference, messages followed by the "chosen" and by the "rejected" answer; else one."""
     if "chosen" not in line and "rejected" not in line:

@@ -39,12 +39,12 @@ from data import Processor, pack
 from evaluate import phase_score
 from generate import Generator, draw, earned, rollout, trajectory
 from model import KeyeVL, training_flops
-from sft import read_pool
+from sft import question_pool
 
 # ours, every number: Keye states no group size, beta, clip, rate, batch or length
 PLAN = {
     "toy": dict(pack=4096, steps=40, lr=1.5e-4, muon=2, prompts=32, group=8, updates=1, longest=144),
-    "tiny": dict(pack=16384, steps=60, lr=5e-5, muon=2, prompts=48, group=8, updates=1, longest=144),
+    "tiny": dict(pack=16384, steps=60, lr=1e-4, muon=2, prompts=64, group=8, updates=1, longest=144),
     "small": dict(pack=16384, steps=200, lr=3e-5, muon=2, prompts=64, group=8, updates=1, longest=192),
     # group, rate and updates are those of the same team's Thyme (2508.11630), which says nothing about lengths
     **{size: dict(pack=16384, steps=500, lr=5e-7, muon=0, prompts=256, group=8, updates=1, longest=4096)
@@ -299,10 +299,7 @@ def main(args):
     run, plan = trainer.start(args, "grpo"), dict(PLAN[args.size])
     if trainer.finished(run):
         return
-    sources = [p for p in (folder / "train" / f"{name}.jsonl" for name in ("questions", "detail", "instruct")) if p.exists()]
-    if not sources:
-        raise SystemExit(f"GRPO needs questions.jsonl in {folder / 'train'}")
-    pool = [(line, path.parent) for path in sources for line in read_pool(path)]
+    pool = question_pool(folder)
     judge = rewards.Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", "")) if args.judge else None
     train(run, init, pool, plan, args.steps or plan["steps"], args.algo, args.beta, args.seed, judge)
     trainer.finish(run, phase_score(run, folder, args, rewards.MODES))

@@ -157,7 +157,7 @@ def turn_of(row: dict, tokenizer) -> list[dict]:
     for own, run in runs:
         observation = None if own else next(seen, None)
         if observation:
-            content += [item | ({"loss": False} if item["type"] == "text" else {}) for item in observation.content()]
+            content += observation.content()
         else:
             content.append({"type": "text", "text": tokenizer.decode([i for i, _ in run], skip_special=True), "loss": own})
     return content

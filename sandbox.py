@@ -52,10 +52,10 @@ class Observation:
     ok: bool = True
 
     def content(self) -> list[dict]:
-        """For processor.extension, in Keye's tags (report, figure 11)."""
+        """For processor.extension or an assistant's content, in Keye's tags (report, figure 11); none of it has a loss."""
+        text = lambda text: {"type": "text", "text": text, "loss": False}
         pictures = [{"type": "image", "image": picture} for picture in self.images]
-        return [{"type": "text", "text": "<sandbox_output>" + self.text}, *pictures,
-                {"type": "text", "text": "</sandbox_output>"}]
+        return [text("<sandbox_output>" + self.text), *pictures, text("</sandbox_output>")]
 
 
 def run(code: str, images: list[Image.Image], level: str = "operations", seconds: int = 5) -> Observation:

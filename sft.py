@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import trainer
-from data import Loader, MediaError, Processor, adopt, check_conversation, text_lines
+from data import Loader, MediaError, Processor, adopt, check_conversation, text_lines, write_lines
 from evaluate import phase_score
 from generate import Generator
 from model import KeyeVL, training_flops
@@ -26,7 +26,7 @@ from rewards import verify
 # ours, every number: Keye states none. asked: lines per file that the filter looks at; samples: answers to each
 PLAN = {
     "toy": dict(pack=4096, packs=1, steps=200, lr=6e-4, muon=2, asked=1200, samples=3),
-    "tiny": dict(pack=16384, packs=1, steps=200, lr=3e-4, muon=2, asked=1500, samples=4),
+    "tiny": dict(pack=16384, packs=1, steps=200, lr=3e-4, muon=2, asked=6000, samples=2),
     "small": dict(pack=16384, packs=4, steps=800, lr=2e-4, muon=2, asked=6000, samples=4),
     **{size: dict(pack=8192, packs=64, steps=2000, lr=1e-5, muon=0, asked=100_000, samples=4)
        for size in ("0.6b", "1.7b", "4b", "8b")},
@@ -54,6 +54,14 @@ def read_pool(path: Path, limit: int | None = None) -> list[dict]:
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise SystemExit(f"{path}:{number}: not a question with a known answer: {type(e).__name__}: {e}") from None
     return lines if not limit or len(lines) <= limit else [lines[i * len(lines) // limit] for i in range(limit)]
+
+
+def question_pool(folder: Path, names=("questions", "detail", "instruct")) -> list[tuple[dict, Path]]:
+    """Every question of folder/train/<name>.jsonl, as far as these are there, with the folder of its media."""
+    sources = [p for p in (folder / "train" / f"{name}.jsonl" for name in names) if p.exists()]
+    if not sources:
+        raise SystemExit(f"{folder / 'train'} has none of {', '.join(f'{name}.jsonl' for name in names)}: no question to ask")
+    return [(line, path.parent) for path in sources for line in read_pool(path)]
 
 
 def attempts(run, folder: Path, lines: list[dict], root: Path, samples: int, seed: int):
@@ -91,13 +99,8 @@ def keep_hard(run, init: Path, processor, source: Path, target: Path, plan: dict
     kept = [(line, got) for line, got in zip(lines, told) if got and not (got[0] == 1 and got[1] <= length(line))]
     run.say(f"{source.name}: {sum(g[0] for g in told if g) / max(1, sum(g is not None for g in told)):.0%} of the answers "
             f"are right; {len(kept)} of {len(lines)} lines are not easy and stay")
-    if run.main:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tmp = target.with_suffix(".tmp")
-        tmp.write_text("".join(json.dumps(adopt(line, source.parent, target.parent) | {"right": got[0]}) + "\n"
-                               for line, got in kept), encoding="utf-8")
-        tmp.rename(target)
-    run.barrier()
+    run.attempt(f"cannot write {target}", lambda: run.main and write_lines(
+        target, (adopt(line, source.parent, target.parent) | {"right": got[0]} for line, got in kept)))
     return len(kept)
 
 
