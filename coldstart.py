@@ -220,7 +220,7 @@ def build(run, pool, keep: list[Path], out: Path, plan: dict, seed: int):
 
 def kind_of(line: dict) -> tuple:
     """Questions of one task and level of difficulty are of one kind."""
-    return line["meta"]["task"], line["meta"].get("difficulty", 1)
+    return line["meta"]["task"], str(line["meta"].get("difficulty", 1))
 
 
 def measure(run, folder: Path, pool, plan: dict, seed: int) -> list[str | None]:
