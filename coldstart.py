@@ -227,7 +227,7 @@ def measure(run, folder: Path, pool, plan: dict, seed: int) -> list[str | None]:
     """The mode in which the model in `folder` answers each question of the pool best, on all ranks, by `best_modes`."""
     generator, mine, kinds = Generator.from_pretrained(folder, run.device), {}, [kind_of(line) for line, _ in pool]
     seen, turns = Counter(), []
-    for i, kind in enumerate(kinds):  # plan["asked"] questions, as many of each kind as there are
+    for i, kind in enumerate(kinds):  # plan["asked"] questions, equally many of each kind as far as there are
         turns.append((seen[kind], i))
         seen[kind] += 1
     own = [i for _, i in sorted(turns)[: plan["asked"]]][run.rank :: run.world]

@@ -56,11 +56,13 @@ def read_pool(path: Path, limit: int | None = None) -> list[dict]:
     return lines if not limit or len(lines) <= limit else [lines[i * len(lines) // limit] for i in range(limit)]
 
 
-def question_pool(folder: Path, names=("questions", "detail", "instruct")) -> list[tuple[dict, Path]]:
-    """Every question of folder/train/<name>.jsonl, as far as these are there, with the folder of its media."""
-    sources = [p for p in (folder / "train" / f"{name}.jsonl" for name in names) if p.exists()]
+def question_pool(folder: Path) -> list[tuple[dict, Path]]:
+    """Every question of folder/train/ questions.jsonl, detail.jsonl and instruct.jsonl, as far as these are there, with the
+    folder of its media."""
+    names = ["questions.jsonl", "detail.jsonl", "instruct.jsonl"]
+    sources = [p for p in (folder / "train" / name for name in names) if p.exists()]
     if not sources:
-        raise SystemExit(f"{folder / 'train'} has none of {', '.join(f'{name}.jsonl' for name in names)}: no question to ask")
+        raise SystemExit(f"{folder / 'train'} has none of {', '.join(names)}: no question to ask")
     return [(line, path.parent) for path in sources for line in read_pool(path)]
 
 

@@ -6,7 +6,7 @@ Samples lie end to end in one row of T tokens; a token sees its own segment only
     cached_attention(q, k, v, lengths)       decoding: the keys lie in a cache, one row per conversation
 
 `attention_reference` says in six lines what both compute. The rest of the file picks PyTorch's best way for the device
-and the shape at hand; that choice is made in `attention` and nowhere else.
+and the shape at hand; that choice is made in these two and nowhere else.
 """
 
 import contextlib
@@ -121,7 +121,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
     k, v (B, L, KV, D), of which row b holds the first lengths[b] + Q entries; lengths (B,) int64 counts what was there
     before. Returns (B, Q, H, D). Rows with fewer than Q new tokens give garbage beyond them, which the caller drops.
     """
-    (_, new, _, _), group = q.shape, q.shape[2] // k.shape[2]
+    new, group = q.shape[1], q.shape[2] // k.shape[2]
     seen = lengths[:, None] + torch.arange(new, device=q.device)  # (B, Q): last key that query may see
     mask = torch.arange(k.shape[1], device=q.device) <= seen[:, None, :, None]  # (B, 1, Q, L)
     # queries that share a key head stand beside each other as if they were one head's: keys are read once, not copied
