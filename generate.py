@@ -255,15 +255,15 @@ TOOL = "</tool_call>"
 
 def tools(generator: Generator, known: list, observations: list, calls=4, level="operations", room=8192):
     """An `extend` for Generator.sample(stop=(the id of TOOL,)): code between <tool_call> and </tool_call> runs in the sandbox
-    on known[row.index], its conversation's pictures at full size (a list, or a function that gives one), and what it shows
-    stands behind it before the model goes on; it is added to known and to observations[row.index]. # ours: Keye leaves the
+    on known[row.index], its conversation's pictures at full size (a list, or a function that gives one; None: it has no tools,
+    and a call ends it), and what it shows stands behind it before the model goes on; it is added to known and to observations[row.index]. # ours: Keye leaves the
     marks of code open; these two are one id each. calls: most of one row; room: most tokens that a row is shown; then it
     gets errors."""
     tokenizer = generator.processor.tokenizer
 
     def extend(row):
         done = observations[row.index]
-        if row.ids[-1] != tokenizer.special[TOOL] or len(done) > calls:
+        if row.ids[-1] != tokenizer.special[TOOL] or known[row.index] is None or len(done) > calls:
             return None
         if callable(known[row.index]):
             known[row.index] = list(known[row.index]())
@@ -292,7 +292,7 @@ def converse(generator: Generator, samples, pictures, max_new_tokens=256, calls=
     """generator.sample with tools. Ids in, ids out: nothing that was written is encoded again. pictures: of each sample, as
     `tools` takes them. Rows have "observations" besides, a list of sandbox.Observation, and are unfinished where a call
     ends them."""
-    known, observations = [p if callable(p) else list(p) for p in pictures], [[] for _ in samples]
+    known, observations = [p if p is None or callable(p) else list(p) for p in pictures], [[] for _ in samples]
     close = generator.processor.tokenizer.special[TOOL]
     rows = generator.sample(samples, max_new_tokens, stop=(close,), **sampling,
                             extend=tools(generator, known, observations, calls, level, room))
@@ -320,23 +320,20 @@ def rollout(generator: Generator, jobs, group: int, longest: int, seeds: list[st
     """jobs: (question, root of its media, mode) -> for each job `group` rows of sample or converse, by default at temperature 1
     and without truncation, so that a trainer finds the same probabilities. A row has its prompt's "sample" and its "content",
     the assistant's turn, besides; a job whose media cannot be read has none. seeds: one of each job; its row k draws from "seed/k"."""
-    out = [[] for _ in jobs]
-    for tools in (False, True):
-        todo = []
-        for i, (line, root, mode) in enumerate(jobs):
-            if (mode in TOOLS) == tools:
-                messages = asked(line, mode)
-                try:
-                    sample = generator.processor({"messages": messages}, root, generate=True)
-                    pictures = lambda messages=messages, root=root: pictures_of({"messages": messages}, root)
-                    todo += [(i, sample, f"{seeds[i]}/{k}", pictures) for k in range(group)]
-                except (MediaError, ValueError) as e:
-                    print(f"skipped: {e}", file=sys.stderr, flush=True)
-        how = dict(max_new_tokens=longest, temperature=temperature, top_k=0, top_p=1.0, seed=[s for _, _, s, _ in todo])
-        samples = [sample for _, sample, _, _ in todo]
-        rows = converse(generator, samples, [p for *_, p in todo], **how) if tools else generator.sample(samples, **how)
-        for (i, sample, _, _), row in zip(todo, rows):
-            out[i].append(row | {"sample": sample, "content": turn_of(row, generator.processor.tokenizer)})
+    out, todo = [[] for _ in jobs], []
+    for i, (line, root, mode) in enumerate(jobs):
+        messages = asked(line, mode)
+        try:
+            sample = generator.processor({"messages": messages}, root, generate=True)
+        except (MediaError, ValueError) as e:
+            print(f"skipped: {e}", file=sys.stderr, flush=True)
+            continue
+        pictures = (lambda messages=messages, root=root: pictures_of({"messages": messages}, root)) if mode in TOOLS else None
+        todo += [(i, sample, pictures, f"{seeds[i]}/{k}") for k in range(group)]
+    _, samples, pictures, each = zip(*todo) if todo else [()] * 4
+    rows = converse(generator, samples, pictures, longest, temperature=temperature, top_k=0, top_p=1.0, seed=each)
+    for (i, sample, *_), row in zip(todo, rows):
+        out[i].append(row | {"sample": sample, "content": turn_of(row, generator.processor.tokenizer)})
     return out
 
 

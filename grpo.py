@@ -259,7 +259,7 @@ class Log:
         flat = [(row, mode) for (_, _, mode), group in zip(jobs, rows) for row in group]
         self.put("answer_tokens", sum(sum(row["sampled"]) for row, _ in flat), len(flat))
         self.put("unfinished", sum(not row["finished"] for row, _ in flat), len(flat))
-        seen = [o for row, _ in flat for o in row.get("observations", ())]
+        seen = [o for row, _ in flat for o in row["observations"]]
         self.put("calls", len(seen), len(flat))
         self.put("failed_calls", sum(not o.ok for o in seen), len(seen))
         auto = [p for (_, _, mode), group in zip(jobs, told) for p in group if mode == "auto_think"]

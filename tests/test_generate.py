@@ -536,10 +536,11 @@ def test_tools_run_in_their_modes_alone(model, processor, tmp_path, monkeypatch)
     assert len(runs) == len(loads) == 4
     for i, rows in enumerate(out):
         for row in rows:
-            assert row["finished"] and len(row.get("observations", ())) == len(row["seen"]) == i % 2
-            assert all(row["sampled"]) == (i % 2 == 0)  # without tools it writes on behind its call
+            assert row["finished"] == (i % 2) and len(row["observations"]) == len(row["seen"]) == i % 2
+            assert all(row["sampled"]) == (i % 2 == 0)  # without tools a call is its end
             kinds = [c["type"] for c in row["content"]]
             assert kinds == (["text"] if i % 2 == 0 else ["text", "text", "image", "text", "text"])
+            assert i % 2 or row["content"][0]["text"] == call("crop(0, 0, 500, 500)")
 
 
 def test_tools_know_nothing_of_the_known_answer(model, processor, tmp_path, monkeypatch):
