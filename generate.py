@@ -179,8 +179,10 @@ class Generator:
         return behind(end, row.next_position, sample) if open_end else sample
 
     def _group(self, active: list[Row]) -> list[Row]:
-        """Who moves next: rows with unread prompts, then with unread later turns, up to a pack; else all, one token."""
-        for unread in ([r for r in active if r.new and not r.ids], [r for r in active if r.new and r.ids]):
+        """Who moves next: rows with unread prompts, up to a pack; else rows with unread later turns, once they are a fifth of
+        all (one at a time they would stop the others as often); else all the others, one token."""
+        prompts, turns = ([r for r in active if r.new and bool(r.ids) == later] for later in (False, True))
+        for unread in (prompts, turns if 5 * len(turns) >= len(active) else ()):
             total, group = 0, []
             for row in unread:
                 total += len(row.new["tokens"])
@@ -189,7 +191,7 @@ class Generator:
                 group.append(row)
             if group:
                 return group
-        return sorted(active, key=lambda row: row.slot)  # the cache copies nothing when all its rows come in order
+        return sorted((r for r in active if not r.new), key=lambda row: row.slot)  # in order the cache copies nothing
 
     def _step(self, group: list[Row], cache, temperature, top_k, top_p):
         """Runs the rows' new tokens and draws one more for each: ids and log-probabilities, B of each."""
