@@ -40,7 +40,7 @@ from sft import finetune, question_pool
 from toyworld import look_box
 
 # ours, every number. steps: of both passes; pool: questions that are turned into conversations; asked: of these, those whose
-# difficulty is measured; kept: lines of each file of KEEP
+# difficulty is measured; kept: lines of each file of KEEP, times its share
 PLAN = {
     "toy": dict(pack=4096, packs=1, steps=(600, 400), lr=1e-3, muon=2, pool=10_000, asked=3000, kept=3000),
     "tiny": dict(pack=16384, packs=1, steps=(400, 300), lr=5e-4, muon=2, pool=12_000, asked=2000, kept=6000),
@@ -51,7 +51,8 @@ PLAN = {
 # Keye mixes 230k, 330k, 20k, 100k and 104k; ours: more auto-think, as the toy sees few samples of anything
 MIX = {"think": 4, "no_think": 2, "agentic_think": 2.5, "video": 1, "turns": 0.5, "keep": 4}
 MIX_AUTO = MIX | {"auto_think": 5}
-KEEP = ("vqa", "caption", "video")  # pre-training's lines, asked with /no_think: without them a small model forgets to see
+# shares of pre-training's lines, asked with /no_think: without them a small model forgets to see (and to copy and sort)
+KEEP = {"vqa": 1, "caption": 1, "video": 1, "grounding": 0.3, "text": 0.3}
 GAIN = 0.08  # what thinking must add to the share of right answers to be worth its tokens
 OWN = 0.25  # weight of a question's own one answer in that share, beside those to all questions of its kind
 CHAINS, SLIP, SKIP, DETOUR = 8, 0.3, 0.2, 0.3  # chains per question; how often one has a wrong, a missing, a needless step
@@ -206,7 +207,7 @@ def build(run, pool, keep: list[Path], out: Path, plan: dict, seed: int):
             lines[kind] += conversations
     for path in keep if run.main else ():  # the switch in the first turn holds for all of them
         content = text_lines(path)
-        for number, text in content[:: max(1, len(content) // plan["kept"])]:
+        for number, text in content[:: max(1, len(content) // max(1, round(KEEP[path.stem] * plan["kept"])))]:
             try:
                 messages = json.loads(text)["messages"]
                 first = next(i for i, m in enumerate(messages) if m["role"] == "user") + 1

@@ -71,21 +71,23 @@ def attempts(run, folder: Path, lines: list[dict], root: Path, samples: int, see
     or None where its media cannot be read], in order, on all ranks; each rank asks a share of the lines."""
     generator, mine, told = Generator.from_pretrained(folder, run.device), {}, {}
     processor = generator.processor
-    ready, chunk = [], 256
+    ready, patches = [], 0
     for i in range(run.rank, len(lines), run.world):
         line = lines[i]
         try:
             prompt = processor({"messages": line["messages"][:-1]}, root, generate=True)
             ready.append((i, prompt, 2 * len(processor.tokenizer.encode(str(line["messages"][-1]["content"]), True)) + 4))
+            patches += len(prompt["patches"])
         except (MediaError, ValueError) as e:
             run.say(f"skipped: {e}")
-        if ready and (len(ready) == chunk or i + run.world >= len(lines)):
+        # many at once, as the last answers of each batch are written alone; few enough to hold their pixels
+        if ready and (len(ready) == 2048 or patches > 1 << 20 or i + run.world >= len(lines)):
             jobs = [(i, p, room, f"{seed}/{i}/{k}") for i, p, room in ready for k in range(samples)]
             rows = generator.sample([j[1] for j in jobs], [j[2] for j in jobs], 1.0, 0, 1.0, [j[3] for j in jobs])
             for (i, *_), row in zip(jobs, rows):
                 text = processor.tokenizer.decode(row["ids"], skip_special=True)
                 mine.setdefault(i, []).append((text, *verify(text, lines[i]["meta"]), len(row["ids"]), row["finished"]))
-            ready = []
+            ready, patches = [], 0
     for part in run.gather_objects(mine):
         told |= part
     return [told.get(i) for i in range(len(lines))]
