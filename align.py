@@ -45,7 +45,7 @@ BETA, WEIGHTS = 0.1, (0.8, 0.2, 1.0)  # MPO's own (and DPO, BCO, SFT); Keye stat
 PLAN = {
     "toy": dict(pack=4096, packs=1, steps=40, lr=1e-4, muon=2, asked=700, samples=3, rounds=2, prompts=320, group=4,
                 round_steps=25, round_lr=1e-4),
-    "tiny": dict(pack=16384, packs=1, steps=60, lr=1.5e-4, muon=2, asked=6000, samples=4, rounds=2, prompts=500, group=4,
+    "tiny": dict(pack=16384, packs=1, steps=40, lr=5e-5, muon=2, asked=6000, samples=4, rounds=2, prompts=500, group=4,
                  round_steps=30, round_lr=3e-5),
     "small": dict(pack=16384, packs=4, steps=200, lr=5e-5, muon=2, asked=6000, samples=4, rounds=2, prompts=2000, group=4,
                   round_steps=60, round_lr=3e-5),

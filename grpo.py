@@ -44,7 +44,7 @@ from sft import question_pool
 # ours, every number: Keye states no group size, beta, clip, rate, batch or length
 PLAN = {
     "toy": dict(pack=4096, steps=40, lr=1.5e-4, muon=2, prompts=32, group=8, updates=1, longest=144),
-    "tiny": dict(pack=16384, steps=100, lr=1e-4, muon=2, prompts=64, group=8, updates=1, longest=144),
+    "tiny": dict(pack=16384, steps=40, lr=5e-5, muon=2, prompts=64, group=8, updates=1, longest=144),
     "small": dict(pack=16384, steps=200, lr=3e-5, muon=2, prompts=64, group=8, updates=1, longest=192),
     # group, rate and updates are those of the same team's Thyme (2508.11630), which says nothing about lengths
     **{size: dict(pack=16384, steps=500, lr=5e-7, muon=0, prompts=256, group=8, updates=1, longest=4096)
