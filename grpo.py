@@ -210,16 +210,16 @@ def train(run, init: Path, pool, plan: dict, steps: int, algo: str, beta: float,
             if not n:
                 continue  # every group was all right or all wrong
             weigh(samples, algo, longest, n, trained)
+            groups = trainer.even_packs(run, samples, plan["pack"], blank)
             if reference is not None:
                 with torch.no_grad(), run.autocast():
-                    for group in trainer.even_packs(run, samples, plan["pack"], blank):
+                    for group in groups:
                         parts = reference.logprobs(run.to(pack(group)))[0].cpu().split([len(s["old"]) for s in group])
                         for s, part in zip(group, parts):
                             s["reference"] = part
             else:
                 for s in samples:
                     s["reference"] = s["old"]
-            groups = trainer.even_packs(run, samples, plan["pack"], blank)
             for i, group in enumerate(groups):
                 batch = run.to(gather_batch(group))
                 with run.autocast():
