@@ -258,9 +258,9 @@ TOOL = "</tool_call>"
 def tools(generator: Generator, known: list, observations: list, calls=4, level="operations", room=8192):
     """An `extend` for Generator.sample(stop=(the id of TOOL,)): code between <tool_call> and </tool_call> runs in the sandbox
     on known[row.index], its conversation's pictures at full size (a list, or a function that gives one; None: it has no tools,
-    and a call ends it), and what it shows stands behind it before the model goes on; it is added to known and to observations[row.index]. # ours: Keye leaves the
-    marks of code open; these two are one id each. calls: most of one row; room: most tokens that a row is shown; then it
-    gets errors."""
+    and a call ends it), and what it shows stands behind it before the model goes on; it is added to known and to
+    observations[row.index]. # ours: Keye leaves the marks of code open; these two are one id each. calls: most of one row;
+    room: most tokens that a row is shown; then it gets errors."""
     tokenizer = generator.processor.tokenizer
 
     def extend(row):
