@@ -258,13 +258,15 @@ def mpo(run, start: Path, pairs: Path, plan: dict, steps: int, lr: float, seed: 
 
 
 def respond(run, folder: Path, jobs, group: int, seed: str, judge=None) -> dict[int, list]:
-    """jobs: (line, root, mode) -> {index: `group` answers [(content, parts of rewards.reward)]} of this rank's share."""
+    """jobs: (line, root, mode) -> {index: `group` answers [(content, parts of rewards.reward)]} of this rank's share. The last
+    is greedy (ours: an endless loop that sampling breaks by chance is met there alone)."""
     generator, mine, own = Generator.from_pretrained(folder, run.device), {}, list(range(run.rank, len(jobs), run.world))
     longest = longest_answer(generator.model.config)
     for at in range(0, len(own), 128):
         part = own[at : at + 128]
         some = [jobs[i] for i in part]
-        rows = rollout(generator, some, group, longest, [f"{seed}/{i}" for i in part])
+        seeds = [f"{seed}/{i}" for i in part]
+        rows = [a + b for a, b in zip(rollout(generator, some, group - 1, longest, seeds), rollout(generator, some, 1, longest, seeds, 0.0))]
         for i, answers, scored in zip(part, rows, earned(some, rows, longest, judge)):
             mine[i] = [(row["content"], parts | {"parsed": None, "tokens": sum(row["sampled"]), "finished": row["finished"]})
                        for row, parts in zip(answers, scored)]

@@ -22,8 +22,9 @@ import contextlib
 import random
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -308,10 +309,14 @@ def longest_answer(cfg) -> int:
 
 
 def draw(pool, n: int, modes: dict[str, float], seed: str) -> list[tuple]:
-    """n jobs of a pool of (question, root of its media): (question, root, mode), modes by weight. Questions with a clip are
-    not asked with tools."""
-    rng, jobs = random.Random(seed), []
-    for line, root in rng.sample(pool, min(n, len(pool))):
+    """n jobs of a pool of (question, root of its media): (question, root, mode), as many of each task as there are (ours: a
+    rare task's faults are else never met), modes by weight. Questions with a clip are not asked with tools."""
+    rng, tasks, jobs = random.Random(seed), defaultdict(list), []
+    for line, root in pool:
+        tasks[line["meta"]["task"]].append((line, root))
+    share = -(-n // len(tasks))
+    each = [rng.sample(lines, min(share, len(lines))) for lines in rng.sample(list(tasks.values()), len(tasks))]
+    for line, root in [question for turn in zip_longest(*each) for question in turn if question][:n]:
         still = not any(kind == "video" for _, kind in media_of(line))
         fit = {m: w for m, w in modes.items() if still or m != "agentic_think"}
         jobs.append((line, root, *rng.choices(list(fit), list(fit.values()))))

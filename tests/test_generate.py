@@ -13,7 +13,7 @@ from PIL import Image
 import generate
 from conftest import ROOT
 from data import pack
-from generate import Generator, choose, converse, rollout
+from generate import Generator, choose, converse, draw, rollout
 from model import PRESETS, KeyeVL
 
 
@@ -483,6 +483,22 @@ def test_rows_do_not_see_each_others_pictures(talk):
 def job(text, mode, root=None, image=None):
     content = [{"type": "image", "image": image}] * bool(image) + [{"type": "text", "text": text}]
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "known"}]}, root, mode
+
+
+def test_draw_asks_tasks_alike():
+    """A task of 6 questions is asked as often as one of 300, none twice at once, clips never with tools, the same seed the same."""
+    pool = [({"messages": ask("?")["messages"], "meta": {"task": "often"}, "i": i}, None) for i in range(300)]
+    pool += [({"messages": ask(["a.png", "b.png"])["messages"], "meta": {"task": "clip"}, "i": 300 + i}, None) for i in range(60)]
+    pool += [({"messages": ask("?")["messages"], "meta": {"task": "rare"}, "i": 360 + i}, None) for i in range(6)]
+    modes = {"think": 1, "agentic_think": 9}
+    for n, counts in ((9, [3, 3, 3]), (18, [6, 6, 6]), (30, [10, 10, 6])):
+        jobs = draw(pool, n, modes, "0/1")
+        assert [sum(line["meta"]["task"] == task for line, *_ in jobs) for task in ("often", "clip", "rare")] == counts
+        assert len({line["i"] for line, *_ in jobs}) == len(jobs) and jobs == draw(pool, n, modes, "0/1") != draw(pool, n, modes, "0/2")
+        assert {mode for line, _, mode in jobs if line["meta"]["task"] == "clip"} == {"think"}
+    assert sum(mode == "agentic_think" for *_, mode in draw(pool[:300], 300, modes, "x")) == pytest.approx(270, abs=20)
+    tasks = [line["meta"]["task"] for i in range(60) for line, *_ in draw(pool, 1, modes, str(i))]
+    assert min(map(tasks.count, ("often", "clip", "rare"))) > 8  # fewer questions than tasks: any of them
 
 
 SWITCH = {"think": "/think", "no_think": "/no_think", "agentic_think": "/agentic_think", "auto_think": ""}
