@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,25 @@ def test_mpo_limits():
     assert same["dpo"].item() == pytest.approx(LN2)
     assert loss(1.0, -1.0, weights=(1, 0, 0))["total"].item() == pytest.approx(-F.logsigmoid(torch.tensor(2.0)).item())
     assert loss(1.0, -1.0, nll=1.7, weights=(0, 0, 1))["total"].item() == pytest.approx(1.7)
+
+
+def test_a_group_ends_with_a_greedy_answer(model, processor, tmp_path):
+    """Other seeds, other answers, but for the last of each group; the ranks' shares make up the whole."""
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+
+    def answers(seed, rank=0, world=1):
+        run = SimpleNamespace(device="cpu", rank=rank, world=world)
+        return {i: [content for content, _ in got] for i, got in align.respond(run, tmp_path, jobs, 3, seed).items()}
+
+    question = lambda text: {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "2"}],
+                             "meta": {"task": "t", "answer": "2", "verifier": "number"}}
+    jobs = [(question(f"How many? {i}"), tmp_path, mode) for i, mode in enumerate(("think", "auto_think", "no_think"))]
+    one, other = answers("0/1"), answers("0/2")
+    for i in range(3):
+        assert len(one[i]) == 3 and one[i][-1] == other[i][-1] not in one[i][:-1]
+        assert one[i][:-1] != other[i][:-1] and one[i][0] != one[i][1]
+    assert answers("0/1", 0, 2) | answers("0/1", 1, 2) == one
 
 
 def test_shift_is_the_mean_of_all_rewards():
