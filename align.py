@@ -36,7 +36,7 @@ import rewards
 import trainer
 from data import Lines, Loader, MediaError, Processor, adopt, asked, pack, text_lines, versions, write_lines
 from evaluate import phase_score
-from generate import Generator, draw, earned, longest_answer, rollout
+from generate import Generator, by_task, draw, earned, longest_answer, rollout
 from model import KeyeVL, training_flops
 from sft import attempts, question_pool, read_pool
 
@@ -291,7 +291,7 @@ def rank_pairs(jobs, answers: dict[int, list]) -> list[tuple[dict, Path]]:
 
 def iterate(args, folder: Path, plan: dict, judge):
     start = trainer.before(args, "grpo")
-    pool = question_pool(folder)
+    tasks = by_task(question_pool(folder))
     rounds = args.rounds or plan["rounds"]
     if args.fresh:  # later rounds are nothing without the first
         for name in ("align", *(f"align-{n}" for n in range(1, rounds + 1))):
@@ -301,7 +301,7 @@ def iterate(args, folder: Path, plan: dict, judge):
         if not trainer.finished(run):
             data = run.folder / "data"
             if args.fresh or not (data / "pairs.jsonl").exists():
-                jobs = draw(pool, plan["prompts"], MODES, f"{args.seed}/{number}")
+                jobs = draw(tasks, plan["prompts"], MODES, f"{args.seed}/{number}")
                 answers = respond(run, start, jobs, plan["group"], f"{args.seed}/{number}", judge)
                 flat, share = [parts for got in answers.values() for _, parts in got], {}
                 for k in ("right", "format", "consistency", "repetition"):

@@ -206,8 +206,8 @@ def build(run, pool, keep: list[Path], out: Path, plan: dict, seed: int):
         for kind, conversations in made.items():
             lines[kind] += conversations
     for path in keep if run.main else ():  # the switch in the first turn holds for all of them
-        content = text_lines(path)
-        for number, text in content[:: max(1, len(content) // max(1, round(KEEP[path.stem] * plan["kept"])))]:
+        content, kept = text_lines(path), max(1, round(KEEP[path.stem] * plan["kept"]))
+        for number, text in content[:: max(1, len(content) // kept)]:
             try:
                 messages = json.loads(text)["messages"]
                 first = next(i for i, m in enumerate(messages) if m["role"] == "user") + 1

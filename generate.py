@@ -308,12 +308,18 @@ def longest_answer(cfg) -> int:
     return 192 if cfg.hidden_size < 1024 else 2048
 
 
-def draw(pool, n: int, modes: dict[str, float], seed: str) -> list[tuple]:
-    """n jobs of a pool of (question, root of its media): (question, root, mode), as many of each task as there are (ours: a
-    rare task's faults are else never met), modes by weight. Questions with a clip are not asked with tools."""
-    rng, tasks, jobs = random.Random(seed), defaultdict(list), []
+def by_task(pool) -> dict[str, list]:
+    """A pool of (question, root of its media) as {task: its share of the pool}."""
+    tasks = defaultdict(list)
     for line, root in pool:
         tasks[line["meta"]["task"]].append((line, root))
+    return tasks
+
+
+def draw(tasks: dict[str, list], n: int, modes: dict[str, float], seed: str) -> list[tuple]:
+    """n jobs (question, root, mode) of by_task's questions, as many of each task as there are (ours: a rare task's faults are
+    else never met), modes by weight. Questions with a clip are not asked with tools."""
+    rng, jobs = random.Random(seed), []
     share = -(-n // len(tasks))
     each = [rng.sample(lines, min(share, len(lines))) for lines in rng.sample(list(tasks.values()), len(tasks))]
     for line, root in [question for turn in zip_longest(*each) for question in turn if question][:n]:
@@ -324,7 +330,7 @@ def draw(pool, n: int, modes: dict[str, float], seed: str) -> list[tuple]:
 
 
 def rollout(generator: Generator, jobs, group: int, longest: int, seeds: list[str], temperature=1.0) -> list[list[dict]]:
-    """jobs: (question, root of its media, mode) -> for each job `group` rows of sample or converse, by default at temperature 1
+    """jobs: (question, root of its media, mode) -> for each job `group` rows of converse, by default at temperature 1
     and without truncation, so that a trainer finds the same probabilities. A row has its prompt's "sample" and its "content",
     the assistant's turn, besides; a job whose media cannot be read has none. seeds: one of each job; its row k draws from "seed/k"."""
     out, todo = [[] for _ in jobs], []

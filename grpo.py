@@ -37,7 +37,7 @@ import rewards
 import trainer
 from data import Processor, pack
 from evaluate import phase_score
-from generate import Generator, draw, earned, rollout, trajectory
+from generate import Generator, by_task, draw, earned, rollout, trajectory
 from model import KeyeVL, training_flops
 from sft import question_pool
 
@@ -191,13 +191,13 @@ def train(run, init: Path, pool, plan: dict, steps: int, algo: str, beta: float,
     reference = None
     if beta:
         reference = trainer.shard(KeyeVL.from_pretrained(init).requires_grad_(False), run)
-    sampler, clip = Sampler(model, processor, run), CLIP.get(algo, (LOW, HIGH))
+    sampler, clip, tasks = Sampler(model, processor, run), CLIP.get(algo, (LOW, HIGH)), by_task(pool)
     blank = [{**processor({"messages": [{"role": "system", "content": ""}]}), **{k: torch.zeros(0) for k in ("old", "advantage", "weight", "reference")}}]
 
     for step in range(begin["step"], steps):
         trainer.set_lr(opt, trainer.schedule(step, steps, int(WARMUP * steps), "constant"))
         sampler.refresh()
-        jobs = draw(pool, plan["prompts"], MODES, f"{seed}/{step}")[run.rank :: run.world]
+        jobs = draw(tasks, plan["prompts"], MODES, f"{seed}/{step}")[run.rank :: run.world]
         seeds = [f"{seed}/{step}/{run.rank + i * run.world}" for i in range(len(jobs))]  # the same on any number of ranks
         rows = rollout(sampler.generator, jobs, plan["group"], longest, seeds)
         told = score(jobs, rows, longest, judge)

@@ -13,7 +13,7 @@ from PIL import Image
 import generate
 from conftest import ROOT
 from data import pack
-from generate import Generator, choose, converse, draw, rollout
+from generate import Generator, by_task, choose, converse, draw, rollout
 from model import PRESETS, KeyeVL
 
 
@@ -492,12 +492,12 @@ def test_draw_asks_tasks_alike():
     pool += [({"messages": ask("?")["messages"], "meta": {"task": "rare"}, "i": 360 + i}, None) for i in range(6)]
     modes = {"think": 1, "agentic_think": 9}
     for n, counts in ((9, [3, 3, 3]), (18, [6, 6, 6]), (30, [10, 10, 6])):
-        jobs = draw(pool, n, modes, "0/1")
+        jobs = draw(by_task(pool), n, modes, "0/1")
         assert [sum(line["meta"]["task"] == task for line, *_ in jobs) for task in ("often", "clip", "rare")] == counts
-        assert len({line["i"] for line, *_ in jobs}) == len(jobs) and jobs == draw(pool, n, modes, "0/1") != draw(pool, n, modes, "0/2")
+        assert len({line["i"] for line, *_ in jobs}) == len(jobs) and jobs == draw(by_task(pool), n, modes, "0/1") != draw(by_task(pool), n, modes, "0/2")
         assert {mode for line, _, mode in jobs if line["meta"]["task"] == "clip"} == {"think"}
-    assert sum(mode == "agentic_think" for *_, mode in draw(pool[:300], 300, modes, "x")) == pytest.approx(270, abs=20)
-    tasks = [line["meta"]["task"] for i in range(60) for line, *_ in draw(pool, 1, modes, str(i))]
+    assert sum(mode == "agentic_think" for *_, mode in draw(by_task(pool[:300]), 300, modes, "x")) == pytest.approx(270, abs=20)
+    tasks = [line["meta"]["task"] for i in range(60) for line, *_ in draw(by_task(pool), 1, modes, str(i))]
     assert min(map(tasks.count, ("often", "clip", "rare"))) > 8  # fewer questions than tasks: any of them
 
 
