@@ -1,4 +1,5 @@
-# make toy    sets up, draws the toy world and trains a small Keye-VL on it through all stages and phases
+# make smoke  sets up, and runs every script for a few steps: about a minute after installation
+# make toy    sets up, draws the toy world and trains a small Keye-VL on it through all phases
 # make test   sets up and runs the tests
 #
 # TORCH names the build to install; any version from 2.11 on works. SIZE=tiny suits one GPU.
@@ -8,13 +9,10 @@ TORCH ?= torch==2.13.0
 SIZE ?= toy
 BIN := .venv/bin/
 
-# waiting threads spin for a moment, then sleep: spinning on starves a shared machine, sleeping at once halves the speed
-export GOMP_SPINCOUNT := 100000
-
-.PHONY: toy test setup clean
+.PHONY: smoke toy test setup clean
 
 toy: .venv/run
-	$(BIN)python toyworld.py --out data/$(SIZE) --size $(SIZE)
+	$(BIN)python -m toyworld --out data/$(SIZE) --size $(SIZE)
 	$(BIN)python pretrain.py --size $(SIZE)
 	$(BIN)python sft.py --size $(SIZE)
 	$(BIN)python align.py --phase mpo --size $(SIZE)
@@ -22,6 +20,20 @@ toy: .venv/run
 	$(BIN)python grpo.py --size $(SIZE)
 	$(BIN)python align.py --phase iterate --size $(SIZE)
 	$(BIN)python evaluate.py --board runs/$(SIZE)
+
+# the same road in miniature; its models have learned nothing
+FEW := --data data/smoke --out runs-smoke --steps 2 --eval-limit 1 --fresh
+
+smoke: .venv/run
+	$(BIN)python -m toyworld --out data/smoke --pictures 240 --clips 40 --heldout 5
+	$(BIN)python pretrain.py $(FEW)
+	$(BIN)python sft.py $(FEW)
+	$(BIN)python align.py --phase mpo $(FEW)
+	$(BIN)python coldstart.py $(FEW)
+	$(BIN)python grpo.py $(FEW)
+	$(BIN)python align.py --phase iterate $(FEW)
+	$(BIN)python evaluate.py --board runs-smoke/toy
+	$(BIN)python generate.py --init runs-smoke/toy/align/model --max-new-tokens 8 "What is this?"
 
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)python -m pytest

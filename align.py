@@ -1,365 +1,531 @@
-"""Alignment: preferences by MPO, and rounds of it on what the model itself says (arXiv 2507.01949, 4.1.2 and 4.2.3).
+"""Alignment: preferences by MPO, and rounds of it on the model's own answers (arXiv 2507.01949).
 
-    python align.py --phase mpo                             toy, from runs/toy/sft/model
-    python align.py --phase mpo --pairs mine.jsonl          any preferences: {"messages": [..], "chosen": .., "rejected": ..}
-    python align.py --phase iterate                         toy, from runs/toy/grpo/model
-    torchrun --nproc_per_node=8 align.py --phase mpo --size 8b --data mydata --pairs mydata/train/preferences.jsonl
+    python align.py --phase mpo                             toy, from runs/toy/sft/model (4.1.2)
+    python align.py --phase mpo --pairs mine.jsonl          any preferences
+    python align.py --phase iterate                         toy, from runs/toy/grpo/model (4.2.3)
+    torchrun --nproc_per_node=8 align.py --phase mpo --size 8b --data mydata --pairs mine.jsonl
 
-MPO (arXiv 2411.10442) is 0.8 DPO + 0.2 BCO + 1.0 SFT. With r = beta (log p(answer) - log p_reference(answer)), summed
-over an answer's tokens, c for chosen and r for rejected, and delta the mean reward of all answers seen so far:
+In: preferences, {"messages": [..], "chosen": .., "rejected": ..} a line. Without --pairs the model
+answers train/questions.jsonl and instruct.jsonl several times: the true answer is chosen, the worst
+of its own wrong ones rejected (Keye's self-improvement pairs).
+Out: runs/SIZE/mpo/model or runs/SIZE/align/model; the pairs, beside it in data/.
+
+MPO (arXiv 2411.10442) is 0.8 DPO + 0.2 BCO + 1.0 SFT. With r = beta (log p(answer) -
+log p_reference(answer)) over an answer's tokens, c the chosen and r the rejected one, and delta the
+mean reward of all answers seen so far:
 
     DPO  -log sigmoid(r_c - r_r)
     BCO  -log sigmoid(r_c - delta) - log sigmoid(-(r_r - delta))
     SFT  -log p(chosen) / its tokens
 
-The reference is the model at the start; its log-probabilities are computed once and kept beside the pairs. Without
---pairs the model answers --data's train/questions.jsonl and instruct.jsonl several times: the true answer is chosen, the
-worst of the wrong ones rejected (Keye's self-improvement pairs).
+The reference is the model at the start; its log-probabilities are computed once and stand in the
+pairs' lines.
 
-iterate: in each round the model answers prompts in all modes; rules score repetition, instruction following (the form of
-the mode asked for), logic (thinking and answer agree) and the result; of each prompt the best and the worst answer become
-a pair if their scores differ by a margin; MPO against the round's start. A judge may score what rules cannot.
-
-The model is left in runs/<size>/mpo/model or runs/<size>/align/model, the pairs in data/ beside it.
+iterate: in each round the model answers prompts in all modes; rules (or a judge) score repetition,
+form, logic and result; of each prompt the best and the worst answer become a pair if their scores
+differ by a margin; then MPO, with the round's start as the reference.
 """
-import json
+
 import os
 import random
 import shutil
 import time
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import rewards
-import trainer
-from data import Lines, Loader, MediaError, Processor, adopt, asked, pack, text_lines, versions, write_lines
-from evaluate import phase_score
-from generate import Generator, by_task, draw, earned, longest_answer, rollout
-from model import KeyeVL, training_flops
-from sft import attempts, question_pool, read_pool
+from common.checkpoint import export, fingerprint, replace_folder, resume, save_if_due
+from common.conversation import (
+    MODES,
+    check_training,
+    conversations_of,
+    link_media,
+    prompt_of,
+)
+from common.judge import Judge
+from common.jsonl import Lines, write_lines
+from common.loader import Loader, split_packs
+from common.media import MediaError
+from common.optim import clip_gradients, make_optimizer, schedule, set_lr
+from common.packing import even_packs, group_into_packs, sum_per_sample
+from common.parallel import shard
+from common.questions import Question, check_heldout, draw_prompts, question_pool, read_or_exit
+from common.rewards import REPEATED
+from common.rollout import Prompt, Rollout, reward_groups, sample_groups
+from common.run import (
+    Run,
+    add_judge_arguments,
+    arguments,
+    at_least,
+    data_folder,
+    previous_model,
+    start,
+)
+from data import Processor, pack
+from evaluate import score_phase
+from generate import Generator
+from model import SCALE, KeyeVL, sample_flops, step_work
+from sft import attempts, mean
 
-BETA, WEIGHTS = 0.1, (0.8, 0.2, 1.0)  # MPO's own (and DPO, BCO, SFT); Keye states neither
-# ours, every number. asked: lines to which answers are sampled; samples: answers to each; iterate's by round
+BETA = 0.1  # MPO's own, as are the weights; Keye states neither
+WEIGHTS = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
+# ours, every number. asked: the lines of each file that are answered; samples: answers to each;
+# prompts, group, round_*: of each round of iterate
 PLAN = {
-    "toy": dict(pack=4096, packs=1, steps=40, lr=1e-4, muon=2, asked=700, samples=3, rounds=2, prompts=320, group=4,
-                round_steps=25, round_lr=1e-4),
-    "tiny": dict(pack=16384, packs=1, steps=40, lr=5e-5, muon=2, asked=6000, samples=4, rounds=2, prompts=500, group=4,
-                 round_steps=30, round_lr=3e-5),
-    "small": dict(pack=16384, packs=4, steps=200, lr=5e-5, muon=2, asked=6000, samples=4, rounds=2, prompts=2000, group=4,
-                  round_steps=60, round_lr=3e-5),
+    "toy": {
+        "steps": 40, "lr": 1e-4, "asked": 700, "samples": 3,
+        "rounds": 2, "prompts": 320, "group": 4, "round_steps": 25, "round_lr": 1e-4,
+    },
+    "tiny": {
+        "steps": 40, "lr": 5e-5, "asked": 6000, "samples": 4,
+        "rounds": 2, "prompts": 500, "group": 4, "round_steps": 30, "round_lr": 3e-5,
+    },
+    "small": {
+        "steps": 200, "lr": 5e-5, "asked": 6000, "samples": 4,
+        "rounds": 2, "prompts": 2000, "group": 4, "round_steps": 60, "round_lr": 3e-5,
+    },
     # batch 256 and a rate of 2e-7 are those of InternVL3's MPO scripts
-    **{size: dict(pack=8192, packs=64, steps=2000, lr=2e-7, muon=0, asked=50_000, samples=8, rounds=3, prompts=10_000,
-                  group=8, round_steps=300, round_lr=2e-7) for size in ("0.6b", "1.7b", "4b", "8b")},
+    "released": {
+        "steps": 2000, "lr": 2e-7, "asked": 50_000, "samples": 8,
+        "rounds": 3, "prompts": 10_000, "group": 8, "round_steps": 300, "round_lr": 2e-7,
+    },
 }
-ADAM = dict(weight_decay=0.05, betas=(0.9, 0.95))
 WARMUP = 0.05
-HELD, HELD_MOST = 10, 1000  # every tenth pair is kept from training, for the accuracy of the preferences
+HELD_EVERY = 10  # of the pairs one in so many is kept from training, to measure preferences
+HELD_MOST = 1000
 MARGIN = 0.25  # least difference of the scores of a round's pair; they reach from -1 to 1.5
-MODES = {"think": 2, "no_think": 1, "auto_think": 3, "agentic_think": 2}  # of a round's prompts, by weight
+ASKED = {"think": 2, "no_think": 1, "auto_think": 3, "agentic_think": 2}  # modes, by weight
+MAX_BAD_SHARE = 0.05  # of the pairs
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the loss
 
 
-def mpo_loss(policy, reference, nll, shift: float, beta: float = BETA, weights=WEIGHTS) -> dict[str, torch.Tensor]:
-    """dpo, bco, sft, total (P,) of each pair, and its rewards (P, 2). policy, reference: log-probabilities of whole answers,
-    (P, 2) chosen and rejected; nll (P,): of the chosen one, a token's mean. shift: BCO's delta."""
-    reward = beta * (policy - reference)
-    chosen, rejected = reward.unbind(1)
-    dpo = -F.logsigmoid(chosen - rejected)
+def mpo_loss(policy, reference, nll, shift: float, beta=BETA, weights=WEIGHTS) -> dict:
+    """dpo, bco, sft, total and margin of each pair, (P,) each, and the rewards (P, 2).
+
+    policy, reference (P, 2): log-probabilities of whole answers, chosen and rejected;
+    nll (P,): a token's mean of the chosen answer; shift: BCO's delta.
+    """
+    rewards = beta * (policy - reference)
+    chosen, rejected = rewards.unbind(1)
+    margin = chosen - rejected
+    dpo = -F.logsigmoid(margin)
     bco = -F.logsigmoid(chosen - shift) - F.logsigmoid(shift - rejected)
-    total = weights[0] * dpo + weights[1] * bco + weights[2] * nll
-    return {"dpo": dpo, "bco": bco, "sft": nll, "total": total, "rewards": reward}
+    total = weights["dpo"] * dpo + weights["bco"] * bco + weights["sft"] * nll
+    return {
+        "dpo": dpo,
+        "bco": bco,
+        "sft": nll,
+        "total": total,
+        "margin": margin,
+        "rewards": rewards,
+    }
 
 
+@dataclass
 class Shift:
-    """BCO's delta (arXiv 2404.04656): the mean of all rewards so far, chosen and rejected. # ours: counted by pairs, over
-    all ranks, once a step after its use, so that it depends on neither micro-batches nor ranks; kept in checkpoints, and
-    training alone moves it."""
+    """BCO's delta (arXiv 2404.04656): the mean of all rewards so far, chosen and rejected.
 
-    def __init__(self, total: float = 0.0, n: float = 0.0):
-        self.total, self.n = total, n
+    # ours: over all ranks, moved once a step after its use, so that it depends on neither
+    micro-batches nor ranks; training alone moves it, and checkpoints keep it.
+    """
 
-    def __float__(self):
-        return self.total / self.n if self.n else 0.0
+    total: float = 0.0
+    count: float = 0.0
 
-    def add(self, total: float, n: float):
-        self.total, self.n = self.total + total, self.n + n
+    def value(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+    def add(self, total: float, count: float):
+        self.total += total
+        self.count += count
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def answer_logprobs(model, batch: dict):
+    """log p of each answer of a pack, and its tokens: (S,) each."""
+    return sum_per_sample(model.logprobs(batch)[0], batch)
+
+
+# ----------------------------------------------------------------------------------------------
 # pairs
 
 
-def answer_logprobs(model, batch):
-    """log p of each answer of a pack, summed, and its tokens: (S,) each."""
-    return trainer.per_sample(model.logprobs(batch)[0], batch)
+@dataclass
+class Pair:
+    record: dict  # "messages", "chosen", "rejected"
+    root: Path  # its media are relative to this folder
+    where: str  # for messages
+
+
+def check_pair(record: dict):
+    check_training(record)
+    if not {"chosen", "rejected"} <= record.keys():
+        raise ValueError('a preference has "messages", "chosen" and "rejected"')
+
+
+def given_pairs(path: Path) -> list[Pair]:
+    """--pairs. SystemExit when more than MAX_BAD_SHARE of its lines are none, naming the first."""
+    try:
+        lines = Lines(path, check_pair, MAX_BAD_SHARE)
+    except (OSError, ValueError) as e:
+        raise SystemExit(str(e)) from None
+    return [Pair(lines[i], lines.root, lines.where(i)) for i in range(len(lines))]
+
+
+def own_pairs(run: Run, init: Path, folder: Path, plan: dict) -> list[Pair]:
+    """The true answer and the worst of the model's wrong ones, for each question it gets wrong."""
+    sources = [folder / "train" / name for name in ("questions.jsonl", "instruct.jsonl")]
+    sources = [path for path in sources if path.exists()]
+    if not sources:
+        raise SystemExit(f"MPO needs --pairs, or questions or instruct.jsonl in {folder / 'train'}")
+    pairs = []
+    rights = []
+    for source in sources:
+        questions = evenly(read_or_exit(source), plan["asked"])
+        results = attempts(run, init, questions, plan["samples"], run.args.seed)
+        for question, tries in zip(questions, results):
+            rights += [attempt.right for attempt in tries]
+            wrong = [attempt for attempt in tries if not attempt.right]
+            if wrong:
+                worst = min(wrong, key=lambda attempt: attempt.outcome)
+                record = {
+                    "messages": question.record["messages"][:-1],
+                    "chosen": question.record["messages"][-1]["content"],
+                    "rejected": worst.text,
+                    "rejected_ended": worst.finished,
+                    "task": question.task,
+                }
+                pairs.append(Pair(record, question.root, question.where))
+    run.say(f"{mean(rights):.0%} of the answers are right; {len(pairs)} pairs")
+    random.Random(run.args.seed).shuffle(pairs)
+    return pairs
+
+
+def evenly(items: list, count: int) -> list:
+    """At most `count` of the items, evenly spread."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def pair_samples(processor: Processor, pair: Pair, max_tokens: int) -> list[dict]:
+    """Chosen and rejected, their media as large as in training, where both share a pack."""
+    layouts = [processor.layout(c, pair.root) for c in conversations_of(pair.record)]
+    processor.fit(layouts, max_tokens)
+    return [processor.load(layout) for layout in layouts]
+
+
+def pair_logprobs(run: Run, model: KeyeVL, packs: list[list[dict]]) -> list[list[float]]:
+    """log p of [chosen, rejected] for each pair in the packs; what is left may be blanks."""
+    sums = []
+    for samples in packs:
+        with run.autocast():
+            sums += answer_logprobs(model, run.to(pack(samples)))[0].tolist()
+    return [sums[i : i + 2] for i in range(0, len(sums), 2)]
+
+
+def packing(run: Run) -> tuple[int, int]:
+    """Training's (tokens of a pack, packs of a step). Both answers of a pair share a pack."""
+    scale = SCALE[run.args.size]
+    return split_packs(scale.pack, scale.packs, run.world)
 
 
 @torch.no_grad()
-def refer(run, folder: Path, source: Path, target: Path, room: int):
-    """Writes source's pairs to target with "reference", the log-probabilities of both answers under the model in `folder`,
-    and their media. Pairs that cannot be read are left out, with the reason said."""
-    model = KeyeVL.from_pretrained(folder, device=run.device)
-    processor, lines, mine, ready = Processor.from_pretrained(folder), text_lines(source), {}, []
+def prepare(run: Run, model_folder: Path, pairs: list[Pair], out: Path):
+    """Writes out/train.jsonl and out/held.jsonl: pairs with "reference", and their media.
 
-    def flush():
-        for group in trainer.packs([s for _, samples in ready for s in samples], room):
-            with run.autocast():
-                told.extend(answer_logprobs(model, run.to(pack(group)))[0].tolist())
-        for k, (i, _) in enumerate(ready):
-            mine[i] = told[2 * k : 2 * k + 2]
-        ready.clear(), told.clear()
-
-    told, tokens = [], 0
-    for i in range(run.rank, len(lines), run.world):
-        try:
-            line = json.loads(lines[i][1])
-            if not {"messages", "chosen", "rejected"} <= set(line):
-                raise ValueError('a preference has "messages", "chosen" and "rejected"')
-            Lines.parse(lines[i][1])
-            ready.append((i, [processor(c, source.parent) for c in versions(line)]))
-            tokens += sum(len(s["tokens"]) for s in ready[-1][1])
-        except (MediaError, ValueError, KeyError, TypeError) as e:
-            print(f"skipped {source}:{lines[i][0]}: {e}", flush=True)
-        if tokens > room:
-            flush()
-            tokens = 0
-    flush()
-    known = {}
-    for part in run.gather_objects(mine):
-        known |= part
-    if not known:
-        raise SystemExit(f"{source}: no pair of answers could be read")
-
-    referred = (json.loads(lines[i][1]) | {"reference": known[i]} for i in sorted(known))
-    run.attempt(f"cannot write {target}", lambda: run.main and write_lines(
-        target, (adopt(line, source.parent, target.parent) for line in referred)))
-
-
-def own_pairs(run, init: Path, sources: list[Path], target: Path, plan: dict, seed: int):
-    """Pairs of the true answer and the worst of the model's wrong ones, for each question it gets wrong."""
-    out, all_right = [], []
-    for source in sources:
-        lines = read_pool(source, plan["asked"])
-        for line, got in zip(lines, attempts(run, init, lines, source.parent, plan["samples"], seed)):
-            wrong = [a for a in got or () if not a[2]]
-            all_right += [a[2] for a in got or ()]
-            if wrong:
-                worst = min(wrong, key=lambda a: a[1])
-                line = {"messages": line["messages"][:-1], "chosen": line["messages"][-1]["content"], "rejected": worst[0],
-                        "rejected_ended": worst[4], "task": line["meta"]["task"]}
-                out.append((line, source.parent))
-    run.say(f"{sum(all_right) / max(1, len(all_right)):.0%} of the answers are right; {len(out)} pairs")
-    write_pairs(run, out, target, seed)
-
-
-def write_pairs(run, pairs: list[tuple[dict, Path]], target: Path, seed: int):
-    """Pairs, with the folder that each one's media are relative to, in a fixed random order."""
+    reference: log-probabilities of chosen and rejected under the model in model_folder. Pairs that
+    cannot be read are named and left out; more than MAX_BAD_SHARE of them end the run.
+    """
     if not pairs:
         raise SystemExit("no pair: every answer scores the same")
-    order = random.Random(seed).sample(pairs, len(pairs))
-    run.attempt(f"cannot write {target}", lambda: run.main and write_lines(
-        target, (adopt(pair, root, target.parent) for pair, root in order)))
+    model = KeyeVL.from_pretrained(model_folder, device=run.device)
+    processor = Processor.from_pretrained(model_folder)
+    max_tokens, _ = packing(run)
+    references = {}
+    failed = {}
+    for first in range(run.rank, len(pairs), 16 * run.world):  # few at a time: their pixels
+        ready = []
+        samples = []
+        for i in range(first, len(pairs), run.world)[:16]:
+            try:
+                samples += pair_samples(processor, pairs[i], max_tokens)
+                ready.append(i)
+            except (MediaError, ValueError) as e:
+                failed[i] = e
+        packs = group_into_packs(samples, max_tokens)
+        references |= zip(ready, pair_logprobs(run, model, packs))
 
+    failed = run.merge(failed)
+    for i in sorted(failed)[:3]:
+        run.say(f"skipped {pairs[i].where}: {failed[i]}")
+    count = f"{len(failed)} of {len(pairs)} pairs cannot be read"
+    if len(failed) > MAX_BAD_SHARE * len(pairs):
+        raise SystemExit(count)
+    if failed:
+        run.say(count)
+    references = run.merge(references)
 
-def split(run, path: Path):
-    """path's lines -> train.jsonl and held.jsonl beside it: every HELD-th is kept from training."""
     def write():
         if run.main:
-            lines = [json.loads(text) for _, text in text_lines(path)]
-            write_lines(path.parent / "held.jsonl", lines[::HELD])
-            write_lines(path.parent / "train.jsonl", [line for i, line in enumerate(lines) if i % HELD] or lines[:1])
-    run.attempt(f"cannot write beside {path}", write)
+            write_pairs(pairs, references, out)
+
+    run.attempt(f"cannot write {out}", write)
+
+
+def write_pairs(pairs: list[Pair], references: dict[int, list[float]], out: Path):
+    """Those that have a reference; every HELD_EVERY-th is kept from training."""
+    records = []
+    for i in sorted(references):
+        record = link_media(pairs[i].record, pairs[i].root, out)
+        records.append(record | {"reference": references[i]})
+    held = records[::HELD_EVERY]
+    train = [record for k, record in enumerate(records) if k % HELD_EVERY]
+    write_lines(out / "held.jsonl", held[:HELD_MOST])
+    write_lines(out / "train.jsonl", (train + held[HELD_MOST:]) or held)
 
 
 @torch.no_grad()
-def preference_accuracy(run, model, processor, path: Path, room: int) -> tuple[float, float]:
-    """Share of held-out pairs whose chosen answer the model finds likelier than the rejected one, and the share for
-    which it finds so by more than its reference did (rank by rank, then together)."""
-    lines, hits = [json.loads(text) for _, text in text_lines(path)[:HELD_MOST]], [0, 0, 0]
-    blank = [processor({"messages": [{"role": "system", "content": ""}]})]
-    for at in range(0, len(lines), 16 * run.world):  # few at a time: their pixels
-        mine = lines[at + run.rank : at + 16 * run.world : run.world]
-        samples, sums = [processor(c, path.parent) for line in mine for c in versions(line)], []
-        for group in trainer.even_packs(run, samples, room, blank):
-            with run.autocast():
-                sums += answer_logprobs(model, run.to(pack(group)))[0].tolist()
-        for k, line in enumerate(mine):
-            before, (c, r) = line["reference"], sums[2 * k : 2 * k + 2]
-            hits = [hits[0] + (c > r), hits[1] + (c - r > before[0] - before[1]), hits[2] + 1]
-    right, more, n = (run.sum(h) for h in hits)
-    return right / n, more / n
+def preference_accuracy(run: Run, model, processor: Processor, path: Path) -> tuple[float, float]:
+    """The share of pairs whose chosen answer is the likelier one, and of those that moved so.
+
+    The second: by how much it is likelier grew beyond what the reference said.
+    """
+    lines = Lines(path)
+    max_tokens, _ = packing(run)
+    blank = processor({"messages": [{"role": "system", "content": ""}]})
+    right = moved = 0
+    for first in range(0, len(lines), 16 * run.world):  # few at a time: their pixels
+        records = [lines[i] for i in range(first + run.rank, len(lines), run.world)[:16]]
+        samples = []
+        for record in records:
+            samples += pair_samples(processor, Pair(record, lines.root, ""), max_tokens)
+        packs = even_packs(run, samples, max_tokens, blank)
+        for record, logprobs in zip(records, pair_logprobs(run, model, packs)):
+            gap = logprobs[0] - logprobs[1]
+            before = record["reference"][0] - record["reference"][1]
+            right += gap > 0
+            moved += gap > before
+    return run.sum(right) / len(lines), run.sum(moved) / len(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # training
 
 
-def mpo(run, start: Path, pairs: Path, plan: dict, steps: int, lr: float, seed: int):
-    """MPO on pairs with references, from the model in `start`; leaves run.folder/model."""
-    split(run, pairs)
-    processor, model = Processor.from_pretrained(start), KeyeVL.from_pretrained(start)
+def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
+    """MPO on data/train.jsonl, from the model in `init`; leaves run.folder/model."""
+    args = run.args
+    scale = SCALE[args.size]
+    processor = Processor.from_pretrained(init)
+    model = KeyeVL.from_pretrained(init)
     cfg = model.config
-    model.decoder.activation_checkpointing = cfg.hidden_size >= 2048
-    model = trainer.shard(model, run)
-    opt = trainer.adamw(model, dict.fromkeys(("vit", "projector", "decoder"), lr), muon=plan["muon"], **ADAM)
-    begin = trainer.resume(run, model, opt)
-    shift, held = Shift(*begin["extra"].get("shift", ())), pairs.parent / "held.jsonl"
-    if not begin["step"]:
-        right, _ = preference_accuracy(run, model, processor, held, plan["pack"])
-        run.say(f"before: the chosen answer is the likelier one in {right:.1%} of the held-out pairs")
+    model.decoder.activation_checkpointing = scale.recompute
+    model = shard(model, run)
+    opt = make_optimizer(model, dict.fromkeys(("vit", "projector", "decoder"), lr), muon=scale.muon)
+    progress = resume(run, model, opt)
+    shift = Shift(*progress.extra.get("shift", ()))
+    if progress.step == 0:
+        right, _ = preference_accuracy(run, model, processor, data / "held.jsonl")
+        run.say(f"before: the chosen answer is the likelier one in {right:.1%} of held-out pairs")
         run.write({"preference_accuracy_before": right})
+    loader = Loader(
+        [(data / "train.jsonl", 1)], processor, *packing(run), run.rank, run.world, args.seed,
+        flops=partial(sample_flops, cfg), workers=args.workers, state=progress.loader,
+    )
 
-    def flops(text, grids):
-        return training_flops(cfg, [text + sum(t * h * w for t, h, w in grids) // 4], grids)
+    for step, (batches, info) in zip(range(progress.step, steps), loader):
+        now = set_lr(opt, schedule(step, steps, WARMUP))
+        references = [batch.pop("reference", torch.zeros(0, 2)) for batch in batches]  # (P, 2) each
+        pairs = run.sum(sum(map(len, references)))
+        if not pairs:
+            raise ValueError(f"step {step}: no pair in any pack; look at {data} and the log")
 
-    loader = Loader([(pairs.parent / "train.jsonl", 1)], processor, *trainer.share(plan, run.world), run.rank, run.world,
-                    seed, flops=flops, workers=run.args.workers, state=begin["loader"])
-    for step, (batches, info) in zip(range(begin["step"], steps), loader):
-        trainer.set_lr(opt, trainer.schedule(step, steps, int(WARMUP * steps), "cosine", 0.0))
-        no_pairs = torch.zeros(0, 2)
-        n = run.sum(sum(len(b.get("reference", no_pairs)) for b in batches))
-        if not n:
-            raise ValueError(f"step {step}: no pair in any pack; look at {pairs} and the log of skipped lines")
-        log = dict.fromkeys(("dpo", "bco", "sft", "total", "margin", "right", "rewards"), 0.0)
-        for i, batch in enumerate(batches):
-            reference = batch.pop("reference", no_pairs).to(run.device)  # (P, 2)
+        log = defaultdict(list)
+        for batch, reference in zip(batches, references):
+            reference = reference.to(run.device)
             with run.autocast():
                 sums, lengths = answer_logprobs(model, run.to(batch))
-            policy, lengths = sums[: 2 * len(reference)].view(-1, 2), lengths[: 2 * len(reference)].view(-1, 2)
-            parts = mpo_loss(policy, reference, -policy[:, 0] / lengths[:, 0].clamp(min=1), float(shift))
-            trainer.backward(model, parts["total"].sum() / n + 0 * sums.sum(), last=i == len(batches) - 1)
-            margin = parts["rewards"].detach() @ torch.tensor([1.0, -1.0], device=run.device)
-            parts |= {"margin": margin, "right": (margin > 0).float()}
-            for k in log:
-                log[k] += float(parts[k].detach().sum())
-        log = {k: run.sum(v) for k, v in log.items()}
-        norm = trainer.clip(model, 1.0)
+            # chosen and rejected lie side by side; a pack whose pairs all failed has none
+            count = 2 * len(reference)
+            policy = sums[:count].view(-1, 2)
+            chosen_length = lengths[:count].view(-1, 2)[:, 0]
+            nll = -policy[:, 0] / chosen_length.clamp(min=1)
+            parts = mpo_loss(policy, reference, nll, shift.value())
+            # + 0: without pairs, too, every rank needs a gradient
+            (parts["total"].sum() / pairs + 0 * sums.sum()).backward()
+
+            parts["right"] = (parts["margin"] > 0).float()
+            for name, values in parts.items():
+                log[name] += values.flatten().tolist()
+
+        norm = clip_gradients(model)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        mean = {k: v / n for k, v in log.items() if k != "rewards"}
-        work = [(b["segments"].diff().tolist(), b["grids"].tolist()) for b in batches]
-        run.log(step, steps, loss=mean.pop("total"), norm=norm, lr=trainer.lr(opt), pairs=n, shift=float(shift), **mean,
-                tokens=sum(sum(lengths) for lengths, _ in work), visual_tokens=sum(len(b["patches"]) for b in batches) // 4,
-                flops=sum(training_flops(cfg, *w) for w in work), skipped=run.sum(sum(info["skipped"].values())))
-        shift.add(log["rewards"], 2 * n)
-        trainer.save_if_due(run, step + 1, steps, model, opt, info["state"], shift=[shift.total, shift.n])
-    right, more = preference_accuracy(run, model, processor, held, plan["pack"])
-    run.say(f"after: the chosen answer is the likelier one in {right:.1%} of the held-out pairs; {more:.1%} moved towards it")
-    run.write({"preference_accuracy": right, "preference_moved": more})
-    trainer.export(run, trainer.full_state(run, model), cfg, processor, run.folder / "model")
+        means = run.means(log)
+        rewards = means.pop("rewards")
+        run.log(
+            step, steps, loss=means.pop("total"), norm=norm, lr=now, pairs=pairs,
+            shift=shift.value(), skipped=run.sum(sum(info["skipped"].values())), **means,
+            **step_work(cfg, batches),
+        )
+        shift.add(rewards * 2 * pairs, 2 * pairs)
+        total = [shift.total, shift.count]
+        save_if_due(run, step + 1, steps, model, opt, info["state"], shift=total)
+
+    right, moved = preference_accuracy(run, model, processor, data / "held.jsonl")
+    run.say(
+        f"after: the chosen answer is the likelier one in {right:.1%} of held-out pairs; "
+        f"{moved:.1%} moved towards it"
+    )
+    run.write({"preference_accuracy": right, "preference_moved": moved})
+    export(run, model, processor)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rounds of sampling, scoring and MPO
+# ----------------------------------------------------------------------------------------------
+# rounds: sample, score, pair
 
 
-def respond(run, folder: Path, jobs, group: int, seed: str, judge=None) -> dict[int, list]:
-    """jobs: (line, root, mode) -> {index: `group` answers [(content, parts of rewards.reward)]} of this rank's share. The last
-    is greedy (ours: an endless loop that sampling breaks by chance is met there alone)."""
-    generator, mine, own = Generator.from_pretrained(folder, run.device), {}, list(range(run.rank, len(jobs), run.world))
-    longest = longest_answer(generator.model.config)
-    for at in range(0, len(own), 128):
-        part = own[at : at + 128]
-        some = [jobs[i] for i in part]
-        seeds = [f"{seed}/{i}" for i in part]
-        rows = [a + b for a, b in zip(rollout(generator, some, group - 1, longest, seeds), rollout(generator, some, 1, longest, seeds, 0.0))]
-        for i, answers, scored in zip(part, rows, earned(some, rows, longest, judge)):
-            mine[i] = [(row["content"], parts | {"parsed": None, "tokens": sum(row["sampled"]), "finished": row["finished"]})
-                       for row, parts in zip(answers, scored)]
-    return mine
+def respond(run: Run, model_folder: Path, prompts: list[Prompt], group: int, judge=None):
+    """A group of scored responses to each of this rank's share of the prompts.
+
+    The last one is greedy (ours: an endless loop that sampling breaks by chance is met there alone).
+    """
+    generator = Generator.from_pretrained(model_folder, run.device)
+    max_answer = SCALE[run.args.size].max_answer
+    ask = partial(sample_groups, generator, prompts[run.rank :: run.world], keep_pixels=False)
+    sampled = ask(group=group - 1, max_tokens=max_answer)
+    greedy = ask(group=1, max_tokens=max_answer, temperature=0.0)
+    groups = [some + last for some, last in zip(sampled, greedy)]
+    reward_groups(groups, max_answer, judge)
+    return groups
 
 
-def rank_pairs(jobs, answers: dict[int, list]) -> list[tuple[dict, Path]]:
-    """Best and worst answer of each prompt, MARGIN apart, the best in its mode's form. Where none is right, only what is
-    worse than wrong, a loop or an endless answer, is so far away."""
-    out = []
-    for i, got in answers.items():
-        line, root, mode = jobs[i]
-        scored = sorted((a for a in got if a[1]["total"] is not None), key=lambda a: (a[1]["total"], -a[1]["tokens"]))
-        if len(scored) < 2:
-            continue
-        (worst, low), (best, high) = scored[0], scored[-1]
-        if high["format"] and high["total"] - low["total"] >= MARGIN:
-            out.append(({"messages": asked(line, mode), "chosen": best, "rejected": worst, "rejected_ended": low["finished"], "mode": mode,
-                         "task": line["meta"]["task"], "scores": [high["total"], low["total"]]}, root))
-    return out
+def best_and_worst(group: list[Rollout]) -> Pair | None:
+    """A prompt's best response, in its mode's form, before its worst, MARGIN apart.
+
+    Where none is right, only what is worse than wrong, a loop or an endless answer, is so far away.
+    """
+    scored = [rollout for rollout in group if rollout.reward.total is not None]
+    if len(scored) < 2:
+        return None
+    # of equals the shorter one is the better
+    scored.sort(key=lambda r: (r.reward.total, -sum(r.response.sampled)))
+    worst, best = scored[0], scored[-1]
+    if not best.reward.format or best.reward.total - worst.reward.total < MARGIN:
+        return None
+    prompt = best.prompt
+    record = {
+        "messages": prompt_of(prompt.record, prompt.mode),
+        "chosen": best.content,
+        "rejected": worst.content,
+        "rejected_ended": worst.response.finished,
+        "mode": prompt.mode,
+        "task": prompt.record["meta"]["task"],
+        "scores": [best.reward.total, worst.reward.total],
+    }
+    return Pair(record, prompt.root, f"prompt {prompt.seed}")
 
 
-def iterate(args, folder: Path, plan: dict, judge):
-    start = trainer.before(args, "grpo")
-    tasks = by_task(question_pool(folder))
-    rounds = args.rounds or plan["rounds"]
-    if args.fresh:  # later rounds are nothing without the first
-        for name in ("align", *(f"align-{n}" for n in range(1, rounds + 1))):
-            (Path(args.out) / args.size / name / "score.json").unlink(missing_ok=True)
-    for number in range(1, rounds + 1):
-        run = trainer.start(args, f"align-{number}")
-        if not trainer.finished(run):
-            data = run.folder / "data"
-            if args.fresh or not (data / "pairs.jsonl").exists():
-                jobs = draw(tasks, plan["prompts"], MODES, f"{args.seed}/{number}")
-                answers = respond(run, start, jobs, plan["group"], f"{args.seed}/{number}", judge)
-                flat, share = [parts for got in answers.values() for _, parts in got], {}
-                for k in ("right", "format", "consistency", "repetition"):
-                    values = [float(p[k] > rewards.REPEATED) if k == "repetition" else p[k] for p in flat if p[k] is not None]
-                    share[k] = run.sum(sum(values)) / max(1, run.sum(len(values)))  # unscored ones in neither
-                mine = [adopt(pair, root, data) for pair, root in rank_pairs(jobs, answers)]
-                pairs = [(pair, data) for part in run.gather_objects(mine) for pair in part]
-                run.say(f"round {number}: {run.sum(len(flat)):.0f} answers, " + ", ".join(f"{k} {v:.1%}" for k, v in share.items())
-                        + f"; {len(pairs)} pairs")
-                if run.main:
-                    data.mkdir(parents=True, exist_ok=True)
-                    (data / "round.json").write_text(json.dumps(share | {"pairs": len(pairs)}) + "\n")
-                write_pairs(run, pairs, data / "answers.jsonl", args.seed)
-                refer(run, start, data / "answers.jsonl", data / "pairs.jsonl", plan["pack"])
-            mpo(run, start, data / "pairs.jsonl", plan, args.steps or plan["round_steps"], plan["round_lr"], args.seed)
-            trainer.finish(run, {})
+def round_pairs(run: Run, start_: Path, questions: list[Question], number: int, plan, judge):
+    """One round's pairs, on all ranks, their media already below the round's data folder."""
+    data = run.folder / "data"
+    prompts = draw_prompts(questions, plan["prompts"], ASKED, f"{run.args.seed}/{number}")
+    groups = respond(run, start_, prompts, plan["group"], judge)
+    counts = {"right": [], "format": [], "consistency": [], "repetition": []}
+    local = []
+    for group in groups:
+        for rollout in group:
+            for name, values in counts.items():
+                value = getattr(rollout.reward, name)
+                if value is not None:
+                    values.append(value > REPEATED if name == "repetition" else value)
+        pair = best_and_worst(group)
+        if pair:
+            local.append(Pair(link_media(pair.record, pair.root, data), data, pair.where))
+    pairs = sum(run.gather_objects(local), [])
+    shares = run.means(counts)
+    answers = run.sum(sum(map(len, groups)))
+    report = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    run.say(f"round {number}: {answers:.0f} answers, {report}; {len(pairs)} pairs")
+    run.write_json("round.json", shares | {"pairs": len(pairs)})
+    random.Random(run.args.seed).shuffle(pairs)
+    return pairs
+
+
+# ----------------------------------------------------------------------------------------------
+# the two phases
+
+
+def phase_mpo(args, folder: Path, plan: dict) -> Run:
+    init = previous_model(args, "sft")
+    run = start(args, "mpo")
+    run.made_from(init=init, weights=fingerprint(init), pairs=args.pairs)
+    data = run.folder / "data"
+    if not run.trained():
+        if not (data / "train.jsonl").exists():
+            if args.pairs:
+                pairs = given_pairs(Path(args.pairs))
+            else:
+                pairs = own_pairs(run, init, folder, plan)
+            prepare(run, init, pairs, data)
+        mpo(run, init, data, plan["lr"], args.steps or plan["steps"])
+        run.mark_trained()
+    run.score(lambda: score_phase(run, folder / "heldout", ["plain"], args.eval_limit))
+    run.close()
+    return run
+
+
+def phase_iterate(args, folder: Path, plan: dict, judge: Judge | None) -> Run:
+    model_folder = previous_model(args, "grpo")
+    questions = question_pool(folder)
+    for number in range(1, (args.rounds or plan["rounds"]) + 1):
+        run = start(args, f"align-{number}")
+        run.made_from(init=model_folder, weights=fingerprint(model_folder))
+        data = run.folder / "data"
+        if not run.trained():
+            if not (data / "train.jsonl").exists():
+                pairs = round_pairs(run, model_folder, questions, number, plan, judge)
+                prepare(run, model_folder, pairs, data)
+            mpo(run, model_folder, data, plan["round_lr"], args.steps or plan["round_steps"])
+            run.mark_trained()
             args.resume = False  # it was for the round that had been interrupted
-        start = run.folder / "model"
-    run = trainer.start(args, "align")
-    if not trainer.finished(run):
-        if run.main:
-            for old in (run.folder / "model", run.folder / "model.tmp"):
-                shutil.rmtree(old, ignore_errors=True)
-            shutil.copytree(start, run.folder / "model.tmp")
-            (run.folder / "model.tmp").rename(run.folder / "model")
-        trainer.finish(run, phase_score(run, folder, args, rewards.MODES))
+        run.close()
+        model_folder = run.folder / "model"
+
+    run = start(args, "align")
+    run.made_from(init=model_folder, weights=fingerprint(model_folder))
+    if not run.trained():
+        copy = partial(shutil.copytree, model_folder, dirs_exist_ok=True)
+        replace_folder(run, run.folder / "model", copy)
+        run.mark_trained()
+    run.score(lambda: score_phase(run, folder / "heldout", MODES, args.eval_limit))
+    run.close()
     return run
 
 
 def main(args):
-    plan, folder, began = PLAN[args.size], Path(args.data or f"data/{args.size}"), time.time()
-    judge = rewards.Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", "")) if args.judge else None
-    if args.phase == "iterate":
-        run = iterate(args, folder, plan, judge)
+    begin = time.time()
+    folder = data_folder(args)
+    plan = PLAN.get(args.size, PLAN["released"])
+    check_heldout(folder)
+    if args.phase == "mpo":
+        run = phase_mpo(args, folder, plan)
     else:
-        init, run = trainer.before(args, "sft"), trainer.start(args, "mpo")
-        if trainer.finished(run):
-            return
-        data, made = run.folder / "data", {"init": str(init), "pairs": args.pairs}  # the references are of this start
-        if (data / "made.json").exists() and (was := json.loads((data / "made.json").read_text())) != made:
-            raise SystemExit(f"{data} was made with {was}, not with {made}; --fresh starts over")
-        if args.fresh or not (data / "pairs.jsonl").exists():
-            source = Path(args.pairs) if args.pairs else data / "answers.jsonl"
-            if not args.pairs:
-                sources = [p for p in (folder / "train" / f"{name}.jsonl" for name in ("questions", "instruct")) if p.exists()]
-                if not sources:
-                    raise SystemExit(f"MPO needs --pairs, or questions.jsonl or instruct.jsonl in {folder / 'train'}")
-                own_pairs(run, init, sources, source, plan, args.seed)
-            refer(run, init, source, data / "pairs.jsonl", plan["pack"])
-            (data / "made.json").write_text(json.dumps(made)) if run.main else None
-        mpo(run, init, data / "pairs.jsonl", plan, args.steps or plan["steps"], plan["lr"], args.seed)
-        trainer.finish(run, phase_score(run, folder, args, [None]))
-    run.main and print(f"alignment ({args.phase}) took {time.time() - began:.0f} s", flush=True)
+        judge = None
+        if args.judge:
+            judge = Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", ""))
+        run = phase_iterate(args, folder, plan, judge)
+    run.say(f"alignment ({args.phase}) took {time.time() - begin:.0f} s")
 
 
 if __name__ == "__main__":
-    parser = trainer.judge_arguments(trainer.phase_arguments(__doc__))
+    parser = add_judge_arguments(arguments(__doc__))
     parser.add_argument("--phase", required=True, choices=["mpo", "iterate"])
-    parser.add_argument("--rounds", type=int, help="of --phase iterate (default: by size)")
-    parser.add_argument("--pairs", help="JSONL of preferences, media relative to it (default: the model's own answers)")
+    parser.add_argument("--rounds", type=at_least(1), help="of --phase iterate (default: by size)")
+    parser.add_argument("--pairs", help="JSONL of preferences (default: the model's own answers)")
     main(parser.parse_args())

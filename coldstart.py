@@ -1,312 +1,419 @@
-r"""The cold start: fine-tuning that teaches five kinds of answer and the switches between them (arXiv 2507.01949, 4.2.1).
+r"""The cold start: five kinds of answer, and the switches between them (arXiv 2507.01949, 4.2.1).
 
     python coldstart.py                                     toy, from runs/toy/mpo/model
     python coldstart.py --size tiny --data data/tiny
     torchrun --nproc_per_node=8 coldstart.py --size 8b --data mydata
 
-    kind           after the question   the answer
-    thinking       /think               <think>steps, the answer is X</think><answer>\boxed{X}</answer>
-    non-thinking   /no_think            X
-    auto-think     nothing, /auto_think <analysis>.. so /think.</analysis>, then that mode's
-    with images    /agentic_think       <think>step <tool_call>crop(..)</tool_call><sandbox_output>picture</sandbox_output> step
-                                        </think><answer>\boxed{X}</answer>; what the tool wrote has no loss
-    video          /think, /no_think    each clip once with all its frames and once with half of them
+    kind          after the question   the answer
+    think         /think               <think>steps</think><answer>\boxed{X}</answer>
+    no_think      /no_think            X
+    agentic       /agentic_think       <think>step <tool_call>crop(..)</tool_call> <sandbox_output>
+                                       picture</sandbox_output> step</think><answer>..</answer>
+    video         /think, /no_think    each clip with all of its frames, and with half of them
+    auto_think    nothing, /auto_think <analysis>.. so /think.</analysis>, then that mode's answer
 
---data's train/questions.jsonl, detail.jsonl and instruct.jsonl give single questions whose meta holds the answer and the true
-"steps". As in the report, several chains are sampled for each, chains with a wrong step or result are dropped, and of the rest
-the most travelled is kept. The chains come from `teacher`, a program that knows the steps and errs on purpose: at this size
-no other model could give them.
+In: conversations of each kind, bare questions and whole answers, in --data's train/think.jsonl,
+no_think.jsonl, agentic.jsonl and, with clips, clips.jsonl or video.jsonl, as far as they are there
+(a line with "meta" can be verified); some lines of pre-training, so that nothing is forgotten.
+Out: runs/SIZE/coldstart/model; what it was trained on in runs/SIZE/coldstart-modes/data.
 
-Two passes. The first teaches all but auto-think. Then its model answers questions in each mode, and where thinking is right
-more often than a plain answer, auto-think is taught to think, with tools where those are right most often: measured, not told
-by the task's name. The second pass goes on with all five kinds.
-
-The model is left in runs/<size>/coldstart/model, the conversations in runs/<size>/coldstart-modes/data, to be read.
+Two passes. The first teaches all but auto-think. Then its model answers questions in each mode, and
+where thinking is right more often than a plain answer, auto-think is taught to think: measured, not
+told by the name of the task. The second pass goes on with all five kinds.
 """
+
 import json
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
-import sandbox
-import trainer
-from data import MediaError, Processor, adopt, media_of, pictures_of, switch, text_lines, write_lines
-from evaluate import phase_score
-from generate import Generator, longest_answer, rollout
-from model import KeyeVL
-from rewards import MODES, parse, verify
-from sft import finetune, question_pool
-from toyworld import look_box
+from common.checkpoint import fingerprint
+from common.conversation import (
+    MODES,
+    check_training,
+    media_items,
+    text_of,
+    with_switch,
+)
+from common.jsonl import Lines
+from common.questions import check_heldout, check_question
+from common.rewards import parse
+from common.rollout import Prompt, sample_groups
+from common.run import Run, arguments, data_folder, previous_model, start
+from common.verifiers import verify
+from evaluate import score_phase
+from generate import Generator
+from model import SCALE
+from sft import finetune, mean, write_linked
 
-# ours, every number. steps: of both passes; pool: questions that are turned into conversations; asked: of these, those whose
-# difficulty is measured; kept: lines of each file of KEEP, times its share
+# ours, every number. steps: of both passes; measured: the questions that are asked in each mode;
+# kept: lines of each file of KEEP, times its share
 PLAN = {
-    "toy": dict(pack=4096, packs=1, steps=(600, 400), lr=1e-3, muon=2, pool=10_000, asked=3000, kept=3000),
-    "tiny": dict(pack=16384, packs=1, steps=(400, 300), lr=5e-4, muon=2, pool=12_000, asked=2000, kept=6000),
-    "small": dict(pack=16384, packs=4, steps=(1000, 500), lr=3e-4, muon=2, pool=30_000, asked=6000, kept=10_000),
-    **{size: dict(pack=8192, packs=64, steps=(1500, 500), lr=1e-5, muon=0, pool=300_000, asked=20_000, kept=100_000)
-       for size in ("0.6b", "1.7b", "4b", "8b")},
+    "toy": {"steps": (600, 400), "lr": 1e-3, "measured": 3000, "kept": 3000},
+    "tiny": {"steps": (400, 300), "lr": 5e-4, "measured": 2000, "kept": 6000},
+    "small": {"steps": (1000, 500), "lr": 3e-4, "measured": 6000, "kept": 10_000},
+    "released": {"steps": (1500, 500), "lr": 1e-5, "measured": 20_000, "kept": 100_000},
 }
-# Keye mixes 230k, 330k, 20k, 100k and 104k; ours: more auto-think, as the toy sees few samples of anything
-MIX = {"think": 4, "no_think": 2, "agentic_think": 2.5, "video": 1, "turns": 0.5, "keep": 4}
-MIX_AUTO = MIX | {"auto_think": 5}
-# shares of pre-training's lines, asked with /no_think: without them a small model forgets to see (and to copy and sort)
+# Keye mixes 230k, 330k, 20k, 100k and 104k; ours: more auto-think, as a toy sees few samples
+MIX = {"think": 4, "no_think": 2, "agentic": 2.5, "video": 1, "turns": 0.5, "keep": 4}
+AUTO = 5  # auto-think's weight in the second pass
+# Shares of pre-training's lines, asked with /no_think: without them a small model forgets to see,
+# to copy and to sort.
 KEEP = {"vqa": 1, "caption": 1, "video": 1, "grounding": 0.3, "text": 0.3}
+SWITCH = {"think": "think", "no_think": "no_think", "agentic": "agentic_think"}  # of a kind's file
 GAIN = 0.08  # what thinking must add to the share of right answers to be worth its tokens
-OWN = 0.25  # weight of a question's own one answer in that share, beside those to all questions of its kind
-CHAINS, SLIP, SKIP, DETOUR = 8, 0.3, 0.2, 0.3  # chains per question; how often one has a wrong, a missing, a needless step
-# Keye's analysis ends "Therefore, /no_think mode is more appropriate."; ours is a telegram, as the toy's thinking is short too
-ANALYSIS = {"no_think": "Easy /no_think.", "think": "Several steps /think.", "agentic_think": "Too small /agentic_think."}
+OWN = 0.25  # weight of a question's own one answer in that share, beside all of its kind's
+# Keye's analysis ends "Therefore, /no_think mode is more appropriate."; ours is a telegram, as the
+# toy's thinking is short too
+ANALYSIS = {
+    "no_think": "Easy /no_think.",
+    "think": "Several steps /think.",
+    "agentic_think": "Too small /agentic_think.",
+}
+MAX_BAD_SHARE = 0.05  # of a file's lines
 
-# ---------------------------------------------------------------------------------------------------------------------
-# chains of thought
-
-
-def teacher(steps: list[str], rng: random.Random) -> tuple[list[str], bool]:
-    """One chain over the true steps, with a teacher's errors, and whether it came to the right result."""
-    path, right = list(steps), True
-    if rng.random() < SLIP:
-        at = rng.randrange(len(path))
-        words, other = path[at].split(" "), rng.choice(steps).split(" ")
-        words[rng.randrange(len(words))] = str(rng.randint(0, 9)) if rng.random() < 0.5 else rng.choice(other)
-        right = path[at] == " ".join(words) or rng.random() < 0.3  # a wrong step may lead to a right result by chance
-        path[at] = " ".join(words)
-    if rng.random() < SKIP and len(path) > 1:
-        del path[rng.randrange(len(path))]
-        right &= rng.random() < 0.5
-    if rng.random() < DETOUR:
-        at = rng.randrange(len(path))
-        path.insert(at, path[at])
-    return path, right
+# ----------------------------------------------------------------------------------------------
+# examples
 
 
-def travelled(steps: list[str], rng: random.Random) -> list[str] | None:
-    """Of several chains the most travelled whose steps and result hold; None where none does."""
-    chains = [teacher(steps, rng) for _ in range(CHAINS)]
-    sound = [tuple(path) for path, right in chains if right and set(path) <= set(steps)]
-    paths, common = Counter(sound), Counter(step for path in sound for step in set(path))
-    worth = lambda path: (paths[path], sum(common[step] for step in path) / len(path))
-    return list(max(paths, key=worth)) if paths else None
+@dataclass
+class Example:
+    """A bare question, its whole answer, and the mode that the answer is in."""
+
+    question: list[dict]  # messages up to and with the user's last one
+    answer: dict  # the assistant's message
+    mode: str
+    root: Path  # its media are relative to this folder
+    meta: dict | None = None
+
+    def conversation(self, *switches: str) -> dict:
+        """With the switches behind its first question: they hold for all of its turns."""
+        first = [message["role"] for message in self.question].index("user") + 1
+        asked = self.question[:first]
+        for mode in switches:
+            asked = with_switch(asked, mode)
+        return {"messages": [*asked, *self.question[first:], self.answer]}
+
+    @property
+    def key(self) -> str:
+        """The same for one question in several kinds."""
+        return json.dumps(self.question, sort_keys=True)
 
 
-def thinking(steps: list[str], reply: str) -> str:
-    return "<think>" + "\n".join(steps) + f"\nthe answer is {reply}</think><answer>\\boxed{{{reply}}}</answer>"
+def thinks(record: dict) -> bool:
+    return "<think>" in text_of(record["messages"][-1])
 
 
-def looking(steps: list[str], reply: str, meta: dict, pictures) -> list[dict] | None:
-    """The thinking with one tool call in it, run in the sandbox; None where there is nothing to look at or to compute.
-    pictures: a function that gives the question's."""
-    if "place" in meta:
-        code = f"crop{tuple(look_box(meta['place']))}\nzoom(2)"
-        code += f"\nrotate({meta['rotate']})" if meta.get("rotate") else ""
-        code += f"\ncontrast({meta['contrast']:g})" if meta.get("contrast", 1) != 1 else ""
-        before, after = steps, [reply]
-    elif meta["task"] == "arithmetic":
-        code, before, after = f"print({steps[0].split(' = ')[0].split(' ')[0]} {meta['sign']} {meta['second']})", [], [reply]
-    else:
-        return None
-    seen = sandbox.run(code, pictures())
-    if not seen.ok:
-        return None
-    own = lambda text: {"type": "text", "text": text}
-    return [own("<think>" + "".join(step + "\n" for step in before) + f"<tool_call>{code}</tool_call>"), *seen.content(),
-            own("\n".join(after) + "</think><answer>\\boxed{" + reply + "}</answer>")]
+def asks(messages: list[dict]) -> bool:
+    return any(message["role"] == "user" for message in messages)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the five kinds
+def answer_mode(kind: str, record: dict) -> str:
+    """The mode of a kind's answer; with clips it shows in the answer itself."""
+    if kind in SWITCH:
+        return SWITCH[kind]
+    return "think" if thinks(record) else "no_think"
 
 
-def kinds(line: dict, root: Path, rng: random.Random) -> dict[str, list]:
-    """A question -> {kind: conversations}, all but auto-think; with "mode", the switch behind the question."""
-    *asked, last = line["messages"]
-    reply, meta, out = last["content"], line["meta"], {}
-    steps, clip = travelled(meta["steps"], rng), any(k == "video" for _, k in media_of(line))
-    if steps is None:
-        return out
-    long, tool = thinking(steps, reply), None if clip else looking(steps, reply, meta, lambda: pictures_of({"messages": asked}, root))
-    say = lambda mode, content, asked=asked: {
-        "messages": [*switch(asked, mode), {"role": "assistant", "content": content}], "mode": mode}
-    if clip:
-        out["video"] = []
-        for fps in (2.0, 1.0):  # Keye: 32 and 16 frames
-            version = json.loads(json.dumps(asked))
-            for item, kind in media_of({"messages": version}):
-                if kind == "video" and isinstance(item["video"], list):  # frames: their own rate, or every other one
-                    item |= {"video": item["video"][:: round(2 / fps)], "fps": item.get("fps", 2.0) * fps / 2}
-                elif kind == "video":
-                    item["fps"] = fps
-            out["video"].append(say(*rng.choice([("think", long), ("no_think", reply)]), version))
-        return out
-    out["think"], out["no_think"] = [say("think", long)], [say("no_think", reply)]
-    if tool:
-        out["agentic_think"] = [say("agentic_think", tool)]
-    elif rng.random() < 0.15:  # the switch allows tools, it does not ask for them
-        out["agentic_think"] = [say("agentic_think", long)]
-    return out
+def read_kind(path: Path) -> list[Example]:
+    """The examples of one kind's file. Lines that break its form are skipped by name, few of them.
+
+    ValueError beyond MAX_BAD_SHARE.
+    """
+
+    def check(record):
+        check_training(record)
+        *question, last = record["messages"]
+        if last["role"] != "assistant" or not asks(question):
+            raise ValueError("a user's question and, last, the assistant's answer are expected")
+        if path.stem in SWITCH and record.get("meta"):
+            check_question(record)
+        mode = answer_mode(path.stem, record)
+        errors = parse(last["content"], mode).errors
+        if errors:
+            raise ValueError(f"not an answer in {mode} mode: {'; '.join(errors)}")
+
+    lines = Lines(path, check, MAX_BAD_SHARE)
+    examples = []
+    for record in lines:
+        *question, answer = record["messages"]
+        mode = answer_mode(path.stem, record)
+        examples.append(Example(question, answer, mode, lines.root, record.get("meta")))
+    return examples
 
 
-def analysed(line: dict, root: Path, rng: random.Random, mode: str) -> dict | None:
-    """The question without a switch or with /auto_think, and the answer whose analysis names `mode`."""
-    *asked, last = line["messages"]
-    reply, steps = last["content"], travelled(line["meta"]["steps"], rng)
-    then = reply if mode == "no_think" else steps and thinking(steps, reply)
-    if mode == "agentic_think" and steps:
-        then = looking(steps, reply, line["meta"], lambda: pictures_of({"messages": asked}, root)) or then
-    if not then:
-        return None
-    said = f"<analysis>{ANALYSIS[mode]}</analysis>"
-    said = said + then if isinstance(then, str) else [then[0] | {"text": said + then[0]["text"]}, *then[1:]]
-    switched = rng.choice([None, "auto_think"])
-    return {"messages": [*switch(asked, switched), {"role": "assistant", "content": said}], "mode": switched}
+def read_kinds(folder: Path) -> dict[str, list[Example]]:
+    """{think, no_think, agentic, video: examples}. Of video.jsonl, a file of pre-training as well,
+    the lines that think; its others are among those that are kept.
+    """
+    train = folder / "train"
+    files = {path.stem: path for path in train.glob("*.jsonl")}
+    kinds = {kind: read_kind(files[kind]) for kind in SWITCH if kind in files}
+    kinds["video"] = []
+    if "clips" in files:
+        kinds["video"] += read_kind(files["clips"])
+    if "video" in files:
+        kinds["video"] += [e for e in read_kind(files["video"]) if e.mode == "think"]
+    if "think" not in kinds and "no_think" not in kinds:
+        raise SystemExit(f"the cold start needs think.jsonl or no_think.jsonl in {train}")
+    return kinds
 
 
-def retold(line: dict, modes: list) -> dict:
-    """The line with other switches behind its question."""
-    *asked, last = json.loads(json.dumps(line["messages"]))
-    if line["mode"]:  # `switch` has put it behind the last text of the last question
-        item = next(item for item in reversed(asked[-1]["content"]) if item["type"] == "text")
-        item["text"] = item["text"].removesuffix(f"/{line['mode']}")
-    for mode in modes:
-        asked = switch(asked, mode)
-    return {"messages": [*asked, last]}
+# ----------------------------------------------------------------------------------------------
+# conversations of the first pass
 
 
-def several_turns(single: list[dict], rng: random.Random) -> list[dict]:
+def at_frame_rate(example: Example, fps: float) -> Example:
+    """The example with `fps` frames a second of its clips: Keye shows 32 frames and 16."""
+    question = json.loads(json.dumps(example.question))
+    for item, kind in media_items({"messages": question}):
+        if kind == "video" and isinstance(item["video"], list):
+            step = round(2 / fps)  # frames have a rate of their own: every other one
+            item["video"] = item["video"][::step]
+            item["fps"] = item.get("fps", 2.0) / step
+        elif kind == "video":
+            item["fps"] = fps
+    return Example(question, example.answer, example.mode, example.root)
+
+
+def several_turns(examples: list[Example], rng: random.Random) -> list[dict]:
     """Conversations of two questions, and questions with two switches: the last switch wins."""
-    out = []
-    for a, b in (rng.sample(single, 2) for _ in range(len(single) // 8)):
+    conversations = []
+    for _ in range(len(examples) // 8):
+        first, second = rng.sample(examples, 2)
         if rng.random() < 0.5:
-            out.append(retold(b, [a["mode"] or "think", b["mode"] or "auto_think"]))
-        else:  # a second question with its own switch, or with none where the first one's holds for it too
-            mode = None if a["mode"] == b["mode"] else b["mode"] or "auto_think"
-            out.append({"messages": a["messages"] + retold(b, [mode])["messages"]})
-    return out
-
-
-def write(run, out: Path, lines: dict[str, list]):
-    def each():
-        for kind, content in lines.items() if run.main else ():
-            write_lines(out / f"{kind}.jsonl", content)
-    run.attempt(f"cannot write {out}", each)
-    run.say("conversations: " + ", ".join(f"{kind} {len(content)}" for kind, content in lines.items()))
-
-
-def build(run, pool, keep: list[Path], out: Path, plan: dict, seed: int):
-    """Writes out/<kind>.jsonl of the first pass, with their media beside them. pool: (line, root of its media)."""
-    lines = {kind: [] for kind in MIX}
-    for i, (line, root) in enumerate(pool if run.main else ()):
-        try:
-            made = kinds(line, root, random.Random(f"{seed}/{i}")).items()
-            made = {kind: [adopt(c, root, out) for c in conversations] for kind, conversations in made}
-        except (MediaError, ValueError) as e:
-            run.say(f"skipped: {e}")
+            conversations.append(second.conversation(first.mode, second.mode))
             continue
-        for kind, conversations in made.items():
-            lines[kind] += conversations
-    for path in keep if run.main else ():  # the switch in the first turn holds for all of them
-        content, kept = text_lines(path), max(1, round(KEEP[path.stem] * plan["kept"]))
-        for number, text in content[:: max(1, len(content) // kept)]:
-            try:
-                messages = json.loads(text)["messages"]
-                first = next(i for i, m in enumerate(messages) if m["role"] == "user") + 1
-                messages = [*switch(messages[:first], "no_think"), *messages[first:]]
-                lines["keep"].append(adopt({"messages": messages}, path.parent, out))
-            except (MediaError, ValueError, KeyError, TypeError, StopIteration) as e:
-                run.say(f"skipped {path}:{number}: {e!r}")
-    lines["turns"] = several_turns(lines["think"] + lines["no_think"], random.Random(f"{seed}/turns"))
-    write(run, out, lines)
+        # the first question's switch holds for the second, until that has one of its own
+        switches = [] if first.mode == second.mode else [second.mode]
+        turns = first.conversation(first.mode)["messages"]
+        turns += second.conversation(*switches)["messages"]
+        conversations.append({"messages": turns})
+    return conversations
 
 
-def kind_of(line: dict) -> tuple:
-    """Questions of one task and level of difficulty are of one kind."""
-    return line["meta"]["task"], str(line["meta"].get("difficulty", 1))
+def kept_lines(path: Path, count: int) -> list[dict]:
+    """About `count` lines of a pre-training file, evenly, but none that thinks.
+
+    /no_think in the first turn holds for all turns.
+    """
+    lines = Lines(path, check_training, MAX_BAD_SHARE)
+    kept = []
+    for i in range(0, len(lines), max(1, len(lines) // count)):
+        record = lines[i]
+        *question, answer = record["messages"]
+        if not asks(question):  # plain text answers nobody
+            kept.append({"messages": record["messages"]})
+        elif not thinks(record):
+            kept.append(Example(question, answer, "no_think", lines.root).conversation("no_think"))
+    return kept
 
 
-def measure(run, folder: Path, pool, plan: dict, seed: int) -> list[str | None]:
-    """The mode in which the model in `folder` answers each question of the pool best, on all ranks, by `best_modes`."""
-    generator, mine, kinds = Generator.from_pretrained(folder, run.device), {}, [kind_of(line) for line, _ in pool]
-    seen, turns = Counter(), []
-    for i, kind in enumerate(kinds):  # plan["asked"] questions, equally many of each kind as far as there are
+def write_kind(run: Run, out: Path, root: Path, kind: str, conversations: list[dict]):
+    """out/KIND.jsonl, its media linked below out."""
+    write_linked(run, out / f"{kind}.jsonl", conversations, root)
+    run.say(f"{kind}: {len(conversations)} conversations")
+
+
+def build(run: Run, kinds: dict[str, list[Example]], folder: Path, out: Path, plan: dict):
+    """Writes the first pass's conversations, a file for each kind."""
+    root = folder / "train"
+    for kind in SWITCH:
+        examples = kinds.get(kind, [])
+        write_kind(run, out, root, kind, [e.conversation(e.mode) for e in examples])
+    clips = []
+    for example in kinds.get("video", []):
+        for fps in (2.0, 1.0):
+            clips.append(at_frame_rate(example, fps).conversation(example.mode))
+    write_kind(run, out, root, "video", clips)
+
+    keep = []
+    for name, share in KEEP.items():
+        path = root / f"{name}.jsonl"
+        if path.exists():
+            keep += kept_lines(path, max(1, round(share * plan["kept"])))
+    write_kind(run, out, root, "keep", keep)
+
+    single = kinds.get("think", []) + kinds.get("no_think", [])
+    turns = several_turns(single, random.Random(f"{run.args.seed}/turns"))
+    write_kind(run, out, root, "turns", turns)
+
+
+# ----------------------------------------------------------------------------------------------
+# auto-think: where thinking helps, measured
+
+
+def answers_by_mode(kinds: dict[str, list[Example]]) -> list[dict[str, Example]]:
+    """Questions with a known truth and an answer in both think and no_think: {mode: Example}.
+
+    agentic_think counts where its answer calls a tool.
+    """
+    by_question = defaultdict(dict)
+    for examples in kinds.values():
+        for example in examples:
+            if example.mode != "agentic_think" or "<tool_call>" in text_of(example.answer):
+                by_question[example.key][example.mode] = example
+    return [
+        answers
+        for answers in by_question.values()
+        if {"think", "no_think"} <= answers.keys() and answers["think"].meta
+    ]
+
+
+def question_kind(answers: dict[str, Example]) -> tuple[str, str]:
+    """Questions of one task and level of difficulty are alike."""
+    meta = answers["think"].meta
+    return meta.get("task", ""), str(meta.get("difficulty", 1))
+
+
+def evenly_by_kind(kinds: list, count: int) -> list[int]:
+    """Indices of `count` questions, equally many of each kind as far as there are."""
+    seen = Counter()
+    turns = []
+    for i, kind in enumerate(kinds):
         turns.append((seen[kind], i))
         seen[kind] += 1
-    own = [i for _, i in sorted(turns)[: plan["asked"]]][run.rank :: run.world]
-    for at in range(0, len(own), 256):
-        jobs = [(i, *pool[i], mode) for i in own[at : at + 256] for mode in ANALYSIS
-                if mode != "agentic_think" or "place" in pool[i][0]["meta"] or pool[i][0]["meta"]["task"] == "arithmetic"]
-        # greedy, as answers are given later: sampling errs once a step, and would count against long answers
-        rows = rollout(generator, [job[1:] for job in jobs], 1, longest_answer(generator.model.config), [str(seed)] * len(jobs), 0.0)
-        for (i, line, _, mode), group in zip(jobs, rows):
-            mine[i, mode] = [verify(parse(row["content"], mode, row["finished"]).final, line["meta"])[1] for row in group]
-    right = {}
-    for part in run.gather_objects(mine):
-        right |= {key: answers for key, answers in part.items() if answers}
-    return best_modes(right, kinds)
+    return [i for _, i in sorted(turns)[:count]]
+
+
+def measure(run: Run, model_folder: Path, questions: list, count: int) -> dict:
+    """{(question, mode): whether the model's answer is right}, on all ranks, for `count` of them.
+
+    Greedy, as answers are given later: sampling errs once a step, and would count against
+    long answers.
+    """
+    generator = Generator.from_pretrained(model_folder, run.device)
+    max_answer = SCALE[run.args.size].max_answer
+    chosen = evenly_by_kind([question_kind(q) for q in questions], count)
+    keys = []
+    prompts = []
+    for i in chosen[run.rank :: run.world]:
+        meta = questions[i]["think"].meta
+        for mode, example in questions[i].items():
+            record = example.conversation() | {"meta": meta}
+            keys.append((i, mode))
+            prompts.append(Prompt(record, example.root, mode, str(run.args.seed)))
+    groups = sample_groups(generator, prompts, 1, max_answer, 0.0, keep_pixels=False)
+    local = {}
+    for key, prompt, group in zip(keys, prompts, groups):
+        for rollout in group:  # none where the media cannot be read
+            final = parse(rollout.content, prompt.mode, rollout.response.finished).final
+            local[key] = verify(final, prompt.record["meta"])[1]
+    return run.merge(local)
 
 
 def best_modes(right: dict, kinds: list) -> list[str | None]:
-    """right: {(question, mode): [0 or 1, ..]}, kinds of all questions -> each question's mode that is right most often, a
-    plain answer unless another gains GAIN. One answer says little of a question: OWN of the share is its own, the rest, and
-    all where it was not asked, is that of its kind. None: nothing of its kind was asked."""
-    pooled, best = {}, []
-    for (i, mode), answers in right.items():
-        pooled.setdefault((kinds[i], mode), []).extend(answers)
-    share = lambda answers: sum(answers) / len(answers)
+    """The mode that is right most often for each question; a plain answer unless one gains GAIN.
+
+    right: {(question, mode): 0 or 1}; kinds: of all questions. One answer says little of a
+    question: OWN of its share is its own, the rest (all, where it was not asked) that of its kind.
+    None where nothing of its kind was asked.
+    """
+    pooled = defaultdict(list)
+    for (i, mode), value in right.items():
+        pooled[kinds[i], mode].append(value)
+    best = []
     for i, kind in enumerate(kinds):
-        known = {mode: share(pooled[kind, mode]) for mode in ANALYSIS if (kind, mode) in pooled}
-        worth = {mode: (OWN * share(right[i, mode]) + (1 - OWN) * value if (i, mode) in right else value) - GAIN * (mode != "no_think")
-                 for mode, value in known.items()}
+        worth = {}
+        for mode in ANALYSIS:
+            if (kind, mode) not in pooled:
+                continue
+            share = mean(pooled[kind, mode])
+            if (i, mode) in right:
+                share = OWN * right[i, mode] + (1 - OWN) * share
+            worth[mode] = share if mode == "no_think" else share - GAIN
         best.append(max(worth, key=worth.get, default=None))
     return best
 
 
-def build_auto(run, folder: Path, pool, out: Path, plan: dict, seed: int):
-    """Writes out/auto_think.jsonl, and the several turns again with auto-think among them."""
-    best, lines, chosen = measure(run, folder, pool, plan, seed), {"auto_think": []}, Counter()
-    for i, ((line, root), mode) in enumerate(zip(pool, best)) if run.main else ():
-        try:
-            if mode and (conversation := analysed(line, root, random.Random(f"{seed}/auto/{i}"), mode)):
-                lines["auto_think"].append(adopt(conversation, root, out))
-                chosen[line["meta"]["task"], mode != "no_think"] += 1
-        except (MediaError, ValueError) as e:
-            run.say(f"skipped: {e}")
-    single = [json.loads(text) for kind in ("think", "no_think") for _, text in text_lines(out / f"{kind}.jsonl")]
-    if run.main:
-        lines["turns"] = several_turns(single + lines["auto_think"], random.Random(f"{seed}/turns"))
-    write(run, out, lines)
-    run.say("auto-think thinks on: " + ", ".join(f"{task} {chosen[task, True] / (chosen[task, True] + chosen[task, False]):.0%}"
-                                                 for task in sorted({task for task, _ in chosen})))
+def analysed(answers: dict[str, Example], mode: str) -> Example:
+    """The question in auto-think: an analysis that names the mode, then that mode's answer."""
+    example = answers.get(mode, answers["think"])
+    analysis = f"<analysis>{ANALYSIS[mode]}</analysis>"
+    content = example.answer["content"]
+    if isinstance(content, str):
+        content = analysis + content
+    else:
+        content = [{"type": "text", "text": analysis}, *content]
+    answer = {"role": "assistant", "content": content}
+    return Example(example.question, answer, "auto_think", example.root)
+
+
+def build_auto(run: Run, model_folder: Path, kinds: dict, folder: Path, out: Path, plan: dict):
+    """Writes auto_think.jsonl, and the several turns again, with auto-think among them."""
+    questions = answers_by_mode(kinds)
+    question_kinds = [question_kind(q) for q in questions]
+    right = measure(run, model_folder, questions, plan["measured"])
+    examples = []
+    thinking = defaultdict(list)  # whether it is taught to think, by task
+    for answers, mode in zip(questions, best_modes(right, question_kinds)):
+        if mode:
+            examples.append(analysed(answers, mode))
+            thinking[question_kind(answers)[0]].append(mode != "no_think")
+    rng = random.Random(f"{run.args.seed}/auto")
+    conversations = []
+    for example in examples:
+        switches = ["auto_think"] if rng.random() < 0.5 else []  # no switch means the same
+        conversations.append(example.conversation(*switches))
+    root = folder / "train"
+    write_kind(run, out, root, "auto_think", conversations)
+
+    single = kinds.get("think", []) + kinds.get("no_think", []) + examples
+    turns = several_turns(single, random.Random(f"{run.args.seed}/turns"))
+    write_kind(run, out, root, "turns", turns)
+    shares = [f"{task} {mean(values):.0%}" for task, values in sorted(thinking.items())]
+    run.say("auto-think thinks on: " + (", ".join(shares) or "nothing; no question has a truth"))
+
+
+# ----------------------------------------------------------------------------------------------
+
+
+def mixture(out: Path, weights: dict[str, float]) -> list[tuple[Path, float]]:
+    paths = [(out / f"{kind}.jsonl", weight) for kind, weight in weights.items()]
+    return [(path, weight) for path, weight in paths if path.stat().st_size]
 
 
 def main(args):
-    init, folder, began, plan = trainer.before(args, "mpo"), Path(args.data or f"data/{args.size}"), time.time(), PLAN[args.size]
+    begin = time.time()
+    folder = data_folder(args)
+    plan = PLAN.get(args.size, PLAN["released"])
+    init = previous_model(args, "mpo")
+    check_heldout(folder)
+    kinds = read_kinds(folder)
     out = Path(args.out) / args.size / "coldstart-modes" / "data"
-    pool = [(line, root) for line, root in question_pool(folder) if line["meta"].get("steps")]
-    if not pool:
-        raise SystemExit(f"no question in {folder / 'train'} has \"steps\" in its meta: nothing to think with")
-    pool = random.Random(f"{args.seed}/pool").sample(pool, min(plan["pool"], len(pool)))
-    if args.fresh:  # the second pass is nothing without the first
-        (Path(args.out) / args.size / "coldstart" / "score.json").unlink(missing_ok=True)
-    for number, stage in enumerate(("coldstart-modes", "coldstart")):
-        run = trainer.start(args, stage)
-        if not trainer.finished(run):
-            marker, mix = run.folder / "data.done", MIX_AUTO if number else MIX
-            if args.fresh or not marker.exists():
-                out.mkdir(parents=True, exist_ok=True)
-                if number == 0:
-                    build(run, pool, [p for p in (folder / "train" / f"{name}.jsonl" for name in KEEP) if p.exists()], out, plan, args.seed)
-                else:
-                    build_auto(run, init, pool, out, plan, args.seed)
-                run.attempt(f"cannot write {marker}", lambda: run.main and marker.touch())
-            mixture = [(out / f"{kind}.jsonl", weight) for kind, weight in mix.items() if (out / f"{kind}.jsonl").stat().st_size]
-            finetune(run, KeyeVL.from_pretrained(init), Processor.from_pretrained(init), mixture, plan,
-                     args.steps or plan["steps"][number], args.seed)
-            trainer.finish(run, phase_score(run, folder, args, MODES) if number else {})
-            args.resume = False  # it was for the pass that had been interrupted
-        init = run.folder / "model"
-    run.main and print(f"the cold start took {time.time() - began:.0f} s; the model is in {init}", flush=True)
+    first_steps, second_steps = plan["steps"]
+
+    run = start(args, "coldstart-modes")
+    run.made_from(init=init, weights=fingerprint(init))
+    trained_now = not run.trained()
+    if trained_now:
+        if not (run.folder / "built.json").exists():
+            build(run, kinds, folder, out, plan)
+            run.write_json("built.json", {})
+        finetune(run, init, mixture(out, MIX), plan["lr"], args.steps or first_steps)
+        run.mark_trained()
+        args.resume = False  # it was for the pass that had been interrupted
+    run.close()
+
+    first = run.folder / "model"
+    run = start(args, "coldstart")
+    if trained_now:
+        run.attempt("cannot clean the old second pass", run.forget)
+    run.made_from(init=first, weights=fingerprint(first))
+    if not run.trained():
+        if not (run.folder / "built.json").exists():
+            build_auto(run, first, kinds, folder, out, plan)
+            run.write_json("built.json", {})
+        weights = MIX | {"auto_think": AUTO}
+        finetune(run, first, mixture(out, weights), plan["lr"], args.steps or second_steps)
+        run.mark_trained()
+    run.score(lambda: score_phase(run, folder / "heldout", MODES, args.eval_limit))
+    run.close()
+    took = time.time() - begin
+    run.say(f"the cold start took {took:.0f} s; the model is in {run.folder / 'model'}")
 
 
 if __name__ == "__main__":
-    main(trainer.phase_arguments(__doc__).parse_args())
+    main(arguments(__doc__).parse_args())

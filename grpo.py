@@ -1,313 +1,411 @@
-r"""Mix-mode reinforcement learning: GRPO on answers in all of Keye's modes (arXiv 2507.01949, 4.2.2).
+r"""Mix-mode reinforcement learning: GRPO on responses in all modes (arXiv 2507.01949, 4.2.2).
 
     python grpo.py                                          toy, from runs/toy/coldstart/model
-    python grpo.py --algo gspo                              sequence ratios, as Keye-VL 1.5 (or dr_grpo, dapo)
+    python grpo.py --algo gspo                              sequence ratios, as Keye-VL 1.5
     python grpo.py --judge http://localhost:8000/v1 --judge-model name
     torchrun --nproc_per_node=8 grpo.py --size 8b --data mydata
 
-Each step draws questions, gives each a mode, and samples a group of G answers y_i; tools run in the sandbox, and what they
-return stands in the context but is never trained. An answer earns r_i (rewards.py); what is learned is
+In: questions with known answers (--data's train/questions.jsonl, detail.jsonl, instruct.jsonl).
+Out: runs/SIZE/grpo/model; reward and its parts in metrics.jsonl.
 
-    A_i   = (r_i - mean r) / (std r + 1e-4)                 over its group; std unbiased
-    rho_t = exp(log p(y_t) - log p_sampled(y_t))
-    L_t   = -min(rho_t A_i, clip(rho_t, 1 - low, 1 + high) A_i) + beta k3_t,   at most -3 A_i where A_i < 0
+Each step draws prompts, gives each a mode, and samples a group of G responses y_i to it; tools run
+in the sandbox, and what they return is context, never trained on. A response earns r_i
+(common/rewards.py). With p_old the policy that sampled and p_ref the model at the start:
+
+    A_i   = (r_i - mean r) / (std r + 1e-4)              over its group; std unbiased
+    rho_t = p(y_t) / p_old(y_t)
+    L_t   = -min(rho_t A_i, clip(rho_t, 1 - low, 1 + high) A_i) + beta k3_t, at most -3 A_i if A_i < 0
     k3_t  = exp(d) - d - 1,  d = log p_ref(y_t) - log p(y_t)
 
-    --algo     a token's weight (N answers, T_i tokens)     differences
-    grpo       1 / (N T_i)                                  DeepSeekMath, arXiv 2402.03300
-    dapo       1 / (all tokens)                             arXiv 2503.14476
-    dr_grpo    1 / (N longest)                              A_i without std, arXiv 2503.20783
-    gspo       1 / (N T_i)                                  rho of the whole answer, its mean per token, arXiv 2507.18071
+    --algo    weight of a token (N responses of T_i tokens)   what differs
+    grpo      1 / (N T_i)                                      DeepSeekMath, arXiv 2402.03300
+    dapo      1 / (all tokens)                                 arXiv 2503.14476
+    dr_grpo   1 / (N max_tokens)                               A_i without std, arXiv 2503.20783
+    gspo      1 / (N T_i)                                      rho: the response's mean over its
+                                                               tokens, arXiv 2507.18071
 
-Groups that are all right or all wrong teach nothing and are dropped: by accuracy, as shaped rewards always differ a
-little. An answer without a score (its judge failed) leaves its group. In auto mode the tokens of <analysis>, which choose
-the mode, weigh apart from the rest: else a short answer would move them many times more than a long one.
-
-Log: reward and its parts, spread of groups, dropped groups, clipped share, KL, entropy, length, share of thinking, calls.
-The model is left in runs/<size>/grpo/model.
+The groups of a step are dealt over several optimizer steps ("updates"): from the second on the
+policy is no longer p_old, so ratios leave 1, and clipping acts. Groups that are all right or all
+wrong teach nothing and are dropped: by accuracy, as shaped rewards always differ a little. A
+response without a score (its judge failed) leaves its group.
 """
+
 import os
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-import rewards
-import trainer
+from common.checkpoint import export, fingerprint, resume, save_if_due
+from common.conversation import MODES
+from common.judge import Judge
+from common.optim import clip_gradients, make_optimizer, schedule, set_lr
+from common.packing import even_packs, sample_of_label
+from common.parallel import shard, whole
+from common.questions import check_heldout, draw_prompts, question_pool
+from common.rollout import Rollout, reward_groups, sample_groups, trajectory
+from common.run import Run, add_judge_arguments, arguments, data_folder, previous_model, start
 from data import Processor, pack
-from evaluate import phase_score
-from generate import Generator, by_task, draw, earned, rollout, trajectory
-from model import KeyeVL, training_flops
-from sft import question_pool
+from evaluate import score_phase
+from generate import Generator
+from model import SCALE, KeyeVL, step_work
 
-# ours, every number: Keye states no group size, beta, clip, rate, batch or length
+# ours, every number but those with a source: Keye states no group size, beta, clip, rate or length.
+# prompts, group: of a step; updates: optimizer steps on them; pack: tokens of a micro-batch
 PLAN = {
-    "toy": dict(pack=4096, steps=40, lr=1.5e-4, muon=2, prompts=32, group=8, updates=1, longest=144),
-    "tiny": dict(pack=16384, steps=40, lr=5e-5, muon=2, prompts=64, group=8, updates=1, longest=144),
-    "small": dict(pack=16384, steps=200, lr=3e-5, muon=2, prompts=64, group=8, updates=1, longest=192),
-    # group, rate and updates are those of the same team's Thyme (2508.11630), which says nothing about lengths
-    **{size: dict(pack=16384, steps=500, lr=5e-7, muon=0, prompts=256, group=8, updates=1, longest=4096)
-       for size in ("0.6b", "1.7b", "4b", "8b")},
+    "toy": {
+        "steps": 40, "lr": 1e-4, "prompts": 32, "group": 8, "updates": 2,
+        "max_tokens": 144, "pack": 4096,
+    },
+    "tiny": {
+        "steps": 40, "lr": 4e-5, "prompts": 64, "group": 8, "updates": 2,
+        "max_tokens": 144, "pack": 16384,
+    },
+    "small": {
+        "steps": 200, "lr": 2e-5, "prompts": 64, "group": 8, "updates": 2,
+        "max_tokens": 192, "pack": 16384,
+    },
+    # group and rate are those of the same team's Thyme (2508.11630), updates those of GSPO
+    "released": {
+        "steps": 500, "lr": 5e-7, "prompts": 256, "group": 8, "updates": 4,
+        "max_tokens": 4096, "pack": 16384,
+    },
 }
-ADAM = dict(weight_decay=0.0, betas=(0.9, 0.95))
-WARMUP, BETA, DUAL = 0.1, 1e-3, 3.0
-CLIP = {"gspo": (3e-4, 4e-4)}  # GSPO's own; else
-LOW, HIGH = 0.2, 0.28  # DAPO's
+ASKED = {"think": 3, "no_think": 2, "auto_think": 4, "agentic_think": 3}  # modes, by weight
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo")
-MODE_WEIGHT = 0.5  # of all mode-choosing tokens of an answer, beside 1 for the rest of it
-COST = 0.1  # of an auto answer as long as the longest: of two right answers the short one is better
-MODES = {"think": 3, "no_think": 2, "auto_think": 4, "agentic_think": 3}  # of the questions, by weight
+BETA = 1e-3  # of the KL term
+CLIP = (0.2, 0.28)  # low, high: DAPO's
+CLIP_SEQUENCE = (3e-4, 4e-4)  # GSPO's own: a mean over many tokens moves little
+DUAL_CLIP = 3.0  # a bad response is pushed away no harder, however likely it has become
+WARMUP = 0.1  # of the steps
+# In auto mode the tokens of <analysis>, which choose the mode, weigh apart: all of them together
+# half of what the rest of the response weighs, or a short one's would count many times more.
+MODE_WEIGHT = 0.5
+# Of two right auto responses the short one is better: this much at max_tokens.
+LENGTH_COST = 0.1
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the loss
 
 
-def advantages(totals: list, algo: str = "grpo", eps: float = 1e-4) -> list[float]:
-    """A_i of one group's rewards; None (unscored) gets 0 and is in neither mean nor std. ValueError: a group of one."""
-    if len(totals) < 2:
-        raise ValueError("a group of one answer has no advantage")
-    known = [r for r in totals if r is not None]
+def advantages(rewards: list[float | None], algo: str = "grpo", eps: float = 1e-4) -> list[float]:
+    """A_i of one group. None (unscored) gets 0, and is in neither mean nor std.
+
+    ValueError for a group of one.
+    """
+    if len(rewards) < 2:
+        raise ValueError("a group of one response has no advantage")
+    known = [r for r in rewards if r is not None]
     if len(known) < 2:
-        return [0.0] * len(totals)
+        return [0.0] * len(rewards)
     mean = sum(known) / len(known)
     std = (sum((r - mean) ** 2 for r in known) / (len(known) - 1)) ** 0.5
     scale = 1.0 if algo == "dr_grpo" else std + eps
-    return [0.0 if r is None else (r - mean) / scale for r in totals]
+    return [0.0 if r is None else (r - mean) / scale for r in rewards]
 
 
-def spread(rights: list) -> bool:
-    """Whether some of a group's scored answers are right (and in form: else they earn nothing) and some not."""
-    return len(set(rights)) > 1
-
-
-def token_weights(lengths: list[int], algo: str, longest: int, n: float, tokens: float) -> list[float]:
-    """Weight of each token of answers of these lengths. n, tokens: answers and trained tokens of the whole update."""
-    return [{"grpo": 1 / (n * max(1, t)), "gspo": 1 / (n * max(1, t)), "dapo": 1 / max(1, tokens), "dr_grpo": 1 / (n * longest)}[algo]
-            for t in lengths]
+def token_weight(length: int, algo: str, max_tokens: int, responses: float, tokens: float) -> float:
+    """The weight of each token of a response; responses, tokens: of the whole update."""
+    if algo == "dapo":
+        return 1 / max(1, tokens)
+    if algo == "dr_grpo":
+        return 1 / (responses * max_tokens)
+    return 1 / (responses * max(1, length))
 
 
 def k3(logp, reference):
-    """Schulman's estimator of KL(p || reference) at sampled tokens, never negative; the difference is kept within +-20."""
+    """Schulman's estimator of KL(p || reference) at sampled tokens, never negative."""
     d = (reference - logp).clamp(-20, 20)
     return d.exp() - d - 1
 
 
-def policy_loss(logp, old, reference, advantage, weight, owner=None, algo="grpo", beta=BETA, clip=(LOW, HIGH)):
-    """(loss, clipped): sum of weight * L_t, and (N,) 1 where clipping stops a token's gradient. All (N,) at trained tokens:
-    log-probabilities now, of the sampler and of the reference, the answer's advantage, weight (token_weights). owner (N,):
-    index of a token's answer, for gspo."""
-    ratio = logp - old
-    if algo == "gspo":  # exp of the answer's mean, with the gradient of each token's own log-probability
-        size = int(owner.max()) + 1 if len(owner) else 0
-        zeros = logp.new_zeros(size)
-        mean = zeros.index_add(0, owner, ratio.detach()) / zeros.index_add(0, owner, torch.ones_like(ratio)).clamp(min=1)
-        ratio = mean[owner] + logp - logp.detach()
-    rho = ratio.clamp(-10, 10).exp()
-    plain, bounded = rho * advantage, rho.clamp(1 - clip[0], 1 + clip[1]) * advantage
+def policy_loss(
+    logp, old, reference, advantage, weight, owner=None, algo="grpo", beta=BETA, clip=CLIP
+):
+    """The sum of weight * L_t, and (N,) 1 where clipping stops a token's gradient.
+
+    All (N,), at trained tokens: log-probabilities now, of the policy that sampled and of the
+    reference; the response's advantage; token_weight; owner: index of the response, for gspo.
+    """
+    log_ratio = logp - old
+    if algo == "gspo":
+        # exp of the response's mean, with the gradient of each token's own log-probability
+        count = int(owner.max()) + 1 if len(owner) else 0
+        zeros = logp.new_zeros(count)
+        sums = zeros.index_add(0, owner, log_ratio.detach())
+        lengths = zeros.index_add(0, owner, torch.ones_like(log_ratio)).clamp(min=1)
+        log_ratio = (sums / lengths)[owner] + logp - logp.detach()
+    ratio = log_ratio.clamp(-10, 10).exp()
+    plain = ratio * advantage
+    bounded = ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage
     gain = torch.minimum(plain, bounded)
-    gain = torch.where(advantage < 0, torch.maximum(gain, DUAL * advantage), gain)  # a ratio far above 1 is no reason to leap
+    gain = torch.where(advantage < 0, torch.maximum(gain, DUAL_CLIP * advantage), gain)
     clipped = (gain.detach() != plain.detach()).float()
-    return (weight * (beta * k3(logp, reference) - gain)).sum(), clipped
+    loss = (weight * (beta * k3(logp, reference) - gain)).sum()
+    return loss, clipped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# questions, answers, samples to train on
+# ----------------------------------------------------------------------------------------------
+# rollouts: which teach, and what the loss needs of them
 
 
-def choosing(row: dict, tokenizer) -> int:
-    """How many of the row's first ids choose the mode: all up to </analysis>, where it begins with one."""
-    if not tokenizer.decode(row["ids"][:16]).startswith("<analysis>"):
+def charge_length(groups: list[list[Rollout]], max_tokens: int):
+    """In auto mode a response pays for its tokens, so that thinking has to be worth them (ours)."""
+    for group in groups:
+        for rollout in group:
+            reward = rollout.reward
+            if rollout.prompt.mode == "auto_think" and reward.total is not None:
+                reward.total -= LENGTH_COST * sum(rollout.response.sampled) / max_tokens
+
+
+def teaches(group: list[Rollout]) -> bool:
+    """Whether some scored responses are right, and in form (else they earn nothing), and some not."""
+    scored = [rollout.reward for rollout in group if rollout.reward.total is not None]
+    return len({reward.format and reward.right for reward in scored}) > 1
+
+
+def analysis_tokens(ids: list[int], tokenizer) -> int:
+    """How many of a response's first ids choose the mode: all up to </analysis>."""
+    if not tokenizer.decode(ids[:16]).startswith("<analysis>"):
         return 0
-    return next((i + 1 for i in range(min(len(row["ids"]), 100)) if "</analysis>" in tokenizer.decode(row["ids"][: i + 1])), 0)
+    for end in range(1, min(len(ids), 100) + 1):
+        if "</analysis>" in tokenizer.decode(ids[:end]):
+            return end
+    return 0
 
 
-def score(jobs, rows, longest: int, judge) -> list[list[dict]]:
-    """The parts of every answer's reward; in auto mode its length costs a little (ours)."""
-    out = earned(jobs, rows, longest, judge)
-    for (_, _, mode), group, told in zip(jobs, rows, out):
-        for row, p in zip(group, told):
-            if mode == "auto_think" and p["total"] is not None:
-                p["total"] -= COST * sum(row["sampled"]) / longest
-    return out
+def training_sample(rollout: Rollout, tokenizer) -> dict:
+    """The rollout's trajectory, with what the loss needs at each of its n trained tokens."""
+    response = rollout.response
+    sampled = [i for i, own in enumerate(response.sampled) if own]
+    chooses = analysis_tokens(response.ids, tokenizer)
+    return trajectory(rollout) | {
+        "sampler": torch.tensor([response.logprobs[i] for i in sampled]),  # (n,)
+        "advantage": torch.full((len(sampled),), rollout.advantage),  # (n,)
+        "chooses_mode": torch.tensor([i < chooses for i in sampled], dtype=torch.bool),  # (n,)
+    }
 
 
-def samples_of(group, told, algo: str, tokenizer) -> list[dict]:
-    """The group's trajectories with what the loss needs at each trained token: old (sampler), advantage, mode (whether it
-    chooses the mode)."""
-    out = []
-    for row, p, a in zip(group, told, advantages([p["total"] for p in told], algo)):
-        sample, first = trajectory(row["sample"], row), choosing(row, tokenizer)
-        own = [i for i, s in enumerate(row["sampled"]) if s]
-        out.append(sample | {"old": torch.tensor([row["logprobs"][i] for i in own]), "advantage": torch.full((len(own),), a),
-                             "mode": torch.tensor([i < first for i in own])})
-    return out
+def set_weights(samples: list[dict], algo: str, max_tokens: int, responses: float, tokens: float):
+    """Adds "weight" (n,) to each sample; responses, tokens: of the update, on all ranks."""
+    for sample in samples:
+        chooses = sample["chooses_mode"]
+        rest = int((~chooses).sum())
+        weight = token_weight(rest, algo, max_tokens, responses, tokens)
+        mode_weight = MODE_WEIGHT / (responses * max(1, int(chooses.sum())))
+        sample["weight"] = torch.where(chooses, mode_weight, weight)
 
 
-def weigh(samples: list[dict], algo: str, longest: int, n: float, tokens: float):
-    """Adds "weight" to each sample; the tokens that choose a mode share MODE_WEIGHT / N among them."""
-    rest = [int((~s["mode"]).sum()) for s in samples]
-    for s, w in zip(samples, token_weights(rest, algo, longest, n, tokens)):
-        s["weight"] = torch.where(s["mode"], MODE_WEIGHT / (n * max(1, int(s["mode"].sum()))), w)
+PER_TOKEN = ("sampler", "old", "reference", "advantage", "weight")
 
 
-def gather_batch(samples: list[dict]) -> dict:
+def batch_of(samples: list[dict]) -> dict:
     """Samples -> one packed batch, with their per-token values end to end."""
     batch = pack(samples)
-    for key in ("old", "advantage", "weight", "reference"):
-        if key in samples[0]:
-            batch[key] = torch.cat([s[key] for s in samples]).float()
-    batch["owner"] = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(s["old"]) for s in samples]))
+    for key in PER_TOKEN:
+        batch[key] = torch.cat([sample[key] for sample in samples]).float()
     return batch
 
 
-class Sampler:
-    """A generator over the weights in training: the model itself in one process, under FSDP a whole copy on every rank,
-    since ranks sample for different times and could not gather each layer together."""
+def blank_sample(processor: Processor) -> dict:
+    """No label, no value: for a rank that has fewer packs than others."""
+    sample = processor({"messages": [{"role": "system", "content": ""}]})
+    return sample | {key: torch.zeros(0) for key in PER_TOKEN}
 
-    def __init__(self, model, processor, run):
-        self.model, self.copy = model, None
+
+@torch.no_grad()
+def add_logprobs(run: Run, model: KeyeVL, packs: list[list[dict]], key: str):
+    """Adds the model's log-probabilities of the trained tokens to each sample, under `key`."""
+    for samples in packs:
+        with run.autocast():
+            logp, _ = model.logprobs(run.to(pack(samples)))
+        lengths = [len(sample["advantage"]) for sample in samples]
+        for sample, values in zip(samples, logp.cpu().split(lengths)):
+            sample[key] = values
+
+
+class Sampler:
+    """A generator over the weights in training.
+
+    In one process that is the model itself. Under FSDP ranks sample for different times and could
+    not gather each layer together: each has a whole copy, refreshed at every step.
+    """
+
+    def __init__(self, run: Run, model: KeyeVL, processor: Processor):
+        self.model = model
+        self.copy = None
         if isinstance(model, FSDPModule):
             self.copy = KeyeVL.empty(model.config, run.dtype, run.device).requires_grad_(False)
         self.generator = Generator(self.copy or model, processor)
+        self.blank = blank_sample(processor)
 
     @torch.no_grad()
     def refresh(self):
         if self.copy is not None:
-            for mine, theirs in zip(self.copy.state_dict().values(), self.model.state_dict().values()):
-                mine.copy_(trainer.whole(theirs))
+            trained = self.model.state_dict().values()
+            for target, source in zip(self.copy.state_dict().values(), trained):
+                target.copy_(whole(source))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
+# one step of GRPO, and the loop around it
 
 
-def train(run, init: Path, pool, plan: dict, steps: int, algo: str, beta: float, seed: int, judge=None):
-    processor, model = Processor.from_pretrained(init), KeyeVL.from_pretrained(init)
-    cfg, tokenizer, longest = model.config, processor.tokenizer, plan["longest"]
-    model.decoder.activation_checkpointing = cfg.hidden_size >= 2048
-    model = trainer.shard(model, run)
-    opt = trainer.adamw(model, dict.fromkeys(("vit", "projector", "decoder"), plan["lr"]), muon=plan["muon"], **ADAM)
-    begin = trainer.resume(run, model, opt)
-    reference = None
-    if beta:
-        reference = trainer.shard(KeyeVL.from_pretrained(init).requires_grad_(False), run)
-    sampler, clip, tasks = Sampler(model, processor, run), CLIP.get(algo, (LOW, HIGH)), by_task(pool)
-    blank = [{**processor({"messages": [{"role": "system", "content": ""}]}), **{k: torch.zeros(0) for k in ("old", "advantage", "weight", "reference")}}]
+def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, beta, judge) -> dict:
+    """prompts: this rank's share of the step's. Returns what run.log takes."""
+    max_tokens = plan["max_tokens"]
+    tokenizer = sampler.generator.processor.tokenizer
+    clip = CLIP_SEQUENCE if algo == "gspo" else CLIP
+    log = defaultdict(list)
 
-    for step in range(begin["step"], steps):
-        trainer.set_lr(opt, trainer.schedule(step, steps, int(WARMUP * steps), "constant"))
-        sampler.refresh()
-        jobs = draw(tasks, plan["prompts"], MODES, f"{seed}/{step}")[run.rank :: run.world]
-        seeds = [f"{seed}/{step}/{run.rank + i * run.world}" for i in range(len(jobs))]  # the same on any number of ranks
-        rows = rollout(sampler.generator, jobs, plan["group"], longest, seeds)
-        told = score(jobs, rows, longest, judge)
-        keep = [i for i, t in enumerate(told) if spread([p["right"] and p["format"] for p in t if p["total"] is not None])]
-        log, tokens, flops = Log(jobs, rows, told, keep), 0, 0.0
+    # 1. Sample: a group of responses to each prompt, from the policy as it is now; tools run.
+    sampler.refresh()
+    groups = sample_groups(sampler.generator, prompts, plan["group"], max_tokens)
 
-        for update in range(plan["updates"]):
-            samples = [s for i in keep[update :: plan["updates"]] for s in samples_of(rows[i], told[i], algo, tokenizer)]
-            n, trained = run.sum(len(samples)), run.sum(sum(len(s["old"]) for s in samples))
-            if not n:
-                continue  # every group was all right or all wrong
-            weigh(samples, algo, longest, n, trained)
-            groups = trainer.even_packs(run, samples, plan["pack"], blank)
-            if reference is not None:
-                with torch.no_grad(), run.autocast():
-                    for group in groups:
-                        parts = reference.logprobs(run.to(pack(group)))[0].cpu().split([len(s["old"]) for s in group])
-                        for s, part in zip(group, parts):
-                            s["reference"] = part
-            else:
-                for s in samples:
-                    s["reference"] = s["old"]
-            for i, group in enumerate(groups):
-                batch = run.to(gather_batch(group))
-                with run.autocast():
-                    logp, entropy = model.logprobs(batch)
-                # one update: the sampler's weights are these; its rounding, in bf16, would only trip the clip
-                old = batch["old"] if plan["updates"] > 1 else logp.detach()
-                loss, clipped = policy_loss(logp, old, batch["reference"], batch["advantage"], batch["weight"],
-                                            batch["owner"], algo, beta, clip)
-                trainer.backward(model, loss, last=i == len(groups) - 1)
-                log.add(loss, clipped, logp, entropy, batch)
-                tokens += len(batch["tokens"])
-                flops += training_flops(cfg, batch["segments"].diff().tolist(), batch["grids"].tolist())
-            norm = trainer.clip(model, 1.0)
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-            log.norm = float(norm)
-        values = log.values(run)
-        if judge:
-            values["judge_failed"] = run.sum(sum(judge.failed.values())) / max(1, run.sum(judge.asked))
-        run.log(step, steps, tokens=tokens, flops=flops, lr=trainer.lr(opt), **values)
-        if run.bar is not None and run.main:
-            run.bar.set_description(f"{run.stage} reward {values['reward']:.2f}")
-        trainer.save_if_due(run, step + 1, steps, model, opt)
-    trainer.export(run, trainer.full_state(run, model), cfg, processor, run.folder / "model")
+    # 2. Reward: what each response is worth.
+    reward_groups(groups, max_tokens, judge)
+    charge_length(groups, max_tokens)
+
+    # 3. Advantage: what it is worth beside the others of its group.
+    kept = [group for group in groups if teaches(group)]
+    for group in kept:
+        totals = [rollout.reward.total for rollout in group]
+        for rollout, advantage in zip(group, advantages(totals, algo)):
+            rollout.advantage = advantage
+    describe(log, groups, kept)
+
+    # 4. Batches: the groups are dealt over the updates. What the policy that sampled and the
+    #    reference say of the responses is computed before the first update moves the policy.
+    updates = []
+    for first in range(plan["updates"]):
+        rollouts = [rollout for group in kept[first :: plan["updates"]] for rollout in group]
+        samples = [training_sample(rollout, tokenizer) for rollout in rollouts]
+        responses = run.sum(len(samples))
+        if responses:
+            tokens = run.sum(sum(len(sample["advantage"]) for sample in samples))
+            set_weights(samples, algo, max_tokens, responses, tokens)
+            packs = even_packs(run, samples, plan["pack"], sampler.blank)
+            add_logprobs(run, policy, packs, "old")
+            add_logprobs(run, reference or policy, packs, "reference")
+            updates.append(packs)
+
+    # 5. Loss and step, for each update.
+    loss_sum = norm = 0.0
+    batches = []
+    for packs in updates:
+        for samples in packs:
+            batch = run.to(batch_of(samples))
+            with run.autocast():
+                logp, entropy = policy.logprobs(batch)  # (N,) each
+            loss, clipped = policy_loss(
+                logp, batch["old"], batch["reference"], batch["advantage"], batch["weight"],
+                sample_of_label(batch), algo, beta, clip,
+            )
+            loss.backward()
+            loss_sum += float(loss.detach())
+            log["clipped"] += clipped.tolist()
+            log["entropy"] += entropy.tolist()
+            log["kl"] += k3(logp.detach(), batch["reference"]).tolist()
+            log["mismatch"] += (batch["old"] - batch["sampler"]).abs().tolist()
+            batches.append(batch)
+        norm = clip_gradients(policy)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    work = step_work(policy.config, batches)
+    return {"loss": run.sum(loss_sum), "norm": norm, **run.means(log), **work}
 
 
-class Log:
-    """A step's numbers: sums and counts of this rank, means over all of them at the end."""
+def train(run: Run, init: Path, questions: list, plan: dict, judge: Judge | None):
+    args = run.args
+    steps = args.steps or plan["steps"]
+    scale = SCALE[args.size]
+    processor = Processor.from_pretrained(init)
+    policy = KeyeVL.from_pretrained(init)
+    policy.decoder.activation_checkpointing = scale.recompute
+    policy = shard(policy, run)
+    rates = dict.fromkeys(("vit", "projector", "decoder"), plan["lr"])
+    opt = make_optimizer(policy, rates, weight_decay=0.0, muon=scale.muon)
+    progress = resume(run, policy, opt)
+    reference = None  # with beta 0 there is no KL term, and no second model
+    if args.beta:
+        reference = shard(KeyeVL.from_pretrained(init).requires_grad_(False), run)
+    sampler = Sampler(run, policy, processor)
 
-    def __init__(self, jobs, rows, told, keep):
-        self.sums, self.norm = {}, 0.0
-        parts = [p for group in told for p in group]
-        known = lambda key: [p[key] for p in parts if p[key] is not None]
-        for key in ("total", "outcome", "right", "format", "consistency", "repetition", "length"):
-            self.put({"total": "reward", "length": "overlong"}.get(key, key), sum(known(key)), len(known(key)))
-        self.put("unscored", sum(p["total"] is None for p in parts), len(parts))
-        flat = [(row, mode) for (_, _, mode), group in zip(jobs, rows) for row in group]
-        self.put("answer_tokens", sum(sum(row["sampled"]) for row, _ in flat), len(flat))
-        self.put("unfinished", sum(not row["finished"] for row, _ in flat), len(flat))
-        seen = [o for row, _ in flat for o in row["observations"]]
-        self.put("calls", len(seen), len(flat))
-        self.put("failed_calls", sum(not o.ok for o in seen), len(seen))
-        auto = [p for (_, _, mode), group in zip(jobs, told) for p in group if mode == "auto_think"]
-        for mode in ("think", "no_think", "agentic_think"):
-            self.put(f"auto_chose_{mode}", sum(p["parsed"].chose == mode for p in auto), len(auto))
-        for mode in rewards.MODES:
-            self.put(f"asked_{mode}", sum(m == mode for _, m in flat), len(flat))
-            right = [p["right"] for (_, _, m), group in zip(jobs, told) for p in group if m == mode and p["right"] is not None]
-            self.put(f"right_{mode}", sum(right), len(right))
-        stds = [torch.tensor(t).std().item() for t in ([p["total"] for p in g if p["total"] is not None] for g in told) if len(t) > 1]
-        self.put("group_std", sum(stds), len(stds))
-        self.put("dropped_groups", len(told) - len(keep), len(told))
-        for key in ("loss", "clipped", "kl", "entropy", "mismatch"):
-            self.put(key, 0.0, 0)
+    for step in range(progress.step, steps):
+        lr = set_lr(opt, schedule(step, steps, WARMUP, decay=0.0))
+        prompts = draw_prompts(questions, plan["prompts"], ASKED, f"{args.seed}/{step}")
+        values = grpo_step(
+            run, policy, reference, sampler, opt, prompts[run.rank :: run.world],
+            plan, args.algo, args.beta, judge,
+        )
+        run.log(step, steps, lr=lr, **judge_failures(run, judge), **values)
+        save_if_due(run, step + 1, steps, policy, opt)
+    export(run, policy, processor)
 
-    def put(self, key, total, n):
-        old = self.sums.get(key, (0.0, 0.0))
-        self.sums[key] = (old[0] + float(total), old[1] + float(n))
 
-    def add(self, loss, clipped, logp, entropy, batch):
-        n, logp = len(logp), logp.detach()
-        self.put("loss", loss.detach(), 0)
-        for key, values in (("clipped", clipped), ("kl", k3(logp, batch["reference"])), ("entropy", entropy),
-                            ("mismatch", (logp - batch["old"]).abs())):  # the last: sampler against trainer, 0 but for rounding
-            self.put(key, values.sum(), n)
+def describe(log: dict[str, list], groups: list[list[Rollout]], kept: list[list[Rollout]]):
+    """Appends the step's numbers to the log: lists, whose means over all ranks are written."""
+    log["dropped_groups"] += [0.0] * len(kept) + [1.0] * (len(groups) - len(kept))
+    for group in groups:
+        totals = [r.reward.total for r in group if r.reward.total is not None]
+        if len(totals) > 1:
+            log["group_std"].append(float(torch.tensor(totals).std()))
+        for rollout in group:
+            mode = rollout.prompt.mode
+            reward = rollout.reward
+            response = rollout.response
+            for name in ("outcome", "right", "format", "consistency", "repetition"):
+                value = getattr(reward, name)
+                if value is not None:
+                    log[name].append(float(value))
+            if reward.total is not None:
+                log["reward"].append(reward.total)
+            if reward.right is not None:
+                log[f"right_{mode}"].append(float(reward.right))
+            log["unscored"].append(float(reward.total is None))
+            log["overlong"].append(reward.length)
+            log["answer_tokens"].append(sum(response.sampled))
+            log["unfinished"].append(float(not response.finished))
+            log["calls"].append(len(response.observations))
+            log["failed_calls"] += [float(not seen.ok) for seen in response.observations]
+            for other in MODES:
+                log[f"asked_{other}"].append(float(other == mode))
+                if mode == "auto_think" and other != "auto_think":
+                    log[f"auto_chose_{other}"].append(float(reward.parsed.chose == other))
 
-    def values(self, run) -> dict:
-        keys = list(self.sums)
-        rows = run.gather([v for key in keys for v in self.sums[key]])
-        totals = [sum(column) for column in zip(*rows)]
-        out = {key: total / n if n else 0.0 for key, total, n in zip(keys, totals[::2], totals[1::2])}
-        return out | {"loss": totals[2 * keys.index("loss")], "norm": self.norm}
+
+def judge_failures(run: Run, judge: Judge | None) -> dict:
+    if judge is None:
+        return {}
+    failed = run.sum(sum(judge.failed.values()))
+    return {"judge_failed": failed / max(1, run.sum(judge.asked))}
 
 
 def main(args):
-    init, folder, began = trainer.before(args, "coldstart"), Path(args.data or f"data/{args.size}"), time.time()
-    run, plan = trainer.start(args, "grpo"), dict(PLAN[args.size])
-    if trainer.finished(run):
-        return
-    pool = question_pool(folder)
-    judge = rewards.Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", "")) if args.judge else None
-    train(run, init, pool, plan, args.steps or plan["steps"], args.algo, args.beta, args.seed, judge)
-    trainer.finish(run, phase_score(run, folder, args, rewards.MODES))
-    run.main and print(f"GRPO took {time.time() - began:.0f} s; the model is in {run.folder / 'model'}", flush=True)
+    begin = time.time()
+    folder = data_folder(args)
+    plan = PLAN.get(args.size, PLAN["released"])
+    init = previous_model(args, "coldstart")
+    check_heldout(folder)
+    questions = question_pool(folder)
+    judge = None
+    if args.judge:
+        judge = Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", ""))
+
+    run = start(args, "grpo")
+    run.made_from(init=init, weights=fingerprint(init), algo=args.algo, beta=args.beta)
+    if not run.trained():
+        train(run, init, questions, plan, judge)
+        run.mark_trained()
+    run.score(lambda: score_phase(run, folder / "heldout", MODES, args.eval_limit))
+    run.close()
+    run.say(f"GRPO took {time.time() - begin:.0f} s; the model is in {run.folder / 'model'}")
 
 
 if __name__ == "__main__":
-    parser = trainer.judge_arguments(trainer.phase_arguments(__doc__))
+    parser = add_judge_arguments(arguments(__doc__))
     parser.add_argument("--algo", default="grpo", choices=ALGORITHMS)
-    parser.add_argument("--beta", type=float, default=BETA, help="weight of the KL term; 0 loads no reference (default %(default)s)")
+    parser.add_argument("--beta", type=float, default=BETA, help="weight of the KL term; 0: none")
     main(parser.parse_args())

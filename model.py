@@ -1,32 +1,32 @@
-"""Keye-VL: a native-resolution ViT, a 2x2-merge projector and a Qwen3 decoder with 3D RoPE (arXiv 2507.01949, section 2).
+"""Keye-VL: a native-resolution ViT, a projector that merges 2x2 patches, and a Qwen3 decoder with
+3D RoPE (arXiv 2507.01949, section 2).
 
-    model = KeyeVL.from_pretrained(folder)        our checkpoints and the official Keye-VL-8B-Preview alike
-    logits = model.logits(batch)                  (T, vocab) for a packed batch
-    loss, n = model.loss(batch)                   cross entropy summed over n supervised tokens
-    hidden = model.step(batch, cache, rows)       prefill, later turns and one-token decoding with a KV cache
+    model = KeyeVL.from_pretrained(folder)       our checkpoints and Keye-VL-8B-Preview alike
+    logits = model.logits(batch)                 (T, vocab) for a packed batch
+    loss, n = model.loss(batch)                  cross entropy summed over n supervised tokens
+    hidden = model.step(batch, cache, rows)      prefill, later turns and decoding, with a KV cache
 
-A packed batch is a dict: tokens (T,), labels (T,) already shifted with -100 where there is no loss, positions (3, T),
-segments (S + 1,) int32 and grids (M, 3) on the host, patches (N, 588). Samples lie end to end and never see each other.
+A packed batch is a dict: tokens (T,), labels (T,) already shifted with -100 where there is no
+loss, positions (3, T), segments (S + 1,) int32 and grids (M, 3) on the host, patches (N, 588).
+Samples lie end to end and never see each other.
 """
 
-import json
-import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from common.weights import KEYE_NAMES, UNUSED, load_weights, read_config, save_weights
 from kernels import Segments, attention, cached_attention
 from vit import ViT, ViTConfig, rotate
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # sizes
 
 
@@ -43,7 +43,7 @@ class Config:
     head_dim: int = 128
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    mrope_section: tuple[int, int, int] = (16, 24, 24)  # frequencies given to time, row, column; sum = head_dim / 2
+    mrope_section: tuple[int, int, int] = (16, 24, 24)  # frequencies of time, row, column
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 40960
     bos_token_id: int = 151643
@@ -55,76 +55,194 @@ class Config:
     vision: ViTConfig = field(default_factory=ViTConfig)
 
     def to_json(self) -> dict:
-        d = asdict(self)
-        d["vision_config"] = d.pop("vision") | {"model_type": "siglip_vision_model", "tokens_per_second": 2}
-        d["rope_scaling"] = {"type": "mrope", "mrope_section": list(d.pop("mrope_section"))}
-        return {"architectures": ["KeyeForConditionalGeneration"], "model_type": "Keye", "hidden_act": "silu"} | d
+        facts = asdict(self)
+        vision = facts.pop("vision") | {"model_type": "siglip_vision_model", "tokens_per_second": 2}
+        section = list(facts.pop("mrope_section"))
+        return {
+            "architectures": ["KeyeForConditionalGeneration"],
+            "model_type": "Keye",
+            "hidden_act": "silu",
+            **facts,
+            "vision_config": vision,
+            "rope_scaling": {"type": "mrope", "mrope_section": section},
+        }
 
     @classmethod
-    def from_json(cls, d: dict) -> "Config":
-        """Reads Keye's config.json, and Qwen3's for its decoder. Keys that change nothing here are passed over."""
-        if d.get("attention_bias") or d.get("sliding_window") or d.get("hidden_act", "silu") != "silu":
-            raise ValueError("config.json asks for attention_bias, sliding_window or an activation other than silu, "
-                             "which this decoder does not have")
-        vision = {k: v for k, v in d.get("vision_config", {}).items() if k in ViTConfig.__dataclass_fields__}
-        kept = {k: v for k, v in d.items() if k in cls.__dataclass_fields__ and k != "vision"}
-        head_dim = kept.setdefault("head_dim", d["hidden_size"] // d["num_attention_heads"])
-        section = (d.get("rope_scaling") or {}).get("mrope_section") or mrope_section(head_dim)
-        return cls(**kept | {"mrope_section": tuple(section), "vision": ViTConfig(**vision)})
+    def from_json(cls, facts: dict, where: str | Path = "config.json") -> "Config":
+        """Read Keye's config.json, or Qwen3's for its decoder.
+
+        Keys that change nothing here are passed over. ValueError names `where`, the key and its
+        value when the file describes another kind of model.
+        """
+        # RoPE's facts stand in one entry in transformers 5, in another and beside it before.
+        facts = facts | (facts.get("rope_parameters") or facts.get("rope_scaling") or {})
+        for key, known in KNOWN.items():
+            if facts.get(key) not in known:
+                raise ValueError(f"{where}: {key} is {facts[key]!r}; known are only {known}")
+        for key in ("hidden_size", "num_attention_heads"):
+            if key not in facts:
+                raise ValueError(f"{where}: no {key}; Keye's or Qwen3's file was expected")
+
+        head_dim = facts["hidden_size"] // facts["num_attention_heads"]
+        head_dim = facts.setdefault("head_dim", head_dim)
+        # Qwen3 has no sections: Keye's 16:24:24 split of the head_dim / 2 frequencies.
+        side = 3 * head_dim // 16
+        section = facts.get("mrope_section", (head_dim // 2 - 2 * side, side, side))
+        facts["mrope_section"] = tuple(section)
+        facts["vision"] = ViTConfig(**_fields(ViTConfig, facts.get("vision_config", {})))
+        return cls(**_fields(cls, facts))
 
 
-def mrope_section(head_dim: int) -> tuple[int, int, int]:
-    """Keye's 16:24:24 split of head_dim / 2 frequencies, for other head widths."""
-    side = 3 * head_dim // 16
-    return head_dim // 2 - 2 * side, side, side
+# Values of config.json that mean this decoder; with any other it would be a different model.
+KNOWN = {
+    "attention_bias": (None, False),
+    "sliding_window": (None, False),
+    "hidden_act": (None, "silu"),
+    "rope_type": (None, "default", "mrope"),
+    "type": (None, "default", "mrope"),  # of rope_scaling, in older files
+}
 
 
-def _toy(hidden, layers, heads, kv, head_dim, mlp, vit) -> Config:
-    n = 992  # entries of vocab-toy.json; the 32 added tokens follow
-    return Config(1024, hidden, mlp, layers, heads, kv, head_dim, mrope_section=mrope_section(head_dim),
-                  tie_word_embeddings=True, max_position_embeddings=8192, bos_token_id=n, eos_token_id=n + 2,
-                  vision_start_token_id=n + 9, vision_end_token_id=n + 10, image_token_id=n + 12,
-                  video_token_id=n + 13, vision=ViTConfig(*vit))
+def _fields(kind: type, facts: dict) -> dict:
+    return {key: value for key, value in facts.items() if key in kind.__dataclass_fields__}
 
 
-# toy to small: ours, sized for two CPU cores and for one laptop GPU. 0.6b to 8b: Qwen3's decoders with SigLIP-400M.
+# ours: toy is sized for two CPU cores, tiny and small for a laptop's GPU. Their vocabulary has 992
+# entries, and the 32 added tokens follow.
+SMALL = dict(
+    vocab_size=1024,
+    head_dim=64,
+    mrope_section=(8, 12, 12),
+    tie_word_embeddings=True,
+    max_position_embeddings=8192,
+    bos_token_id=992,
+    eos_token_id=994,
+    vision_start_token_id=1001,
+    vision_end_token_id=1002,
+    image_token_id=1004,
+    video_token_id=1005,
+)
 PRESETS = {
-    "toy": _toy(96, 3, 3, 1, 64, 288, (64, 192, 2, 4)),
-    "tiny": _toy(384, 8, 6, 2, 64, 1024, (256, 768, 6, 8)),
-    "small": _toy(768, 12, 12, 4, 64, 2048, (384, 1536, 12, 6)),
-    "0.6b": Config(151936, 1024, 3072, 28, 16, 8, tie_word_embeddings=True),
-    "1.7b": Config(151936, 2048, 6144, 28, 16, 8, tie_word_embeddings=True),
-    "4b": Config(151936, 2560, 9728, 36, 32, 8, tie_word_embeddings=True),
+    "toy": Config(
+        hidden_size=96,
+        intermediate_size=288,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        vision=ViTConfig(64, 192, 2, 4),  # width, MLP, layers, heads
+        **SMALL,
+    ),
+    "tiny": Config(
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vision=ViTConfig(256, 768, 6, 8),
+        **SMALL,
+    ),
+    "small": Config(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        vision=ViTConfig(384, 1536, 12, 6),
+        **SMALL,
+    ),
+    # Qwen3's decoders with SigLIP-400M (vocabulary, width, MLP, layers, heads); 8b is Keye-VL-8B.
+    "0.6b": Config(151936, 1024, 3072, 28, 16, tie_word_embeddings=True),
+    "1.7b": Config(151936, 2048, 6144, 28, 16, tie_word_embeddings=True),
+    "4b": Config(151936, 2560, 9728, 36, 32, tie_word_embeddings=True),
     "8b": Config(),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Scale:
+    """What all scripts do alike at one size."""
+
+    pack: int  # tokens of a micro-batch
+    packs: int  # micro-batches of a step, on all ranks together
+    muon: float  # learning rate of matrices under Muon, as a multiple of AdamW's; 0: AdamW only
+    budget: dict  # tokens of a picture, a frame and a clip, as Processor takes them
+    recompute: bool  # activation checkpointing in the decoder, see Decoder
+    max_answer: int  # tokens of an answer in one of the modes
+
+
+# Keye-VL states the budget (section 2.2), packs of 8,192 tokens (1.5, stages 1 and 2) and answers
+# of 2,048 (in evaluation).
+# ours: the rest. AdamW alone moves released weights gently, and beside a large model its KV cache
+# has memory for 64 questions.
+RELEASED = Scale(
+    pack=8192,
+    packs=64,
+    muon=0,
+    budget=dict(image_min=4, image_max=16384, frame_min=128, frame_max=768, video_max=24576),
+    recompute=True,
+    max_answer=2048,
+)
+# ours, all of it: a picture of the toy world must cost a few tokens, and its models think in few
+# words. Their memory is no limit, and a GPU waits for the host as long for few rows as for many.
+TOY = Scale(
+    pack=4096,
+    packs=1,
+    muon=2,
+    budget=dict(image_min=4, image_max=16, frame_min=4, frame_max=9, video_max=96),
+    recompute=False,
+    max_answer=192,
+)
+TINY_BUDGET = dict(image_min=4, image_max=36, frame_min=4, frame_max=16, video_max=192)
+SMALL_BUDGET = dict(image_min=4, image_max=256, frame_min=4, frame_max=64, video_max=1024)
+SCALE = {
+    "toy": TOY,
+    "tiny": replace(TOY, pack=16384, budget=TINY_BUDGET),
+    "small": replace(TOY, pack=16384, packs=4, budget=SMALL_BUDGET),
+    "0.6b": replace(RELEASED, recompute=False),  # narrow enough to keep its activations
+    "1.7b": RELEASED,
+    "4b": RELEASED,
+    "8b": RELEASED,
+}
+
+# --------------------------------------------------------------------------------------------------
 # decoder
 
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)  # one dtype: the fused kernel
+    def forward(self, x):
+        # PyTorch's fused kernel wants one dtype for both.
+        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
 
 
 class Attention(nn.Module):
+    """x (T, C) -> (T, C). attend: `attention`, or the KV cache's form of it."""
+
     def __init__(self, cfg: Config):
         super().__init__()
-        d, self.head_dim = cfg.head_dim, cfg.head_dim
-        self.q_proj = nn.Linear(cfg.hidden_size, cfg.num_attention_heads * d, bias=False)
-        self.k_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * d, bias=False)
-        self.v_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * d, bias=False)
-        self.o_proj = nn.Linear(cfg.num_attention_heads * d, cfg.hidden_size, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(d, cfg.rms_norm_eps), RMSNorm(d, cfg.rms_norm_eps)
+        self.head_dim = cfg.head_dim
+        width = cfg.num_attention_heads * cfg.head_dim
+        kv_width = cfg.num_key_value_heads * cfg.head_dim
+        self.q_proj = nn.Linear(cfg.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(cfg.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(cfg.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, cfg.hidden_size, bias=False)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, attend=attention) -> Tensor:
-        q, k, v = (rearrange(p(x), "t (h d) -> t h d", d=self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)  # norm per head, before RoPE, as Qwen3
-        return self.o_proj(attend(q, k, v, segments, causal=True).flatten(1))
+    def forward(self, x, rope, segments, attend):
+        q = self.q_proj(x).unflatten(1, (-1, self.head_dim))  # (T, H, D)
+        k = self.k_proj(x).unflatten(1, (-1, self.head_dim))  # (T, KV, D)
+        v = self.v_proj(x).unflatten(1, (-1, self.head_dim))  # (T, KV, D)
+        # Norm per head, then RoPE, as Qwen3.
+        q = rotate(self.q_norm(q), *rope)
+        k = rotate(self.k_norm(k), *rope)
+        out = attend(q, k, v, segments, causal=True)  # (T, H, D)
+        return self.o_proj(out.flatten(1))  # (T, C)
 
 
 class SwiGLU(nn.Module):
@@ -134,7 +252,7 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -146,7 +264,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = SwiGLU(cfg)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, attend=attention) -> Tensor:
+    def forward(self, x, rope, segments, attend):
         x = x + self.self_attn(self.input_layernorm(x), rope, segments, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -158,52 +276,66 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.activation_checkpointing = False  # recompute each layer in the backward pass: less memory, 1/3 more work
+        # Keep only what enters each layer and run the layer again in the backward pass: less
+        # memory, a third more work.
+        self.activation_checkpointing = False
 
-    def forward(self, x: Tensor, positions: Tensor, segments: Segments, cache: "KVCache | None" = None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, segments: Segments, cache: "KVCache | None" = None
+    ) -> Tensor:
         """x (T, C) embeddings, positions (3, T) -> hidden states (T, C) before the head."""
         rope = rope_3d(positions, self.cfg)
         for i, layer in enumerate(self.layers):
+            attend = attention if cache is None else partial(cache.attend, i)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, segments, use_reentrant=False)
+                x = checkpoint(layer, x, rope, segments, attend, use_reentrant=False)
             else:
-                x = layer(x, rope, segments, attention if cache is None else cache.attend(i))
+                x = layer(x, rope, segments, attend)
         return self.norm(x)
 
 
 def rope_3d(positions: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
     """positions (3, T): time, row, column -> cos and sin (T, 1, head_dim / 2), fp32.
 
-    Each frequency turns with one axis: the 16 fastest with time, then 24 with the row, 24 with the column. Text has the
-    same position on all three axes, where this is plain RoPE.
+    Each frequency turns with one axis: the 16 fastest with time, then 24 with the row, 24 with the
+    column. Text has the same position on all three axes, where this is plain RoPE.
     """
     device = positions.device
-    freqs = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim)  # (D / 2,)
-    axis = torch.arange(3, device=device).repeat_interleave(torch.tensor(cfg.mrope_section, device=device))
-    angles = (positions[axis].float() * freqs[:, None]).T[:, None]  # (T, 1, D / 2)
+    exponents = torch.arange(0, cfg.head_dim, 2, device=device) / cfg.head_dim
+    freqs = cfg.rope_theta**-exponents  # (D / 2,)
+    section = torch.tensor(cfg.mrope_section, device=device)
+    axis = torch.arange(3, device=device).repeat_interleave(section)  # (D / 2,)
+    angles = positions[axis] * freqs[:, None]  # (D / 2, T)
+    angles = angles.T[:, None]  # (T, 1, D / 2)
     return angles.cos(), angles.sin()
 
 
 class Projector(nn.Module):
-    """Four neighbouring patches become one token: norm each patch, put 2x2 side by side, two linear layers."""
+    """Four neighbouring patches become one token: norm each patch, put 2x2 side by side, two
+    linear layers."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.merge = cfg.vision.spatial_merge_size
         width = cfg.vision.hidden_size * self.merge**2
         self.pre_norm = nn.LayerNorm(cfg.vision.hidden_size, 1e-5)
-        self.linear_1, self.linear_2 = nn.Linear(width, width), nn.Linear(width, cfg.hidden_size)
+        self.linear_1 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, cfg.hidden_size)
 
     def forward(self, features: Tensor, grids: Tensor) -> Tensor:
-        """features (N, C_vit) raster order, grids (M, 3) -> (N / 4, C), frame by frame, row by row."""
-        m, x = self.merge, self.pre_norm(features)
-        blocks = [rearrange(part, "(t h p w q) c -> (t h w) (p q c)", t=t, h=h // m, w=w // m, p=m, q=m)
-                  for part, (t, h, w) in zip(x.split(grids.prod(1).tolist()), grids.tolist())]
-        x = torch.cat(blocks) if blocks else x.reshape(0, self.linear_1.in_features)
+        """features (N, C_vit) in raster order, grids (M, 3) -> (N / 4, C), row by row."""
+        x = self.pre_norm(features)
+        m = self.merge
+        side_by_side = "(t h p w q) c -> (t h w) (p q c)"
+        blocks = []
+        for part, (t, h, w) in zip(x.split(grids.prod(1).tolist()), grids.tolist()):
+            blocks.append(rearrange(part, side_by_side, t=t, h=h // m, p=m, q=m))
+        width = self.linear_1.in_features
+        x = torch.cat(blocks) if blocks else x.reshape(0, width)  # (N / 4, 4 C_vit)
         return self.linear_2(F.gelu(self.linear_1(x)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the whole model
 
 
@@ -214,10 +346,15 @@ class KeyeVL(nn.Module):
         self.vit = ViT(cfg.vision, pooling_head)
         self.projector = Projector(cfg)
         self.decoder = Decoder(cfg)
-        self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.lm_head = None
+        if not cfg.tie_word_embeddings:
+            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
 
     def init_weights(self) -> "KeyeVL":
-        """Fresh weights, from torch's generator. # ours: Keye starts every part but the projector from released ones."""
+        """Fresh weights, from torch's generator.
+
+        # ours: Keye starts every part but the projector from released weights.
+        """
         init_weights(self.vit, self.config.vision.num_hidden_layers)
         table = self.vit.position_embedding.weight
         table.data.copy_(sincos_2d(self.vit.side, table.shape[1]))
@@ -228,312 +365,322 @@ class KeyeVL(nn.Module):
         return self
 
     def embed(self, batch: dict, decoding: bool = False) -> Tensor:
-        """Token embeddings with the placeholders of pictures and clips replaced by their features: (T, C)."""
-        tokens, grids = batch["tokens"], batch["grids"]
+        """Token embeddings (T, C) with the placeholders of pictures and clips replaced by their
+        features."""
+        tokens = batch["tokens"]
+        grids = batch["grids"]
+        x = self.decoder.embed_tokens(tokens)  # (T, C)
+        # A training pack without pictures still runs the ViT, on zero rows: every rank must join
+        # FSDP's gathers.
         if decoding and not len(grids):
-            return self.decoder.embed_tokens(tokens)
-        # A whole pack without pictures still runs the ViT, on zero rows: every rank must join FSDP's gathers.
+            return x
         visual = self.projector(self.vit(batch["patches"], grids), grids)  # (N / 4, C)
-        holes = (tokens == self.config.image_token_id) | (tokens == self.config.video_token_id)  # (T,)
-        if not tokens.is_cuda and holes.sum() != len(visual):  # on CUDA this would wait for the device; pack() checks
-            raise ValueError(f"{int(holes.sum())} picture and video placeholders, but {len(visual)} visual tokens")
-        x = self.decoder.embed_tokens(tokens)
+        cfg = self.config
+        holes = (tokens == cfg.image_token_id) | (tokens == cfg.video_token_id)  # (T,)
+        # On CUDA this would wait for the device; there pack() has checked it.
+        if not tokens.is_cuda and holes.sum() != len(visual):
+            raise ValueError(
+                f"{int(holes.sum())} picture and video placeholders, "
+                f"but {len(visual)} visual tokens"
+            )
         return x.masked_scatter(holes[:, None], visual.type_as(x))
 
     def hidden(self, batch: dict) -> Tensor:
         """Last hidden states (T, C) of a packed batch."""
-        lengths = batch["segments"].diff().tolist()
-        return self.decoder(self.embed(batch), batch["positions"], Segments.of(lengths, batch["tokens"].device))
+        x = self.embed(batch)
+        segments = Segments.of(batch["segments"].diff().tolist(), x.device)
+        return self.decoder(x, batch["positions"], segments)
+
+    @property
+    def head_weight(self) -> Tensor:
+        tied = self.lm_head is None
+        return self.decoder.embed_tokens.weight if tied else self.lm_head.weight  # (vocab, C)
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (T, C) -> logits (T, vocab)."""
         return F.linear(hidden, self.head_weight)
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.decoder.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def logits(self, batch: dict) -> Tensor:
         return self.head(self.hidden(batch))
 
     def loss(self, batch: dict) -> tuple[Tensor, int]:
         """Cross entropy summed over the labels that are not -100, fp32, and how many there are."""
-        labels = batch["labels"]
-        keep = labels != -100  # rows without a label never meet the vocabulary
-        return cross_entropy_sum(self.hidden(batch)[keep], self.head_weight, labels[keep]), int(keep.sum())
+        hidden, labels = self.supervised(batch)
+        return cross_entropy_sum(hidden, self.head_weight, labels), len(labels)
 
     def logprobs(self, batch: dict, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """log p(label) of every label that is not -100, with its gradient, and the entropy of that distribution, without:
-        both (N,) fp32, in the pack's order. temperature: the one that sampled the labels."""
-        keep = batch["labels"] != -100
-        return token_logprobs(self.hidden(batch)[keep], self.head_weight, batch["labels"][keep], temperature)
+        """log p(label) of every label that is not -100, with its gradient, and the entropy of that
+        distribution, without: both (n,) fp32, in the pack's order.
+
+        temperature: the one that sampled the labels.
+        """
+        hidden, labels = self.supervised(batch)
+        return token_logprobs(hidden, self.head_weight, labels, temperature)
+
+    def supervised(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Hidden states (n, C) and labels (n,) where there is a label: others never meet the
+        vocabulary."""
+        hidden = self.hidden(batch)
+        kept = (batch["labels"] != -100).nonzero()[:, 0]  # (n,); the one wait for the device
+        return hidden[kept], batch["labels"][kept]
 
     forward = loss  # FSDP's hooks sit on forward
 
-    # -- generation ---------------------------------------------------------------------------------------------------
+    # -- generation --------------------------------------------------------------------------------
 
     def new_cache(self, rows: int, max_len: int) -> "KVCache":
+        """An empty cache of `rows` conversations of up to max_len tokens, in the dtype of keys."""
         weight = self.decoder.norm.weight
-        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) \
-            else weight.dtype
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
         return KVCache(self.config, rows, max_len, weight.device, dtype)
 
     def step(self, batch: dict, cache: "KVCache", rows: list[int]) -> Tensor:
         """Hidden states (T, C) of new tokens, with all that the cache holds before them.
 
-        The batch's segments are new tokens of conversations `rows` of the cache: a whole prompt, a later turn or picture,
-        or one token each. Raises ValueError when a row would outgrow the cache.
+        The batch's segments are new tokens of conversations `rows` of the cache: a whole prompt, a
+        later turn or picture, or one token each. ValueError when a row would outgrow the cache.
         """
         lengths = batch["segments"].diff().tolist()
         cache.begin(rows, lengths)
-        hidden = self.decoder(self.embed(batch, decoding=True), batch["positions"], Segments.of(lengths, cache.device), cache)
+        x = self.embed(batch, decoding=True)
+        hidden = self.decoder(x, batch["positions"], Segments.of(lengths, x.device), cache)
         cache.end()
         return hidden
 
-    # -- files --------------------------------------------------------------------------------------------------------
+    # -- files -------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu",
-                        pooling_head: bool = False) -> "KeyeVL":
-        """A model from a folder in the official layout. Names the tensor that is missing, extra or misshapen."""
-        model = cls.empty(Config.from_json(read_config(folder)), dtype, device, pooling_head)
-        unused = UNUSED + (() if pooling_head else ("visual.vision_model.head.",))
-        load(model, folder, KEYE_NAMES, unused + (("lm_head.",) if model.lm_head is None else ()))
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device="cpu",
+        pooling_head: bool = False,
+    ) -> "KeyeVL":
+        """A model from a folder in the official layout.
+
+        KeyError or ValueError name the tensor that is missing, extra or misshapen.
+        """
+        cfg = Config.from_json(read_config(folder), Path(folder) / "config.json")
+        model = cls.empty(cfg, dtype, device, pooling_head)
+        load_weights(model, folder, KEYE_NAMES, UNUSED)
         return model
 
     @classmethod
-    def empty(cls, cfg: Config, dtype=torch.float32, device="cpu", pooling_head: bool = False) -> "KeyeVL":
+    def empty(
+        cls, cfg: Config, dtype=torch.float32, device="cpu", pooling_head: bool = False
+    ) -> "KeyeVL":
         """Allocated, not initialised."""
         with torch.device("meta"):
             model = cls(cfg, pooling_head)
         return model.to(dtype).to_empty(device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        save_weights(self.state_dict(), self.config, folder)
+        save_weights(self.state_dict(), self.config.to_json(), folder)
 
 
 def init_weights(part: nn.Module, depth: int) -> None:
-    """Normal with standard deviation fan_in^-0.5, less where a layer adds to a residual stream of `depth` blocks; biases
-    0, norms 1. # ours, since activations keep their size at any width. Embeddings get 2 width^-0.5: with Qwen3's 0.02 a
-    small decoder's first block drowns out the tokens it read, and learning starts several times later."""
+    """Normal with standard deviation fan_in^-0.5; biases 0, norms 1.
+
+    # ours: activations keep their size at any width. Layers that add to a residual stream of
+    `depth` blocks get less. Embeddings get 2 width^-0.5: with Qwen3's 0.02 a small decoder's first
+    block drowns out the tokens it read, and learning starts several times later.
+    """
     for name, module in part.named_modules():
+        adds = name.endswith(("o_proj", "down_proj", "out_proj", "fc2"))
         for key, p in module.named_parameters(recurse=False):
             if p.dim() == 1:
-                nn.init.constant_(p, float(key == "weight"))  # norms; every bias is zero
+                nn.init.constant_(p, key == "weight")  # only norms have weights of one dimension
             elif isinstance(module, nn.Embedding) or key == "probe":
                 nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5)
             else:
-                deep = name.endswith(("o_proj", "down_proj", "out_proj", "fc2"))
-                nn.init.normal_(p, std=p.shape[1] ** -0.5 / ((2 * depth) ** 0.5 if deep else 1))
+                less = (2 * depth) ** 0.5 if adds else 1
+                nn.init.normal_(p, std=p.shape[1] ** -0.5 / less)
 
 
 def sincos_2d(side: int, width: int) -> Tensor:
-    """Start of the position table, (side^2, width). # ours: smooth in row and column, so that grids of different sizes,
-    which all interpolate this one table, begin with similar codes; SigLIP's own table is loaded where it exists."""
-    where = torch.arange(side).float() / side
-    freqs = torch.pi * 2.0 ** torch.linspace(0, 2.5, -(-width // 4))  # (ceil(width / 4),) half a wave to ~3 waves
-    waves = torch.cat([(where[:, None] * freqs).sin(), (where[:, None] * freqs).cos()], 1)  # (side, ~width / 2)
-    rows, cols = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
-    return torch.cat([rows, cols], -1).flatten(0, 1)[:, :width]
+    """Start of the position table, (side^2, width).
 
-
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, room: int = 2**26) -> Tensor:
-    """Sum of -log p(label), fp32, without ever holding all logits: at most `room` fp32 numbers (256 MiB) at a time.
-
-    hidden (T, C), weight (vocab, C), labels (T,). A long pack goes through in chunks whose logits are computed again in
-    the backward pass: 8k tokens x 151,936 words would be 4.6 GiB.
+    # ours: smooth in row and column, so that grids of different sizes, which all interpolate this
+    one table, begin with similar codes. SigLIP's own table is loaded where it exists.
     """
+    place = torch.arange(side) / side  # (side,)
+    waves = 2.0 ** torch.linspace(0, 2.5, -(-width // 4))  # (width / 4,) from half a wave to 3
+    angles = place[:, None] * (torch.pi * waves)  # (side, width / 4)
+    codes = torch.cat([angles.sin(), angles.cos()], 1)  # (side, width / 2)
+    rows = codes[:, None].expand(-1, side, -1)  # (side, side, width / 2)
+    columns = codes[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], -1).flatten(0, 1)[:, :width]
+
+
+def cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, max_logits: int = 2**26
+) -> Tensor:
+    """Sum of -log p(label), fp32, without ever holding all logits.
+
+    hidden (T, C), weight (vocab, C), labels (T,). At most max_logits fp32 numbers (256 MiB) are
+    held at a time: those of 8k tokens x 151,936 words would be 4.6 GiB.
+    """
+
     def chunk_loss(h, y):
         return F.cross_entropy(F.linear(h, weight).float(), y, reduction="sum")
 
-    size = max(1, room // weight.shape[0])
+    return sum(_chunks(chunk_loss, hidden, labels, max_logits // len(weight)))
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    max_logits: int = 2**26,
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden weight' / temperature) at the labels, and the entropy of that
+    distribution (detached): (T,) fp32 each. Shapes and chunks as cross_entropy_sum."""
+
+    def chunk_logprobs(h, y):
+        logp = (F.linear(h, weight).float() / temperature).log_softmax(-1)  # (t, vocab)
+        detached = logp.detach()
+        entropy = -(detached.exp() * detached).sum(-1)  # (t,)
+        return logp.gather(1, y[:, None])[:, 0], entropy
+
+    chunks = _chunks(chunk_logprobs, hidden, labels, max_logits // len(weight))
+    logprobs, entropies = zip(*chunks)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _chunks(part, hidden, labels, size):
+    """[part(h, y)] over chunks of rows, whose logits are computed again in the backward pass."""
     if len(labels) <= size:
-        return chunk_loss(hidden, labels)
-    return sum(checkpoint(chunk_loss, h, y, use_reentrant=False) for h, y in zip(hidden.split(size), labels.split(size)))
+        return [part(hidden, labels)]
+    pairs = zip(hidden.split(max(1, size)), labels.split(max(1, size)))
+    return [checkpoint(part, h, y, use_reentrant=False) for h, y in pairs]
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, room: int = 2**26):
-    """log softmax(hidden weight' / temperature) at the labels and that distribution's entropy (detached), (T,) fp32 each,
-    in chunks as cross_entropy_sum."""
-    def chunk(h, y):
-        logits = F.linear(h, weight).float() / temperature
-        every = logits.log_softmax(-1)
-        return every.gather(1, y[:, None])[:, 0], -(every.detach().exp() * every.detach()).sum(-1)
+# --------------------------------------------------------------------------------------------------
+# the KV cache
 
-    size = max(1, room // weight.shape[0])
-    if len(labels) <= size:
-        return chunk(hidden, labels)
-    parts = [checkpoint(chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(size), labels.split(size))]
-    return tuple(torch.cat(part) for part in zip(*parts))
+
+@dataclass
+class Placement:
+    """Where T new tokens of B rows go. They lie end to end, those of one row together."""
+
+    rows: list[int]  # cache row of each segment
+    before: list[int]  # tokens that each of these rows already holds
+    new: list[int]  # tokens that are added to each
+    segment: Tensor  # (T,) which of the B segments a token belongs to
+    offset: Tensor  # (T,) its place among the new tokens of its segment
+    row: Tensor  # (T,) its cache row
+    slot: Tensor  # (T,) its place in that row
 
 
 class KVCache:
     """Keys and values of several conversations, one row each: per layer (rows, max_len, KV, D)."""
 
     def __init__(self, cfg: Config, rows: int, max_len: int, device, dtype: torch.dtype):
-        shape = (cfg.num_hidden_layers, rows, max_len, cfg.num_key_value_heads, cfg.head_dim)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths, self.max_len, self.device = [0] * rows, max_len, self.k.device
+        shape = (rows, max_len, cfg.num_key_value_heads, cfg.head_dim)
+        self.k = torch.zeros(cfg.num_hidden_layers, *shape, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.lengths = [0] * rows  # tokens that each row holds
+        self.max_len = max_len
 
     def begin(self, rows: list[int], new: list[int]) -> None:
-        """`new` tokens are about to be added to each of `rows`; works out where they go."""
-        if any(self.lengths[r] + n > self.max_len for r, n in zip(rows, new)):
-            raise ValueError(f"KV cache of {self.max_len} tokens a row is full: rows {rows} hold "
-                             f"{[self.lengths[r] for r in rows]} and {new} more were to be added")
-        self.rows, self.new = rows, new
-        self.fresh = not any(self.lengths[r] for r in rows)  # a prompt from the start needs no look at the cache
-        where = [(i, r, j, self.lengths[r] + j) for i, (r, n) in enumerate(zip(rows, new)) for j in range(n)]
-        self.segment, self.row, self.offset, self.slot = torch.tensor(where, device=self.device).T  # each (T,)
-        self.before = torch.tensor([self.lengths[r] for r in rows], device=self.device)
-        self.reach = max(self.lengths[r] + n for r, n in zip(rows, new))
+        """`new` tokens are about to be added to each of `rows`: work out where they go."""
+        before = [self.lengths[row] for row in rows]
+        if max(held + n for held, n in zip(before, new)) > self.max_len:
+            raise ValueError(
+                f"KV cache of {self.max_len} tokens a row is full: rows {rows} hold {before} "
+                f"and {new} more were to be added"
+            )
+        segment = torch.arange(len(rows)).repeat_interleave(torch.tensor(new))
+        offset = torch.cat([torch.arange(n) for n in new])
+        row = torch.tensor(rows)[segment]
+        slot = torch.tensor(before)[segment] + offset
+        places = torch.stack([segment, offset, row, slot]).to(self.k.device)  # one copy for all
+        self.at = Placement(rows, before, new, *places)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segments, causal: bool) -> Tensor:
+        """As `attention`, over the new tokens' rows: q (T, H, D), k and v (T, KV, D) of new tokens
+        -> (T, H, D)."""
+        at = self.at
+        self.k[layer, at.row, at.slot] = k.to(self.k.dtype)
+        self.v[layer, at.row, at.slot] = v.to(self.v.dtype)
+        # Prompts from the start have all their keys in the pack itself.
+        if not any(at.before):
+            return attention(q, k, v, segments, causal)
+        # One line of queries per row, padded at its end to the longest.
+        padded = q.new_zeros(len(at.rows), max(at.new), *q.shape[1:])  # (B, Q, H, D)
+        padded[at.segment, at.offset] = q
+        rows = at.rows
+        if rows == list(range(len(self.lengths))):
+            rows = slice(None)  # all of them: no copy
+        reach = max(held + n for held, n in zip(at.before, at.new))
+        keys = self.k[layer, rows, :reach].type_as(q)  # (B, L, KV, D)
+        values = self.v[layer, rows, :reach].type_as(q)
+        before = torch.tensor(at.before, device=q.device)  # (B,)
+        return cached_attention(padded, keys, values, before)[at.segment, at.offset]
 
     def end(self) -> None:
-        for r, n in zip(self.rows, self.new):
-            self.lengths[r] += n
-
-    def attend(self, layer: int):
-        """`attention` for one layer that first puts the new keys and values (T, KV, D) into the cache."""
-        def attend(q, k, v, segments, causal):
-            self.k[layer, self.row, self.slot], self.v[layer, self.row, self.slot] = k.to(self.k.dtype), v.to(self.v.dtype)
-            if self.fresh:
-                return attention(q, k, v, segments, causal)
-            padded = q.new_zeros(len(self.rows), max(self.new), *q.shape[1:])  # (B, Q, H, D)
-            padded[self.segment, self.offset] = q
-            rows = slice(None) if self.rows == list(range(len(self.lengths))) else self.rows  # all of them: no copy
-            keys, values = (c[layer, rows, : self.reach].type_as(q) for c in (self.k, self.v))  # (B, L, KV, D)
-            return cached_attention(padded, keys, values, self.before)[self.segment, self.offset]
-        return attend
+        """The tokens of `begin` are in, in every layer."""
+        for row, n in zip(self.at.rows, self.at.new):
+            self.lengths[row] += n
 
 
-def training_flops(cfg: Config, lengths: list[int], grids: list[list[int]], vit=True, decoder=True) -> float:
-    """Floating-point operations of one forward and backward pass: 6 per weight and token, causal attention halved.
+# --------------------------------------------------------------------------------------------------
+# work
 
-    lengths: tokens of each sample; grids: (t, h, w) of each picture and clip. A frozen part (False) is forward and, for
-    the decoder under a trained projector, backward to its input: 4 per weight instead of 6; a frozen ViT only forward.
+
+def training_flops(
+    cfg: Config, lengths: list[int], grids: list[list[int]], vit: bool = True, decoder: bool = True
+) -> float:
+    """Floating-point operations of one forward and backward pass, attention included.
+
+    lengths: tokens of each sample; grids: (t, h, w) of each picture and clip; vit, decoder: whether
+    they are trained. A forward pass takes 2 operations per weight and token, and 4 per query, key
+    and channel. The backward pass takes as many to the weights and as many to the input: a frozen
+    decoder under a trained projector only needs the latter, a frozen ViT neither.
     """
-    v, heads = cfg.vision, cfg.num_attention_heads * cfg.head_dim
-    layer = cfg.hidden_size * (2 * heads + 2 * cfg.num_key_value_heads * cfg.head_dim + 3 * cfg.intermediate_size)
-    text = sum(2 * n * (cfg.num_hidden_layers * layer + cfg.vocab_size * cfg.hidden_size)
-               + 2 * n * n * heads * cfg.num_hidden_layers for n in lengths)
-    vit_layer = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
-    seen = [(t * h * w, t * h * w if v.attend_across_frames else h * w) for t, h, w in grids]
-    image = sum(2 * n * v.num_hidden_layers * vit_layer + 4 * n * m * v.hidden_size * v.num_hidden_layers for n, m in seen)
-    image_proj = sum(n / 4 * 2 * (16 * v.hidden_size**2 + 4 * v.hidden_size * cfg.hidden_size) for n, _ in seen)
-    return text * (3 if decoder else 2) + image * (3 if vit else 1) + image_proj * 3
+    width = cfg.num_attention_heads * cfg.head_dim
+    kv_width = cfg.num_key_value_heads * cfg.head_dim
+    layer = cfg.hidden_size * (2 * width + 2 * kv_width + 3 * cfg.intermediate_size)
+    weights = cfg.num_hidden_layers * layer + cfg.vocab_size * cfg.hidden_size
+    pairs = sum(n * n for n in lengths) / 2  # a causal query sees half of its sample, on average
+    text = 2 * weights * sum(lengths) + 4 * pairs * width * cfg.num_hidden_layers
+
+    v = cfg.vision
+    layer = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
+    image = 0
+    for t, h, w in grids:
+        patches = t * h * w
+        seen = patches if v.attend_across_frames else h * w
+        per_patch = 2 * layer + 4 * seen * v.hidden_size
+        image += patches * per_patch * v.num_hidden_layers
+
+    merged = 4 * v.hidden_size
+    weights = merged * merged + merged * cfg.hidden_size
+    projector = 2 * weights * visual_tokens(grids)
+    return text * (3 if decoder else 2) + image * (3 if vit else 1) + projector * 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files in the official layout
-
-# (our prefix, official prefix); the first that fits counts
-KEYE_NAMES = [
-    ("vit.patch_embedding.", "visual.vision_model.embeddings.patch_embedding."),
-    ("vit.position_embedding.", "visual.vision_model.embeddings.position_embedding."),
-    ("vit.layers.", "visual.vision_model.encoder.layers."),
-    ("vit.", "visual.vision_model."),
-    ("projector.", "mlp_AR."),
-    ("decoder.", "model."),
-    ("lm_head.", "lm_head."),
-]
-QWEN3_NAMES = [("decoder.", "model."), ("lm_head.", "lm_head.")]
-SIGLIP_NAMES = [(a, b.removeprefix("visual.")) for a, b in KEYE_NAMES if a.startswith("vit.")] + [
-    ("text.token_embedding.", "text_model.embeddings.token_embedding."),
-    ("text.position_embedding.", "text_model.embeddings.position_embedding."),
-    ("text.layers.", "text_model.encoder.layers."),
-    ("text.", "text_model."),
-    ("logit_", "logit_"),
-]
-# in the released file, never read by the released model: positions by flat patch index
-UNUSED = ("visual.vision_model.embeddings.packing_position_embedding.",)
+def visual_tokens(grids: list[list[int]]) -> int:
+    """Tokens that pictures and clips become: one for 2x2 patches."""
+    return sum(t * h * w for t, h, w in grids) // 4
 
 
-def renamed(name: str, names: list[tuple[str, str]]) -> str | None:
-    return next((theirs + name[len(ours):] for ours, theirs in names if name.startswith(ours)), None)
+def sample_flops(cfg: Config, text_tokens: int, grids: list[list[int]]) -> float:
+    """training_flops of one sample."""
+    return training_flops(cfg, [text_tokens + visual_tokens(grids)], grids)
 
 
-def read_config(folder: str | Path) -> dict:
-    path = Path(folder) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder}: no config.json here; a model folder in the official layout was expected") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: not JSON: {e}") from None
-
-
-def weight_files(folder: str | Path) -> dict[str, Path]:
-    """Which file of the folder holds each tensor: model.safetensors, or the shards that the index names."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        where = {k: folder / f for k, f in json.loads(index.read_text())["weight_map"].items()}
-        for path in set(where.values()):
-            if not path.exists():
-                raise FileNotFoundError(f"{index} names {path.name}, which is not there")
-        return where
-    path = folder / "model.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
-    try:
-        with safe_open(path, "pt") as f:
-            return dict.fromkeys(f.keys(), path)
-    except Exception as e:  # safetensors raises its own error type for a truncated or foreign file
-        raise ValueError(f"{path}: cannot be read as safetensors: {e}") from None
-
-
-@torch.no_grad()
-def load(module: nn.Module, folder: str | Path, names: list[tuple[str, str]], unused: tuple[str, ...] = ()) -> None:
-    """Copy a folder's tensors into those parameters of the module that `names` covers; every one must be there and fit.
-
-    names: (prefix here, prefix in the file); unused: prefixes in the file that are known and not needed.
-    Raises KeyError for a missing or an extra tensor, ValueError for a wrong shape, each with its name.
-    """
-    where = weight_files(folder)
-    ours = {theirs: (name, p) for name, p in module.state_dict().items() if (theirs := renamed(name, names))}
-    if missing := sorted(ours.keys() - where.keys()):
-        raise KeyError(f"{folder}: {len(missing)} tensors missing, first {missing[0]} (for {ours[missing[0]][0]})")
-    extra = sorted(k for k in where.keys() - ours.keys() if not k.startswith(unused))
-    if extra:
-        raise KeyError(f"{folder}: {len(extra)} tensors that this model has no place for, first {extra[0]}")
-    for path in sorted(set(where.values())):
-        with safe_open(path, "pt") as f:
-            for key in f.keys():
-                if key in ours:
-                    name, target = ours[key]
-                    source = f.get_tensor(key)
-                    if key.endswith("patch_embedding.weight"):
-                        source = source.flatten(1)  # a convolution of stride 14 over 14-pixel patches is a linear
-                    if source.shape != target.shape:
-                        raise ValueError(f"{path}: {key} has shape {tuple(source.shape)}, but {name} needs {tuple(target.shape)}")
-                    target.copy_(source)
-
-
-def save_weights(state: dict[str, Tensor], cfg: Config, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
-    """Write config.json and the weights by their official names; above 5 GB in shards with an index."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        if name == "vit.patch_embedding.weight":
-            tensor = tensor.unflatten(1, (3, cfg.vision.patch_size, cfg.vision.patch_size))
-        if size and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][renamed(name, KEYE_NAMES)] = tensor
-        size += tensor.nbytes
-    (folder / "config.json").write_text(json.dumps(cfg.to_json(), indent=2) + "\n")
-    if len(shards) == 1:
-        return _write(shards[0], folder / "model.safetensors")
-    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards):
-        _write(shard, folder / file)
-    index = {"metadata": {"total_size": sum(t.nbytes for s in shards for t in s.values())},
-             "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    """The file is there whole or not at all."""
-    save_file(tensors, path.with_suffix(".tmp"), metadata={"format": "pt"})
-    os.replace(path.with_suffix(".tmp"), path)
+def step_work(cfg: Config, batches: list[dict], vit: bool = True, decoder: bool = True) -> dict:
+    """Tokens, visual tokens and training_flops of one step's packed batches, as a run logs them."""
+    work = dict(tokens=0, visual_tokens=0, flops=0.0)
+    for batch in batches:
+        lengths = batch["segments"].diff().tolist()
+        grids = batch["grids"].tolist()
+        work["tokens"] += sum(lengths)
+        work["visual_tokens"] += visual_tokens(grids)
+        work["flops"] += training_flops(cfg, lengths, grids, vit, decoder)
+    return work

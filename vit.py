@@ -1,13 +1,18 @@
-"""Keye-VL's native-resolution vision transformer (arXiv 2507.01949, section 2.1), and SigLIP's text tower for stage 0.
+"""Keye-VL's native-resolution vision transformer (arXiv 2507.01949, section 2.1), and SigLIP's
+text tower for stage 0.
 
-Pictures and clips of any size enter as one packed row of 14-pixel patches, no padding, no resizing to a square:
+Pictures and clips of any size enter as one packed row of 14-pixel patches, no padding, no resizing
+to a square:
 
-    patches (N, 588)  ->  linear  ->  + learned 27x27 position table, interpolated to each grid
-                      ->  27 pre-norm blocks, 2D RoPE on queries and keys, attention within each picture or clip
+    patches (N, 588)  ->  linear
+                      ->  + learned 27x27 position table, interpolated to each grid
+                      ->  27 pre-norm blocks, 2D RoPE on queries and keys,
+                          attention within each picture or clip
                       ->  layer norm  ->  features (N, 1152)
 
-`grids` (M, 3) says how many frames, rows and columns of patches each picture or clip has. Everything follows the released
-weights of SigLIP-so400m-patch14-384 and Keye-VL-8B-Preview; sizes are only numbers in `ViTConfig`.
+`grids` (M, 3) says how many frames, rows and columns of patches each picture or clip has.
+Everything follows the released weights of SigLIP-so400m-patch14-384 and Keye-VL-8B-Preview; sizes
+are only numbers in `ViTConfig`.
 """
 
 from dataclasses import dataclass
@@ -32,28 +37,37 @@ class ViTConfig:
     spatial_merge_size: int = 2
     layer_norm_eps: float = 1e-6
     rope: bool = True  # False is the "interpolation only" row of the report's ablation (table 2)
-    attend_across_frames: bool = True  # v1's released code; Keye-VL 1.5 keeps each frame to itself
+    attend_across_frames: bool = True  # v1's released code; Keye-VL 1.5 keeps frames apart
 
 
 class SelfAttention(nn.Module):
+    """x (N, C) -> (N, C), within each segment."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, segments: Segments, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        q, k, v = (rearrange(p(x), "n (h d) -> n h d", h=self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x, segments, rope):
+        q = self.q_proj(x).unflatten(1, (self.heads, -1))  # (N, H, D)
+        k = self.k_proj(x).unflatten(1, (self.heads, -1))
+        v = self.v_proj(x).unflatten(1, (self.heads, -1))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        return self.out_proj(attention(q, k, v, segments).flatten(1))
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
+        return self.out_proj(attention(q, k, v, segments).flatten(1))  # (N, C)
 
 
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -65,27 +79,39 @@ class Block(nn.Module):
         self.layer_norm2 = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size)
 
-    def forward(self, x: Tensor, segments: Segments, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x, segments, rope):
         x = x + self.self_attn(self.layer_norm1(x), segments, rope)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class PoolingHead(nn.Module):
-    """SigLIP's attention pooling: one learned query looks at all patches of a picture. Used in stage 0 only."""
+    """SigLIP's attention pooling: one learned query looks at all patches of a picture.
+
+    Used in stage 0 only.
+    """
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.probe = nn.Parameter(torch.zeros(1, 1, cfg.hidden_size))
-        self.attention = nn.MultiheadAttention(cfg.hidden_size, cfg.num_attention_heads, batch_first=True)
-        self.layernorm = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
-        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size)
+        width = cfg.hidden_size
+        self.probe = nn.Parameter(torch.zeros(1, 1, width))
+        self.attention = nn.MultiheadAttention(width, cfg.num_attention_heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(width, cfg.layer_norm_eps)
+        self.mlp = MLP(width, cfg.intermediate_size)
 
     def forward(self, features: Tensor, lengths: list[int]) -> Tensor:
         """features (N, C), lengths of M pictures -> (M, C)."""
+        # A pack without pictures: one blank picture goes through and is dropped again, so that
+        # every weight stays in the graph.
+        if not lengths:
+            blank = features.new_zeros(1, features.shape[1])
+            return self.forward(torch.cat([features, blank]), [1])[:0]
         padded = nn.utils.rnn.pad_sequence(features.split(lengths), batch_first=True)  # (M, L, C)
-        empty = torch.arange(padded.shape[1]) >= torch.tensor(lengths)[:, None]  # (M, L): True beyond a picture's end
-        probe = self.probe.expand(len(lengths), -1, -1)
-        x = self.attention(probe, padded, padded, key_padding_mask=empty.to(padded.device), need_weights=False)[0][:, 0]
+        ends = torch.tensor(lengths)[:, None]  # (M, 1)
+        padding = torch.arange(padded.shape[1]) >= ends  # (M, L)
+        padding = padding.to(padded.device)
+        probe = self.probe.expand(len(lengths), -1, -1)  # (M, 1, C)
+        x, _ = self.attention(probe, padded, padded, padding, need_weights=False)
+        x = x[:, 0]  # (M, C)
         return x + self.mlp(self.layernorm(x))
 
 
@@ -94,7 +120,8 @@ class ViT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.side = cfg.image_size // cfg.patch_size
-        self.patch_embedding = nn.Linear(3 * cfg.patch_size**2, cfg.hidden_size)  # the official convolution, flattened
+        # The official convolution of stride 14 over 14-pixel patches, as the linear that it is.
+        self.patch_embedding = nn.Linear(3 * cfg.patch_size**2, cfg.hidden_size)
         self.position_embedding = nn.Embedding(self.side**2, cfg.hidden_size)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
@@ -103,50 +130,74 @@ class ViT(nn.Module):
     def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
         """Patches of all pictures and clips to features.
 
-        patches (N, 588): uint8 pixels, or floats already in [-1, 1]; channel, row, column flattened; raster order.
-        grids (M, 3) int64 on the host: frames, rows, columns of patches. Returns (N, C) in raster order.
-        Raises ValueError when the grids do not add up to N or a side is not a multiple of the 2x2 merge.
+        patches (N, 588): uint8 pixels, or floats already in [-1, 1]; channel, row, column
+        flattened; raster order. grids (M, 3) int64 on the host: frames, rows, columns of patches.
+        Returns (N, C) in raster order. Raises ValueError when the grids do not add up to N or a
+        side is not a multiple of the 2x2 merge.
         """
+        cfg = self.cfg
         grids = grids.tolist()
-        if sum(t * h * w for t, h, w in grids) != len(patches):
-            raise ValueError(f"ViT: {len(patches)} patches, but grids {grids} ask for {sum(t*h*w for t, h, w in grids)}")
-        if any(h % self.cfg.spatial_merge_size or w % self.cfg.spatial_merge_size for _, h, w in grids):
-            raise ValueError(f"ViT: rows and columns must be multiples of {self.cfg.spatial_merge_size}, got {grids}")
+        lengths = self.lengths(grids)
+        total = sum(lengths)
+        if total != len(patches):
+            raise ValueError(f"ViT: {len(patches)} patches, but grids {grids} ask for {total}")
+        pixels = patches.to(self.patch_embedding.weight.dtype)
         if patches.dtype == torch.uint8:
-            patches = patches.to(self.patch_embedding.weight.dtype) / 127.5 - 1  # rescale 1/255, mean 0.5, std 0.5
-        device = patches.device
-        x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))  # (N, C)
+            pixels = pixels / 127.5 - 1  # rescale 1/255, mean 0.5, std 0.5
+        x = self.patch_embedding(pixels)  # (N, C)
         x = x + self.positions(grids).to(x.dtype)
-        rope = rope_2d(grids, self.cfg.hidden_size // self.cfg.num_attention_heads, device) if self.cfg.rope else None
-        across = self.cfg.attend_across_frames
-        segments = Segments.of([n for t, h, w in grids for n in ([t * h * w] if across else [h * w] * t)], device)
+        rope = None
+        if cfg.rope:
+            rope = rope_2d(grids, cfg.hidden_size // cfg.num_attention_heads, x.device)
+        segments = Segments.of(lengths, x.device)
         for layer in self.layers:
             x = layer(x, segments, rope)
         return self.post_layernorm(x)
 
+    def lengths(self, grids: list[list[int]]) -> list[int]:
+        """Patches that attend to each other: of a picture, a whole clip, or each of its frames."""
+        merge = self.cfg.spatial_merge_size
+        lengths = []
+        for t, h, w in grids:
+            if h % merge or w % merge:
+                raise ValueError(f"ViT: rows and columns must be multiples of {merge}, got {grids}")
+            parts = 1 if self.cfg.attend_across_frames else t
+            lengths += [t * h * w // parts] * parts
+        return lengths
+
     def positions(self, grids: list[list[int]]) -> Tensor:
-        """The learned table, bilinearly interpolated to each grid and repeated for every frame: (N, C)."""
-        table = rearrange(self.position_embedding.weight, "(h w) c -> 1 c h w", h=self.side)
+        """The learned table, interpolated to each grid and repeated for every frame: (N, C)."""
+        weight = self.position_embedding.weight
+        table = rearrange(weight, "(h w) c -> 1 c h w", h=self.side).float()
         fitted = {}  # pictures of one shape share one interpolation
-        for _, h, w in grids:
+        out = [weight[:0]]  # no picture at all: zero rows, and the table stays in the graph
+        for t, h, w in grids:
             if (h, w) not in fitted:
-                fine = F.interpolate(table.float(), (h, w), mode="bilinear", align_corners=False)
+                fine = F.interpolate(table, (h, w), mode="bilinear", align_corners=False)
                 fitted[h, w] = rearrange(fine, "1 c h w -> (h w) c")
-        return torch.cat([self.position_embedding.weight[:0]] + [fitted[h, w].repeat(t, 1) for t, h, w in grids])
+            out.append(fitted[h, w].repeat(t, 1))
+        return torch.cat(out)
 
     def pool(self, features: Tensor, grids: Tensor) -> Tensor:
         """features (N, C) -> one vector per picture or clip (M, C), by SigLIP's pooling head."""
         return self.head(features, grids.prod(1).tolist())
 
 
-def rope_2d(grids: list[list[int]], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (N, 1, head_dim / 2), fp32: the first half of the pairs turns with the row, the second with the column.
+def rope_2d(
+    grids: list[list[int]], head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, 1, head_dim / 2), fp32, of every patch's row and column.
 
-    Rows and columns start again in every frame; the frame's number has no angle (Keye-VL v1's released code).
+    The first half of the pairs turns with the row, the second with the column. Rows and columns
+    start again in every frame; the frame's number has no angle (Keye-VL v1's released code).
     """
-    freqs = 10000.0 ** -(torch.arange(0, head_dim // 2, 2, device=device).float() / (head_dim // 2))  # (head_dim / 4,)
-    cells = [torch.cartesian_prod(torch.arange(h), torch.arange(w)).repeat(t, 1) for t, h, w in grids]
-    cells = torch.cat(cells or [torch.zeros(0, 2)]).to(device).float()  # (N, 2): row, column
+    cells = [torch.zeros(0, 2)]  # no picture at all: zero rows
+    for t, h, w in grids:
+        frame = torch.cartesian_prod(torch.arange(h), torch.arange(w))  # (h * w, 2): row, column
+        cells.append(frame.repeat(t, 1))
+    cells = torch.cat(cells).to(device)  # (N, 2)
+    half = head_dim // 2
+    freqs = 10000.0 ** -(torch.arange(0, half, 2, device=device) / half)  # (head_dim / 4,)
     angles = (cells[:, :, None] * freqs).flatten(1)[:, None]  # (N, 1, head_dim / 2)
     return angles.cos(), angles.sin()
 
@@ -158,9 +209,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class TextTower(nn.Module):
-    """SigLIP's text encoder: learned positions, full attention over a fixed context, the last position pooled.
+    """SigLIP's text encoder: learned positions, full attention over a fixed context, the last
+    position pooled.
 
-    Captions are padded to the context's length and the padding is attended to, as SigLIP was trained.
+    Captions are padded to the context's length, and the padding is attended to, as SigLIP was
+    trained.
     """
 
     def __init__(self, cfg: ViTConfig, vocab_size: int, context: int = 64):
@@ -174,9 +227,11 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, context) int64 -> (B, C)."""
+        rows, context = tokens.shape
         x = self.token_embedding(tokens) + self.position_embedding.weight  # (B, L, C)
-        segments = Segments.of([tokens.shape[1]] * tokens.shape[0], tokens.device)
-        x = x.flatten(0, 1)
+        segments = Segments.of([context] * rows, tokens.device)
+        x = x.flatten(0, 1)  # (B * L, C)
         for layer in self.layers:
             x = layer(x, segments, None)
-        return self.head(self.final_layer_norm(x.unflatten(0, tokens.shape)[:, -1]))
+        last = x.unflatten(0, (rows, context))[:, -1]  # (B, C)
+        return self.head(self.final_layer_norm(last))

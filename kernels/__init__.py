@@ -1,5 +1,11 @@
-"""The one attention every model here calls, and the choice among its implementations."""
+"""The one attention that every model here calls, and the choice among its implementations."""
 
-from kernels.attention import Segments, attention, attention_path, attention_reference, cached_attention
+from kernels.attention import (
+    Segments,
+    attention,
+    attention_path,
+    attention_reference,
+    cached_attention,
+)
 
 __all__ = ["Segments", "attention", "attention_path", "attention_reference", "cached_attention"]

@@ -1,139 +1,193 @@
 """Attention over packed segments of any lengths, full or causal, with grouped queries.
 
-Samples lie end to end in one row of T tokens; a token sees its own segment only. There is no padding and no mask tensor.
+Samples lie end to end in one row of T tokens, and a token sees its own segment only. There is no
+padding and no mask tensor.
 
-    attention(q, k, v, segments, causal)     training and prefill: every query has its keys in the same pack
-    cached_attention(q, k, v, lengths)       decoding: the keys lie in a cache, one row per conversation
+    attention(q, k, v, segments, causal)   training and prefill: all keys are in the same pack
+    cached_attention(q, k, v, lengths)     decoding: the keys lie in a cache, a row per conversation
 
-`attention_reference` says in six lines what both compute. The rest of the file picks PyTorch's best way for the device
-and the shape at hand; that choice is made in these two and nowhere else.
+`attention_reference` says in a few lines what both compute. The rest of the file picks PyTorch's
+best way for the device and the shape at hand. That choice is made here and nowhere else.
 """
 
 import contextlib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:  # flash attention over cumulative lengths, CUDA only
     from torch.nn.attention.varlen import varlen_attn
 
-    _VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    # newer versions must be told that query heads share key heads; older ones need no word
+    GROUPED = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        GROUPED = {"enable_gqa": True}
 except ImportError:
     varlen_attn = None
 
 
 @dataclass
 class Segments:
-    """Where the samples of a pack begin and end: on the device for kernels, on the host for decisions (no sync).
+    """Where the samples of a pack begin and end.
 
-    cu_seqlens: (S + 1,) int32 on the device, cumulative starts; lengths: S ints on the host, none of them 0.
+    The lengths stand on the host too, so that choosing an implementation never waits for the GPU.
     """
 
-    cu_seqlens: Tensor
-    lengths: list[int]
+    cu_seqlens: Tensor  # (S + 1,) int32 on the device: cumulative starts, as flash attention has it
+    lengths: list[int]  # S of them, none 0
+    plans: dict = field(default_factory=dict)  # batches_by_length, worked out once for all layers
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device | str) -> "Segments":
+        """Segments of these lengths. Empty ones are left out: no token can see them."""
         lengths = [n for n in lengths if n]
         return cls(torch.tensor([0] + lengths).cumsum(0).to(device, torch.int32), lengths)
 
-    @property
-    def equal(self) -> bool:
-        return len(set(self.lengths)) == 1
 
-    def batches(self, step: int) -> tuple[list[tuple[int, Tensor]], Tensor]:
-        """Segments of like length as dense batches: [(how many, their tokens' rows flattened)], and the way back.
-
-        Lengths are rounded up to a multiple of `step` by repeating a segment's last token. Worked out once for all layers.
-        """
-        if getattr(self, "_step", None) != step:
-            device, groups, start = self.cu_seqlens.device, {}, 0
-            for n in self.lengths:
-                groups.setdefault(-(-n // step) * step, []).append((start, n))
-                start += n
-            rows, kept, at, back = [], [], 0, torch.empty(start, dtype=torch.long)
-            for top, members in groups.items():
-                first, length = torch.tensor(members).T[:, :, None]  # (B, 1) each
-                where = torch.arange(top)
-                token = first + where.clamp(max=length - 1)  # (B, top)
-                real = where < length
-                back[token[real]] = at + torch.arange(token.numel()).view_as(token)[real]
-                at += token.numel()
-                rows.append((len(members), token.flatten().to(device)))
-            self._step, self._batches = step, (rows, back.to(device))
-        return self._batches
-
-
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each segment. q (T, H, D); k, v (T, KV, D); returns (T, H, D)."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # each key head serves H/KV queries
-    out, start = torch.zeros_like(q), 0
-    for n in segments.lengths:
-        s = slice(start, start := start + n)
-        scores = torch.einsum("qhd,khd->hqk", q[s], k[s]) * q.shape[-1] ** -0.5
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v within each segment. q (T, H, D); k, v (T, KV, D) -> (T, H, D)."""
+    group = q.shape[1] // k.shape[1]  # queries that share a key head
+    k = k.repeat_interleave(group, dim=1)  # (T, H, D)
+    v = v.repeat_interleave(group, dim=1)
+    packs = (x.split(segments.lengths) for x in (q, k, v))
+    out = []
+    for qs, ks, vs in zip(*packs):  # (n, H, D) each
+        scores = torch.einsum("qhd,khd->hqk", qs, ks) * q.shape[-1] ** -0.5
         if causal:
-            scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1), float("-inf"))
-        out[s] = torch.einsum("hqk,khd->qhd", scores.softmax(-1, dtype=torch.float32).to(v.dtype), v[s])
-    return out
+            later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        out.append(torch.einsum("hqk,khd->qhd", weights, vs))
+    return torch.cat(out)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False) -> Tensor:
-    """Attention within each segment of a pack, by the fastest way PyTorch has for this device and these lengths.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False
+) -> Tensor:
+    """Attention within each segment of a pack, by the fastest way for this device and lengths.
 
-    q (T, H, D), k and v (T, KV, D) with KV dividing H; one dtype; T = sum of the segments' lengths. Returns (T, H, D).
-    Raises ValueError when the shapes and the segments disagree.
+    q (T, H, D), k and v (T, KV, D) with KV dividing H; one dtype; T = sum of the segments'
+    lengths. Returns (T, H, D). Raises ValueError when the shapes and the segments disagree.
     """
-    if sum(segments.lengths) != q.shape[0] or k.shape != v.shape or k.shape[0] != q.shape[0] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, "
-                         f"segments of {sum(segments.lengths)} tokens in all do not fit together")
-    if not segments.lengths:  # a pack without pictures: nothing to do, but every weight must stay in the graph
+    lengths = segments.lengths
+    alike = k.shape == v.shape and q.shape[1] % k.shape[1] == 0
+    if not alike or not len(q) == len(k) == sum(lengths):
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, "
+            f"segments of {sum(lengths)} tokens in all do not fit together"
+        )
+    # A pack without pictures: nothing to do, but every weight must stay in the graph.
+    if not lengths:
         return q + (k.sum() + v.sum())
-    if segments.equal:  # frames of a clip, one long document: a dense batch, which cuDNN and the CPU run fastest
-        return _dense(q, k, v, len(segments.lengths), causal)
-    if q.is_cuda and varlen_attn is not None and q.dtype in (torch.float16, torch.bfloat16):
-        n = max(segments.lengths)
-        window = (-1, 0) if causal else (-1, -1)
-        return varlen_attn(q, k, v, segments.cu_seqlens, segments.cu_seqlens, n, n, window_size=window, **_VARLEN_GQA)
+    # Frames of a clip, one long document: a dense batch, which cuDNN and the CPU run fastest.
+    if len(set(lengths)) == 1:
+        return _dense(q, k, v, len(lengths), causal)
+    if q.is_cuda and varlen_attn and q.dtype in (torch.float16, torch.bfloat16):
+        return _flash(q, k, v, segments, causal)
     return _by_length(q, k, v, segments, causal)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, batch: int, causal: bool) -> Tensor:
-    q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, D)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(0, 1)  # (T, H, D)
+def _dense(q, k, v, batch, causal):
+    """Attention within `batch` segments of one length."""
+    q, k, v = (rearrange(x, "(b l) h d -> b h l d", b=batch) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    return rearrange(out, "b h l d -> (b l) h d")
 
 
-def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
-    """A loop over distinct lengths, not over segments. A causal query never sees what comes after it, so there segments
-    of nearly the same length share a batch too, padded at their ends: exact, and many times fewer calls."""
-    rows, back = segments.batches(32 if causal else 1)
-    return torch.cat([_dense(q.index_select(0, r), k.index_select(0, r), v.index_select(0, r), batch, causal) for batch, r in rows]).index_select(0, back)
+def _flash(q, k, v, segments, causal):
+    """Segments of mixed lengths in one kernel."""
+    cu_seqlens = segments.cu_seqlens
+    longest = max(segments.lengths)
+    window = (-1, 0) if causal else (-1, -1)  # keys before and after a query: -1 is all of them
+    return varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window, **GROUPED
+    )
+
+
+def _by_length(q, k, v, segments, causal):
+    """Segments of mixed lengths in one dense batch per length.
+
+    A causal query never sees what comes after it. There segments of nearly the same length share
+    a batch too, padded at their ends: exact, and many times fewer calls.
+    """
+    step = 32 if causal else 1
+    if step not in segments.plans:
+        segments.plans[step] = batches_by_length(segments, step)
+    batches, back = segments.plans[step]
+    out = []
+    for size, tokens in batches:
+        qs, ks, vs = (x.index_select(0, tokens) for x in (q, k, v))
+        out.append(_dense(qs, ks, vs, size, causal))
+    return torch.cat(out).index_select(0, back)
+
+
+def batches_by_length(segments: Segments, step: int) -> tuple[list[tuple[int, Tensor]], Tensor]:
+    """Segments of like length, as dense batches, and the way back into the pack.
+
+    Lengths are rounded up to a multiple of `step` by repeating a segment's last token. Returns
+    [(number of segments, their tokens' places in the pack)] and, for each token of the pack, its
+    place among all batches end to end (T,).
+    """
+    groups = {}  # rounded length -> [(start, length)]
+    start = 0
+    for n in segments.lengths:
+        rounded = -(-n // step) * step
+        groups.setdefault(rounded, []).append((start, n))
+        start += n
+
+    device = segments.cu_seqlens.device
+    batches = []
+    back = [0] * start
+    place = 0
+    for rounded, members in groups.items():
+        tokens = []
+        for start, n in members:
+            tokens += range(start, start + n)
+            tokens += [start + n - 1] * (rounded - n)
+            back[start : start + n] = range(place, place + n)
+            place += rounded
+        batches.append((len(members), torch.tensor(tokens, device=device)))
+    return batches, torch.tensor(back, device=device)
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     """New queries against a cache that already holds their own keys.
 
-    q (B, Q, H, D), right-aligned per row is not needed: query i of row b sits at position lengths[b] + i.
-    k, v (B, L, KV, D), of which row b holds the first lengths[b] + Q entries; lengths (B,) int64 counts what was there
-    before. Returns (B, Q, H, D). Rows with fewer than Q new tokens give garbage beyond them, which the caller drops.
+    q (B, Q, H, D): query i of row b sits at position lengths[b] + i. k, v (B, L, KV, D): row b
+    holds lengths[b] + Q entries, of which lengths (B,) int64 were there before. Returns
+    (B, Q, H, D). Rows with fewer than Q new tokens give garbage beyond them; the caller drops it.
     """
-    new, group = q.shape[1], q.shape[2] // k.shape[2]
-    seen = lengths[:, None] + torch.arange(new, device=q.device)  # (B, Q): last key that query may see
-    mask = torch.arange(k.shape[1], device=q.device) <= seen[:, None, :, None]  # (B, 1, Q, L)
-    # queries that share a key head stand beside each other as if they were one head's: keys are read once, not copied
-    q = q.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, KV, H/KV * Q, D)
-    # not by cuDNN, which plans anew, for some 50 ms, at every new length: at every token, here
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if q.is_cuda else contextlib.nullcontext():
-        out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask.repeat(1, 1, group, 1))
-    return out.unflatten(2, (group, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    new = q.shape[1]
+    kv = k.shape[2]
+    last = lengths[:, None] + torch.arange(new, device=q.device)  # (B, Q): the last key seen
+    mask = torch.arange(k.shape[1], device=q.device) <= last[:, None, :, None]  # (B, 1, Q, L)
+    # The G = H / KV queries that share a key head stand beside each other as if they were one
+    # head's, so that keys are read once and not copied.
+    mask = mask.repeat(1, 1, q.shape[2] // kv, 1)  # (B, 1, G * Q, L)
+    q = rearrange(q, "b q (kv g) d -> b kv (g q) d", kv=kv)
+    k = k.transpose(1, 2)  # (B, KV, L, D)
+    v = v.transpose(1, 2)
+    # cuDNN plans anew, for some 50 ms, at every new length, and here each token brings one.
+    backends = contextlib.nullcontext()
+    if q.is_cuda:
+        backends = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    with backends:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return rearrange(out, "b kv (g q) d -> b q (kv g) d", q=new)
 
 
 def attention_path(device: torch.device, dtype: torch.dtype) -> str:
     """What `attention` uses on this device, for the line that a run prints first."""
-    if device.type == "cuda" and dtype != torch.float32:
-        return "SDPA on equal lengths, flash varlen on mixed" if varlen_attn else "SDPA per distinct length (slow)"
-    return "SDPA per distinct length"
+    if device.type != "cuda" or dtype == torch.float32:
+        return "SDPA per distinct length"
+    if varlen_attn is None:
+        return "SDPA per distinct length (slow)"
+    return "SDPA on equal lengths, flash varlen on mixed"

@@ -1,97 +1,51 @@
 """evaluate.py: known answers, known tables, and that blind means blind."""
+
 import json
 import math
-import random
 import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import evaluate as E
 import toyworld
+from common.conversation import MODES, text_of
+from common.questions import read_questions
+from common.rewards import parse
+from common.rollout import Response
+from common.sandbox import observe
+from common.verifiers import grade, score
 from conftest import ROOT
 from data import pack
-from evaluate import evaluate, grade, score, scoreboard, wilson
-from rewards import edit_distance, normal
+from evaluate import board, evaluate, facts_of, task_table, wilson
 from generate import Generator
-from rewards import MODES
-from sandbox import observe
-from test_generate import call, scripted
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-BOX = "<|object_ref_start|>red cross<|object_ref_end|><|box_start|>{}<|box_end|>"
-POINT = "<|point_start|>{}<|point_end|>"
-TIME = "<|clip_time_start|>{}<|clip_time_end|> a star is visible"
-TWO = [[0, 0, 100, 100], [500, 500, 600, 600]]
-
-
-@pytest.mark.parametrize("verifier, answer, right, wrong", [
-    ("choice", "top left", ["top left", " Top  Left. ", "TOP LEFT\n"],
-     ["top", "left top", "the top left", "", "top left right"]),
-    ("yesno", "yes", ["yes", "Yes.", "YES"], ["no", "yes no", "yesterday", ""]),
-    ("exact", "Ab", ["Ab", " Ab "], ["ab", "A b"]),
-    ("text", "Y9C3", ["<|ocr_text_start|>Y9C3<|ocr_text_end|>", "Y9C3", "Ｙ9C3"], ["y9c3", "Y9C", "Y9C33", ""]),
-    ("number", "3", ["3", "3.0", " 3.", "+3", f"<|object_ref_start|>a<|object_ref_end|>{POINT.format('[[1, 2]]')} 3"],
-     ["three", "3 4", "33", "", "-3", "3 objects", POINT.format("[[3, 3]]"), "nan", "inf", "1e1", "9" * 400]),
-    ("number", "-2.5", ["-2.5", "-2.50"], ["2.5", "-2,5"]),
-    ("order", "2 1 3", ["2 1 3", "2, 1, 3", "2 1 3."], ["1 2 3", "213", "2 1", "2 1 3 3", ""]),
-    ("box", "[[100, 100, 300, 300]]", [BOX.format("[[100, 100, 300, 300]]"), BOX.format("[[110, 90, 300, 320]]"),
-                                       BOX.format("[[100.0, 100, 300, 300]]")],
-     ["", "[[100, 100, 300, 300]]", BOX.format("[[100, 100, 300, 300]]") * 2, *map(BOX.format, (
-         "[[600, 600, 700, 700]]", "[[300, 300, 100, 100]]", "[]", "{}", "[[100, 100, 300]]", "[[100, 100, 300, NaN]]",
-         '[["a", 1, 2, 3]]', "[[[", "[" * 5000, "[[100, 100, 300, 300], [100, 100, 300, 300]]", "[[1e999, 0, 1, 1]]",
-         "[[true, 0, 1, 1]]"))]),
-    ("box", json.dumps(TWO), [BOX.format(json.dumps(TWO)), BOX.format(json.dumps(TWO[::-1]))],
-     [BOX.format(json.dumps(TWO[:1]))]),
-    ("interval", "[0.5, 2.0]", [TIME.format("[0.5, 2.0]"), TIME.format("[0.5, 2.5]")],
-     ["", "[0.5, 2.0]", *map(TIME.format, ("[2.0, 0.5]", "[0.5, 5.0]", "0.5 to 2", "[[0.5, 2.0]]"))]),
-    ("point", "[[500, 500]]", [POINT.format("[[540, 540]]")],
-     [POINT.format("[[561, 500]]"), POINT.format("[500, 500]"), ""]),
-])
-def test_scores(verifier, answer, right, wrong):
-    meta = {"verifier": verifier, "answer": answer}
-    assert [t for t in right if score(t, meta) != 1.0] == []
-    assert [t for t in wrong if score(t, meta) != 0.0] == []
-
-
-def test_points_need_a_box_each():
-    meta = {"verifier": "point", "answer": "[[50, 50], [550, 550]]", "boxes": TWO}
-    assert score(POINT.format("[[590, 510], [1, 99]]"), meta) == 1  # far from the centre, but inside; any order
-    for wrong in ("[[50, 50]]", "[[50, 50], [60, 60]]", "[[50, 50], [550, 550], [551, 551]]", "[[50, 50], [700, 550]]"):
-        assert score(POINT.format(wrong), meta) == 0
-    one = {"verifier": "point", "answer": "[[50, 50]]", "box": TWO[0]}
-    assert score(POINT.format("[[99, 1]]"), one) == 1 and score(POINT.format("[[101, 1]]"), one) == 0
-
-
-def test_graded_measures():
-    box = {"verifier": "box", "answer": "[[0, 0, 100, 100]]"}
-    assert grade(BOX.format("[[50, 0, 150, 100]]"), box) == pytest.approx(1 / 3)
-    assert score(BOX.format("[[50, 0, 150, 100]]"), box) == 0
-    assert grade(TIME.format("[1, 3]"), {"verifier": "interval", "answer": "[2, 4]"}) == pytest.approx(1 / 3)
-    assert grade("ABXD", {"verifier": "text", "answer": "ABCD"}) == 0.25
-    for a, b, distance in (("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("ab", "ab", 0)):
-        assert edit_distance(a, b) == distance
-    assert normal("<|ocr_text_start|> a  b.<|ocr_text_end|>") == "a b"
-    with pytest.raises(ValueError, match="mood"):
-        score("x", {"verifier": "mood", "answer": "good"})
-
-
-def test_wilson():
-    for k, n, *want in ((0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1), (81, 263, 0.2553, 0.3662)):
-        assert wilson(k, n) == pytest.approx(want, abs=1e-4)
-    assert wilson(0, 0) == (0, 1)
-
-
-# -- the benchmark
 
 
 def question(content, answer, task, category, verifier="choice", chance=0.0, **more):
-    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
-            "meta": dict(task=task, category=category, answer=answer, verifier=verifier, chance=chance, **more)}
+    return {
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": answer},
+        ],
+        "meta": {
+            "task": task,
+            "category": category,
+            "answer": answer,
+            "verifier": verifier,
+            "chance": chance,
+            **more,
+        },
+    }
+
+
+def picture_question(name, answer):
+    content = [{"type": "image", "image": name}, {"type": "text", "text": "What colour?"}]
+    return question(content, answer, "colour", "look", chance=1 / 3)
 
 
 def write(path, lines):
@@ -101,76 +55,221 @@ def write(path, lines):
 @pytest.fixture
 def world(tmp_path):
     """12 pictures of one colour with the question for it, 4 sums without a picture."""
-    colours = [list(COLOURS)[i % 3] for i in range(12)]
     lines = []
-    for i, colour in enumerate(colours):
-        Image.new("RGB", (60 + 20 * (i % 2), 60), COLOURS[colour]).save(tmp_path / f"{i}.png")
-        content = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": "What colour?"}]
-        lines.append(question(content, colour, "colour", "look", chance=1 / 3))
+    for i in range(12):
+        colour = list(COLOURS)[i % 3]
+        size = (60 + 20 * (i % 2), 60)
+        Image.new("RGB", size, COLOURS[colour]).save(tmp_path / f"{i}.png")
+        lines.append(picture_question(f"{i}.png", colour))
     write(tmp_path / "look.jsonl", lines)
-    sums = [question(f"What is {i} + 1?", str(i + 1), "sum", "text", "number") for i in range(4)]
+    sums = [question(f"What is {i} + 1?", f"{i + 1}", "sum", "text", "number") for i in range(4)]
     write(tmp_path / "text.jsonl", sums)
     return tmp_path
 
 
+def break_two_pictures(world):
+    (world / "1.png").unlink()
+    (world / "4.png").write_bytes(b"not a picture")
+
+
+def lines_of(failures):
+    return [failure["where"].split("/")[-1] for failure in failures]
+
+
+def test_wilson():
+    golden = [(0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1)]
+    for hits, n, *interval in [*golden, (81, 263, 0.2553, 0.3662)]:
+        assert wilson(hits, n) == pytest.approx(interval, abs=1e-4)
+
+
+# -- the strict score
+
+
+BOX = "<|object_ref_start|>red cross<|object_ref_end|><|box_start|>{}<|box_end|>"
+POINT = "<|point_start|>{}<|point_end|>"
+TIME = "<|clip_time_start|>{}<|clip_time_end|> a star is visible"
+ONE = "[[100, 100, 300, 300]]"
+TWO = [[0, 0, 100, 100], [500, 500, 600, 600]]
+COUNTED = "<|object_ref_start|>a<|object_ref_end|>" + POINT.format("[[1, 2]]") + " 3"
+NO_BOXES = [
+    "[[600, 600, 700, 700]]",
+    "[[300, 300, 100, 100]]",
+    "[]",
+    "{}",
+    "[[100, 100, 300]]",
+    "[[100, 100, 300, NaN]]",
+    '[["a", 1, 2, 3]]',
+    "[[[",
+    "[" * 5000,
+    "[[100, 100, 300, 300], [100, 100, 300, 300]]",
+    "[[1e999, 0, 1, 1]]",
+    "[[true, 0, 1, 1]]",
+]
+NO_TIMES = ["[2.0, 0.5]", "[0.5, 5.0]", "0.5 to 2", "[[0.5, 2.0]]"]
+NO_NUMBERS = ["three", "3 4", "33", "", "-3", "3 objects", POINT.format("[[3, 3]]"), "nan", "inf"]
+SCORES = [  # verifier, true answer, right ones, wrong ones
+    ("choice", "top left",
+     ["top left", " Top  Left. ", "TOP LEFT\n"],
+     ["top", "left top", "the top left", "", "top left right"]),
+    ("yesno", "yes", ["yes", "Yes.", "YES"], ["no", "yes no", "yesterday", ""]),
+    ("exact", "Ab", ["Ab", " Ab "], ["ab", "A b"]),
+    ("text", "Y9C3",
+     ["<|ocr_text_start|>Y9C3<|ocr_text_end|>", "Y9C3", "Ｙ9C3"],
+     ["y9c3", "Y9C", "Y9C33", ""]),
+    ("number", "3", ["3", "3.0", " 3.", "+3", COUNTED], [*NO_NUMBERS, "1e1", "9" * 400]),
+    ("number", "-2.5", ["-2.5", "-2.50"], ["2.5", "-2,5"]),
+    ("order", "2 1 3",
+     ["2 1 3", "2, 1, 3", "2 1 3."],
+     ["1 2 3", "213", "2 1", "2 1 3 3", ""]),
+    ("box", ONE,
+     [BOX.format(ONE), BOX.format("[[110, 90, 300, 320]]"), BOX.format("[[100.0, 100, 300, 300]]")],
+     ["", ONE, BOX.format(ONE) * 2, *map(BOX.format, NO_BOXES)]),
+    ("box", json.dumps(TWO),
+     [BOX.format(json.dumps(TWO)), BOX.format(json.dumps(TWO[::-1]))],
+     [BOX.format(json.dumps(TWO[:1]))]),
+    ("interval", "[0.5, 2.0]",
+     [TIME.format("[0.5, 2.0]"), TIME.format("[0.5, 2.5]")],
+     ["", "[0.5, 2.0]", *map(TIME.format, NO_TIMES)]),
+    ("point", "[[500, 500]]",
+     [POINT.format("[[540, 540]]")],
+     [POINT.format("[[561, 500]]"), POINT.format("[500, 500]"), ""]),
+]
+
+
+@pytest.mark.parametrize("verifier, answer, right, wrong", SCORES)
+def test_scores(verifier, answer, right, wrong):
+    meta = {"verifier": verifier, "answer": answer}
+    assert [text for text in right if score(text, meta) != 1] == []
+    assert [text for text in wrong if score(text, meta) != 0] == []
+
+
+def test_points_need_a_box_each():
+    meta = {"verifier": "point", "answer": "[[50, 50], [550, 550]]", "boxes": TWO}
+    # far from the centres, but inside; in any order
+    assert score(POINT.format("[[590, 510], [1, 99]]"), meta) == 1
+    for wrong in (
+        "[[50, 50]]",
+        "[[50, 50], [60, 60]]",
+        "[[50, 50], [550, 550], [551, 551]]",
+        "[[50, 50], [700, 550]]",
+    ):
+        assert score(POINT.format(wrong), meta) == 0
+    one = {"verifier": "point", "answer": "[[50, 50]]", "box": TWO[0]}
+    assert score(POINT.format("[[99, 1]]"), one) == 1
+    assert score(POINT.format("[[101, 1]]"), one) == 0
+
+
+def test_graded_measures():
+    box = {"verifier": "box", "answer": "[[0, 0, 100, 100]]"}
+    third = BOX.format("[[50, 0, 150, 100]]")
+    assert grade(third, box) == pytest.approx(1 / 3) and score(third, box) == 0
+    interval = {"verifier": "interval", "answer": "[2, 4]"}
+    assert grade(TIME.format("[1, 3]"), interval) == pytest.approx(1 / 3)
+    assert grade("ABXD", {"verifier": "text", "answer": "ABCD"}) == 0.25
+    with pytest.raises(ValueError, match="mood"):
+        score("x", {"verifier": "mood", "answer": "good"})
+
+
+def test_toy_worlds_own_answers_are_right(tmp_path):
+    """Every held-out reply is right for its own question, and for another one mostly wrong."""
+    lines = []
+    sides = toyworld.SIZES["toy"].sides
+    for split, kind, n in toyworld.plan(0, 0, heldout=6):
+        if split == "train":
+            continue
+        for i in range(n):
+            unit = toyworld.draw_unit("", split, kind, i, 0, sides, dry=True)
+            lines += [line for _, line in unit.lines]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    by_task = {}
+    for question in read_questions(tmp_path):
+        reply = text_of(question.record["messages"][-1])
+        assert score(reply, question.meta) == 1, question.record
+        by_task.setdefault(question.task, []).append((reply, question.meta))
+    assert len(by_task) > 30
+    for task in ("box", "point", "position", "caption", "sort"):
+        replies = by_task[task]
+        others = [score(a[0], b[1]) for a, b in zip(replies, replies[1:])]
+        assert sum(others) / len(others) < 0.5
+
+
+# -- the bare question
+
+
 @pytest.fixture
 def answer_with(monkeypatch):
-    """Replaces the model: evaluate gets the text that a function of the sample's mean pixel (3,) or None returns."""
-    calls = []
+    """Replaces the model: evaluate gets the text that a function of the sample's mean pixel gives.
+
+    The pixel is [red, green, blue], or None without a picture. Returns the list of all pixels met.
+    """
+    pixels = []
 
     def use(answer):
         class Fixed:
             def __init__(self, model, processor, rows):
                 self.processor = processor
 
-            def sample(self, samples, limits, temperature):
-                assert temperature == 0 and len(limits) == len(samples)
-                out = []
-                for s in samples:
-                    pixel = s["patches"].float().unflatten(1, (3, -1)).mean((0, 2)).tolist()
-                    pixel = pixel if len(s["patches"]) else None
-                    calls.append(pixel)
-                    ids = self.processor.tokenizer.encode(answer(pixel), added=True)
-                    out.append({"ids": ids, "sampled": [True] * len(ids), "finished": True})
-                return out
+            def sample(self, samples, max_tokens, temperature, **how):
+                assert temperature == 0 and len(max_tokens) == len(samples)
+                return [self.respond(sample) for sample in samples]
+
+            def respond(self, sample):
+                pixel = None
+                if len(sample["patches"]):
+                    channels = sample["patches"].float().unflatten(1, (3, -1))
+                    pixel = channels.mean((0, 2)).tolist()
+                pixels.append(pixel)
+                ids = self.processor.tokenizer.encode(answer(pixel), added=True)
+                return Response(ids=ids, sampled=[True] * len(ids), finished=True)
+
         monkeypatch.setattr(E, "Generator", Fixed)
-        return calls
+        return pixels
+
     return use
 
 
 def see(pixel):
-    return "2" if pixel is None else next((c for c, rgb in COLOURS.items() if math.dist(rgb, pixel) < 60), "grey")
+    if pixel is None:
+        return "2"
+    for colour, rgb in COLOURS.items():
+        if math.dist(rgb, pixel) < 60:
+            return colour
+    return "grey"
 
 
 def test_one_who_sees(processor, world, answer_with):
-    calls = answer_with(see)
-    result = json.loads(json.dumps(evaluate(None, processor, world)))
+    pixels = answer_with(see)
+    result = json.loads(json.dumps(evaluate(None, processor, world, blind=True)))
     colour, total = result["tasks"]["colour"], result["tasks"]["sum"]
     assert (colour["n"], colour["accuracy"], colour["blind"]) == (12, 1.0, 0.0)
     assert colour["chance"] == pytest.approx(1 / 3)
     assert (colour["low"], colour["high"]) == pytest.approx(wilson(12, 12))
-    assert (total["n"], total["accuracy"], total["blind"], total["chance"]) == (4, 0.25, None, 0)  # 1 + 1
-    assert result["categories"].keys() == {"look", "text"} and result["categories"]["look"]["accuracy"] == 1
-    assert result["headline"] == {"accuracy": 1.0, "blind": 0.0, "chance": pytest.approx(1 / 3)}  # of colour alone
-    assert result["questions"] == 16 and result["failed"] == []
+    assert (total["n"], total["accuracy"], total["blind"], total["chance"]) == (4, 0.25, None, 0)
+    assert result["categories"].keys() == {"look", "text"}
+    assert result["categories"]["look"]["accuracy"] == 1
+    # of colour alone, the one task of the headline that is there
+    assert result["headline"] == {"accuracy": 1, "blind": 0, "chance": pytest.approx(1 / 3)}
+    assert result["questions"] == 16 and result["failed"] == [] and result["mode"] == "plain"
     example = result["examples"][0]
     assert example["task"] == "colour" and example["question"] == "[image]What colour?"
     assert example["output"] == example["answer"] and example["right"]
-    assert sum(p == [128.0] * 3 for p in calls) == 2  # blind: one question for each of the two sizes
-    calls.clear()
-    assert evaluate(None, processor, world, blind=False)["tasks"]["colour"]["blind"] is None
-    assert calls and [128.0] * 3 not in calls
+    assert pixels.count([128.0] * 3) == 12  # the sums are not asked again
+
+    pixels.clear()
+    assert evaluate(None, processor, world)["tasks"]["colour"]["blind"] is None
+    assert len(pixels) == 16 and [128.0] * 3 not in pixels
 
 
 def test_one_who_always_says_red(processor, world, answer_with):
     answer_with(lambda pixel: "red")
-    colour = evaluate(None, processor, world, batch=2)["tasks"]["colour"]
+    colour = evaluate(None, processor, world, blind=True, rows=2)["tasks"]["colour"]
     assert colour["accuracy"] == colour["blind"] == colour["chance"] == pytest.approx(1 / 3)
 
 
 def test_limit_and_choice_of_tasks(processor, world, answer_with):
     answer_with(see)
-    assert {t: s["n"] for t, s in evaluate(None, processor, world, limit=3)["tasks"].items()} == {"colour": 3, "sum": 3}
+    three = evaluate(None, processor, world, limit=3)["tasks"]
+    assert {task: numbers["n"] for task, numbers in three.items()} == {"colour": 3, "sum": 3}
     assert evaluate(None, processor, world, tasks=["text"])["tasks"].keys() == {"sum"}
     assert evaluate(None, processor, world, tasks=["colour"])["headline"]["accuracy"] == 1
     assert evaluate(None, processor, world, tasks=["sum"])["headline"]["accuracy"] is None
@@ -180,25 +279,30 @@ def test_limit_and_choice_of_tasks(processor, world, answer_with):
 
 def test_broken_media_count_as_wrong_and_are_named(processor, world, answer_with):
     answer_with(see)
-    (world / "1.png").unlink()
-    (world / "4.png").write_bytes(b"not a picture")
-    result = evaluate(None, processor, world)
+    break_two_pictures(world)
+    result = evaluate(None, processor, world, blind=True)
     colour = result["tasks"]["colour"]
-    assert (colour["n"], colour["failed"], colour["accuracy"]) == (12, 2, pytest.approx(10 / 12))
-    assert [f["where"].split("/")[-1] for f in result["failed"]] == ["look.jsonl:2", "look.jsonl:5"]
-    assert "missing" in result["failed"][0]["reason"] and "unsupported" in result["failed"][1]["reason"]
+    assert (colour["n"], colour["failed"]) == (12, 2)
+    assert colour["accuracy"] == pytest.approx(10 / 12) and colour["blind"] == 0
+    assert lines_of(result["failed"]) == ["look.jsonl:2", "look.jsonl:5"]
+    missing, unsupported = result["failed"]
+    assert "missing" in missing["reason"] and "unsupported" in unsupported["reason"]
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda q: q.pop("meta"), lambda q: q["meta"].pop("answer"), lambda q: q["meta"].update(verifier="mood"),
-    lambda q: q["messages"].pop(), lambda q: q["meta"].update(verifier="box", answer="nowhere"),
-    lambda q: q["meta"].update(verifier="number", answer="many")])
-def test_bad_lines_are_named(world, spoil):
-    lines = [question("a", "1", "t", "c", "number"), question("b", "2", "t", "c", "number")]
-    spoil(lines[1])
-    write(world / "more.jsonl", lines)
-    with pytest.raises(ValueError, match=r"more\.jsonl:2: "):
-        E.read_questions(world)
+def test_graded_measures_stand_beside_the_score(processor, world, answer_with):
+    """Of the tasks that have one; other tasks of the category do not count."""
+    box = "<|object_ref_start|>a<|object_ref_end|><|box_start|>[[0, 0, 50, 100]]<|box_end|>"
+    write(world / "look.jsonl", [
+        question("Where?", "[[0, 0, 100, 100]]", "box", "look", "box"),
+        question("Read.", "ABCD", "read", "look", "text"),
+        question("Which?", "red", "colour", "look"),
+    ])
+    answer_with(lambda pixel: box)
+    result = evaluate(None, processor, world, tasks=["look"])
+    assert result["tasks"]["box"]["iou"] == pytest.approx(1 / 2)
+    assert result["tasks"]["box"]["cer"] is None and result["tasks"]["colour"]["iou"] is None
+    assert result["categories"]["look"]["iou"] == pytest.approx(1 / 2)
+    assert result["categories"]["look"]["cer"] == result["tasks"]["read"]["cer"] > 1
 
 
 def test_no_questions(model, processor, tmp_path):
@@ -208,85 +312,49 @@ def test_no_questions(model, processor, tmp_path):
 
 def test_blind_removes_the_picture(model, processor, world):
     """Two pictures of one size: the model tells them apart, blind it does not."""
-    generator = Generator(model, processor)
-    ask = lambda i: processor({"messages": [{"role": "user", "content": [
-        {"type": "image", "image": f"{i}.png"}, {"type": "text", "text": "What colour?"}]}]}, world, generate=True)
-    red, blue = ask(0), ask(2)
-    before = red["patches"].clone()
+
+    def encode(processor, i):
+        content = picture_question(f"{i}.png", "red")["messages"][0]
+        return processor({"messages": [content]}, world, generate=True)
+
+    red, blue = encode(processor, 0), encode(processor, 2)
     with torch.no_grad():
-        assert (model.logits(pack([red])) - model.logits(pack([blue]))).abs().max() > 1e-3
-    text = [E.blind_answers(generator, [s], [12], {})[0] for s in (red, blue)]  # nothing remembered between them
-    assert text[0] == text[1] and len(text[0]) > 0
-    assert torch.equal(red["patches"], before)
-    grey = ask(0) | {"patches": torch.full_like(before, 128)}
-    row, = generator.sample([grey], 12, temperature=0)
-    assert text[0] == processor.tokenizer.decode(row["ids"], skip_special=True)
-    words = processor({"messages": [{"role": "user", "content": "Hi"}]}, generate=True)
-    assert E.blind_answers(generator, [words], [12], {}) == [None]
+        difference = model.logits(pack([red])) - model.logits(pack([blue]))
+    assert difference.abs().max() > 1e-3
+
+    blindfold = E.Blindfold(processor)
+    red_blind, blue_blind = encode(blindfold, 0), encode(blindfold, 2)
+    assert red_blind.keys() == red.keys()
+    for key, value in red_blind.items():
+        if key == "patches":
+            assert value.shape == red[key].shape and value.dtype == red[key].dtype
+            assert (value == 128).all() and (red[key] != 128).all()
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(value, red[key])
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(blue_blind[key]))
+
+
+def test_tools_are_never_asked_blind(model, processor, world):
+    with pytest.raises(ValueError, match="agentic_think"):
+        evaluate(model, processor, world, mode="agentic_think", blind=True)
 
 
 def test_answers_do_not_depend_on_the_batch(model, processor, world):
-    results = [evaluate(model, processor, world, batch=b, limit=3) for b in (1, 5, 64)]
-    one, two, three = ({e["where"]: e["output"] for e in r["examples"]} for r in results)
-    assert one == two == three and len(one) == 6
-
-
-def test_scoreboard(processor, world, answer_with):
-    answer_with(see)
-    full = evaluate(None, processor, world)
-    answer_with(lambda pixel: "red")
-    part = evaluate(None, processor, world, tasks=["colour"])
-    table = scoreboard([("one", full), ("two", part)])
-    cells = [[c.strip() for c in row.strip("|").split("|")] for row in table.splitlines()]
-    assert cells[0] == ["task", "n", "one %", "two %", "blind %", "chance %"] and set("".join(cells[1])) == {"-", ":"}
-    half = 50 * (wilson(12, 12)[1] - wilson(12, 12)[0])
-    rows = {row[0]: row[1:] for row in cells[2:]}
-    assert list(rows) == ["**look**", "colour", "**text**", "sum", "**headline**"]
-    assert rows["colour"][:2] == ["12", f"100.0 ± {half:.1f}"] and rows["colour"][2].startswith("33.3 ± ")
-    assert rows["colour"][3:] == ["33.3", "33.3"]  # of the last result: blind it says red as well
-    assert rows["sum"][2:] == ["", "", "0.0"]
-    assert rows["**headline**"] == ["", "100.0", "33.3", "33.3", "33.3"]
-    assert len({len(row) for row in scoreboard([("one", full)]).splitlines()}) == 1  # readable without a renderer
-    short = [row.strip("|").split("|")[0].strip() for row in scoreboard([("one", full)], short=True).splitlines()[2:]]
-    assert short == ["**look**", "colour", "**text**", "**headline**"]
-
-
-def test_command_line(model, processor, world, tmp_path, capsys):
-    model.save_pretrained(tmp_path / "m")
-    processor.save_pretrained(tmp_path / "m")
-    (world / "3.png").unlink()
-    command = [sys.executable, "evaluate.py", "--init", tmp_path / "m", "--data", world, "--limit", "5",
-               "--device", "cpu", "--out", tmp_path / "score.json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "| colour" in done.stdout and "mean of colour" in done.stdout and "look.jsonl:4" in done.stdout
-    result = json.loads((tmp_path / "score.json").read_text())
-    assert result["tasks"]["colour"]["n"] == 5 and result["tasks"]["colour"]["failed"] == 1
-    folder = str(tmp_path / "m")
-    for argv, message in ((["--init", str(tmp_path)], "config.json"), (["--init", folder, "--limit", "0"], "--limit"),
-                          (["--init", folder, "--data", folder], "with questions")):
-        with pytest.raises(SystemExit) as error:
-            E.main([*argv, "--device", "cpu"])
-        assert message in f"{error.value} {capsys.readouterr().err}" and error.value.code != 0
-
-
-def test_toy_worlds_own_answers_are_right(tmp_path):
-    """Every reply that the toy world writes is right for its own question, and for another one mostly wrong."""
-    replies, rng = {}, random.Random(0)
-    for i in range(60):
-        unit = toyworld.Unit(tmp_path, "train", "scene", i, 0, (70, 126), dry=True)
-        scene = unit.scene(i % 5 + 1)
-        for q in [*toyworld.grounding_questions(rng, scene).values(), *toyworld.scene_questions(rng, scene).values(),
-                  toyworld.caption_question(scene), toyworld.text_question(rng, "sort", None)]:
-            assert score(q["a"], q["meta"]) == 1, q
-            replies.setdefault(q["task"], []).append(q)
-    assert {"box", "point", "count_point", "colour", "position", "exist", "caption", "sort"} <= replies.keys()
-    for task in ("box", "point", "position", "caption", "sort"):
-        pairs = list(zip(replies[task], replies[task][1:]))
-        assert np.mean([score(a["a"], b["meta"]) for a, b in pairs]) < 0.5
+    outputs = []
+    for rows in (1, 5, 64):
+        examples = evaluate(model, processor, world, rows=rows, limit=3)["examples"]
+        outputs.append({example["where"]: example["output"] for example in examples})
+    assert outputs[0] == outputs[1] == outputs[2] and len(outputs[0]) == 6
 
 
 # -- modes
+
+
+CLOSE = "</tool_call>"
+
+
+def call(code):
+    return f"<tool_call>{code}{CLOSE}"
 
 
 def boxed(answer, thinking="a b"):
@@ -297,233 +365,521 @@ def chosen(mode, rest):
     return f"<analysis>Easy, so /{mode}.</analysis>{rest}"
 
 
+def scripted(monkeypatch, say):
+    """Every row writes what `say` makes of its prompt's text, and ends. Returns the prompts."""
+    prompts = []
+    step = Generator.step
+
+    def forced(self, rows, cache):
+        tokenizer = self.processor.tokenizer
+        for row in rows:
+            if row.unread and not row.response.ids:
+                prompts.append(tokenizer.decode(row.unread["tokens"]))
+                row.script = iter(tokenizer.encode(say(prompts[-1]), added=True))
+        logits = step(self, rows, cache)
+        for i, row in enumerate(rows):
+            logits[i, next(row.script, tokenizer.special["<|im_end|>"])] = 1000
+        return logits
+
+    monkeypatch.setattr(Generator, "step", forced)
+    return prompts
+
+
 @pytest.fixture
 def ask(model, processor, world, monkeypatch):
     """evaluate, with a model that writes what `say` makes of the prompt -> result, prompts."""
+
     def use(say, mode, **how):
         prompts = scripted(monkeypatch, say if callable(say) else lambda prompt: say)
-        return evaluate(model, processor, world, mode=mode, **{"blind": False} | how), prompts
+        result = evaluate(model, processor, world, mode=mode, **how)
+        monkeypatch.undo()
+        return result, prompts
+
     return use
 
 
-@pytest.mark.parametrize("mode, switch", [("think", "/think"), ("no_think", "/no_think"), ("agentic_think", "/agentic_think"),
-                                          ("auto_think", ""), (None, "")])
-def test_the_switch_stands_behind_the_question(ask, mode, switch):
+SWITCHES = {
+    "think": "/think",
+    "no_think": "/no_think",
+    "agentic_think": "/agentic_think",
+    "auto_think": "",
+    "plain": "",
+}
+
+
+@pytest.mark.parametrize("mode", SWITCHES)
+def test_the_switch_stands_behind_the_question(ask, mode):
+    switch = SWITCHES[mode]
     result, prompts = ask("red", mode, limit=2)
     assert len(prompts) == result["questions"] == 4 and result["mode"] == mode
-    assert sum(p.endswith(f"What colour?{switch}<|im_end|>\n<|im_start|>assistant\n") for p in prompts) == 2
-    assert sorted(re.findall(r"\d \+ 1\?(.*?)<", "".join(prompts))) == [switch] * 2
-    assert {e["question"] for e in result["examples"]} == {"[image]What colour?", "What is 0 + 1?", "What is 1 + 1?"}  # as asked
+    end = f"What colour?{switch}<|im_end|>\n<|im_start|>assistant\n"
+    assert sum(prompt.endswith(end) for prompt in prompts) == 2
+    assert re.findall(r"\d \+ 1\?(.*?)<", "".join(prompts)) == [switch] * 2
+    asked = {example["question"] for example in result["examples"]}
+    assert asked == {"[image]What colour?", "What is 0 + 1?", "What is 1 + 1?"}  # without it
 
 
-def test_the_graded_answer_is_the_boxed_one(ask):
-    true = lambda prompt: int(re.search(r"(\d) \+ 1", prompt)[1]) + 1
-    right = {"think": lambda p: boxed(true(p), "7"), "no_think": lambda p: f"{true(p)}", "agentic_think": lambda p: boxed(true(p), "7"),
-             "auto_think": lambda p: chosen("think", boxed(true(p), "7")) if true(p) % 2 else chosen("no_think", true(p))}
-    for mode, say in right.items():
-        result, _ = ask(say, mode, tasks=["sum"])
-        assert result["tasks"]["sum"]["accuracy"] == result["mixed"] == 1 and result["all"]["obeyed"] == 1, mode
-        assert result["all"]["format"] == 0 and all(e["right"] for e in result["examples"])
-    for mode in ("think", "agentic_think"):
-        result, _ = ask(lambda p: boxed(7, f"So \\boxed{{{true(p)}}}."), mode, tasks=["sum"])  # right, but in its thinking
-        assert result["all"]["obeyed"] == 1 and result["tasks"]["sum"]["accuracy"] == 0
-        assert ask(lambda p: f"<think>So {true(p)}", mode, tasks=["sum"])[0]["tasks"]["sum"]["accuracy"] == 0  # no answer at all
-    assert ask(lambda p: boxed(true(p)), None, tasks=["sum"])[0]["tasks"]["sum"]["accuracy"] == 0  # the bare answer was asked for
-    assert ask(lambda p: f"{true(p)}", None, tasks=["sum"])[0]["tasks"]["sum"]["accuracy"] == 1
-    example = ask("<think>2</think><answer>\\boxed{1}</answer>", "think", tasks=["sum"])[0]["examples"][0]
-    assert example["output"] == "<think>2</think><answer>\\boxed{1}</answer>" and example["right"] and example["answer"] == "1"
+def true_sum(prompt):
+    return int(re.search(r"(\d) \+ 1", prompt)[1]) + 1
 
 
-OBEYED = {"think": [boxed(1)], "no_think": ["1", "\\boxed{1}"], "agentic_think": [boxed(1), boxed(1, call("1 + 1"))],
-          "auto_think": [chosen("no_think", "1"), chosen("think", boxed(1)), chosen("agentic_think", boxed(1))]}
-VIOLATED = {"think": ["1", "", chosen("think", boxed(1))], "no_think": [boxed(1), chosen("no_think", "1")],
-            "agentic_think": ["1", call("1 + 1"), chosen("agentic_think", boxed(1))],
-            "auto_think": ["1", "", boxed(1), chosen("no_think", boxed(1)), chosen("think", "1"), chosen("agentic_think", "1"),
-                           "<analysis>Easy.</analysis>1", "<analysis>So /think or /no_think.</analysis>1"]}
+def say_in_auto_think(prompt):
+    if true_sum(prompt) % 2:
+        return chosen("think", boxed(true_sum(prompt), "7"))
+    return chosen("no_think", true_sum(prompt))
+
+
+@pytest.mark.parametrize("mode, say", [
+    ("think", lambda p: boxed(true_sum(p), "7")),
+    ("no_think", lambda p: f"{true_sum(p)}"),
+    ("agentic_think", lambda p: boxed(true_sum(p), "7")),
+    ("auto_think", say_in_auto_think),
+    ("plain", lambda p: f"{true_sum(p)}"),
+])
+def test_the_right_answer_in_the_form_of_the_mode_counts(ask, mode, say):
+    result, _ = ask(say, mode, tasks=["sum"])
+    assert result["tasks"]["sum"]["accuracy"] == result["mixed"] == 1
+    assert result["all"]["obeyed"] == 1 and result["all"]["format"] == 0
+    assert all(example["right"] for example in result["examples"])
+
+
+@pytest.mark.parametrize("mode", ["think", "agentic_think"])
+def test_a_right_answer_inside_the_thinking_does_not_count(ask, mode):
+    result, _ = ask(lambda p: boxed(7, f"So \\boxed{{{true_sum(p)}}}."), mode, tasks=["sum"])
+    assert result["all"]["obeyed"] == 1 and result["tasks"]["sum"]["accuracy"] == 0
+    result, _ = ask(lambda p: f"<think>So {true_sum(p)}", mode, tasks=["sum"])
+    assert result["tasks"]["sum"]["accuracy"] == 0
+
+
+def test_all_that_is_said_answers_a_bare_question(ask):
+    result, _ = ask(lambda p: boxed(true_sum(p)), "plain", tasks=["sum"], max_tokens=100)
+    assert result["tasks"]["sum"]["accuracy"] == 0
+
+
+def test_an_example_shows_all_that_was_said(ask):
+    said = "<think>2</think><answer>\\boxed{1}</answer>"
+    example = ask(said, "think", tasks=["sum"])[0]["examples"][0]
+    assert (example["output"], example["right"], example["answer"]) == (said, True, "1")
+
+
+def facts(content, mode="think", finished=True, tokens=9, seen=()):
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    response = Response(sampled=[True] * tokens, finished=finished, observations=list(seen))
+    return facts_of(parse(content, mode, finished), mode, response)
+
+
+OBEYED = {
+    "think": [boxed(1)],
+    "no_think": ["1", "\\boxed{1}"],
+    "agentic_think": [boxed(1), boxed(1, call("1 + 1"))],
+    "auto_think": [
+        chosen("no_think", "1"),
+        chosen("think", boxed(1)),
+        chosen("agentic_think", boxed(1)),
+    ],
+}
+VIOLATED = {
+    "think": ["1", "", chosen("think", boxed(1))],
+    "no_think": ["", boxed(1), chosen("no_think", "1")],
+    "agentic_think": ["1", call("1 + 1"), chosen("agentic_think", boxed(1))],
+    "auto_think": [
+        "1",
+        "",
+        boxed(1),
+        chosen("no_think", boxed(1)),
+        chosen("think", "1"),
+        chosen("agentic_think", "1"),
+        "<analysis>Easy.</analysis>1",
+        "<analysis>So /think or /no_think.</analysis>1",
+    ],
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_obeyed(mode):
-    said = lambda text: E.facts([{"type": "text", "text": text}], mode, True, 9)
-    assert [t for t in OBEYED[mode] if said(t)["obeyed"] != 1 or said(t)["format"] != 0] == []
-    assert [t for t in VIOLATED[mode] if said(t)["obeyed"] != 0 or said(t)["format"] != 1] == []
+    for text in OBEYED[mode]:
+        assert (facts(text, mode)["obeyed"], facts(text, mode)["format"]) == (1, 0), text
+    for text in VIOLATED[mode]:
+        assert (facts(text, mode)["obeyed"], facts(text, mode)["format"]) == (0, 1), text
     for text in OBEYED[mode] + VIOLATED[mode]:
-        assert said(text)["thought"] == ("<think>" in text) and said(text)["said"] == text and said(text)["tokens"] == 9
+        assert facts(text, mode)["thought"] == ("<think>" in text)
+        assert facts(text, mode)["tokens"] == 9
 
 
-def test_facts_tell_the_form_from_what_was_asked():
-    """A broken form may still obey, and only the model's own words count."""
-    said = lambda text, finished=True, mode="think", seen=(): E.facts([{"type": "text", "text": text}], mode, finished, 5, seen)
-    cut = said("<think>a b", finished=False)
+def test_a_broken_form_may_still_obey():
+    cut = facts("<think>a b", finished=False)
     assert (cut["obeyed"], cut["thought"], cut["format"], cut["repetitive"]) == (1, 1, 1, 0)
-    assert said(boxed(1), finished=False)["format"] == 1 and said("<think>a</think>1")["format"] == 1
-    assert said(boxed(1, "red and blue " * 30))["repetitive"] == 1 and said(boxed(1, "red and blue"))["repetitive"] == 0
-    told = said("1", mode="no_think", seen=[observe("2"), observe(error="no"), observe("3")])
-    assert (told["calls"], told["failed_calls"]) == (3, 1) and (cut["calls"], cut["failed_calls"]) == (0, 0)
-    tool = {"type": "text", "text": "<sandbox_output><think>" + "red and blue " * 30 + "</sandbox_output>", "loss": False}
-    fact = E.facts([{"type": "text", "text": call("1")}, tool, {"type": "text", "text": "1"}], "agentic_think", True, 5)
-    assert (fact["thought"], fact["obeyed"], fact["repetitive"]) == (0, 0, 0) and "<sandbox_output>" in fact["said"]
+    assert facts(boxed(1), finished=False)["format"] == 1
+    assert facts("<think>a</think>1")["format"] == 1
+
+
+def test_facts_count_repetition_and_calls():
+    assert facts(boxed(1, "red and blue " * 30))["repetitive"] == 1
+    assert facts(boxed(1, "red and blue"))["repetitive"] == 0
+    seen = [observe("2"), observe(error="no"), observe("3")]
+    called = facts("1", "no_think", seen=seen)
+    assert (called["calls"], called["failed_calls"]) == (3, 1)
+    assert (facts("1")["calls"], facts("1")["failed_calls"]) == (0, 0)
+
+
+def test_facts_count_only_the_models_own_words():
+    output = "<sandbox_output><think>" + "red and blue " * 30 + "</sandbox_output>"
+    content = [
+        {"type": "text", "text": call("1")},
+        {"type": "text", "text": output, "loss": False},
+        {"type": "text", "text": "1"},
+    ]
+    fact = facts(content, "agentic_think")
+    assert (fact["thought"], fact["obeyed"], fact["repetitive"]) == (0, 0, 0)
 
 
 def test_facts_of_a_score(ask, processor, world):
     """Means over a task's questions, over all, and thinking by difficulty."""
     easy, hard, loop = chosen("no_think", "1"), chosen("think", boxed(2)), "no " * 40
-    write(world / "text.jsonl", [question(f"{said}?", answer, "sum", "text", "number", **more) for said, answer, more in (
-        ("easy", "1", {}), ("hard", "2", {"difficulty": 3}), ("hard", "3", {"difficulty": 3}), ("loop", "1", {"difficulty": 3}))])
-    say = lambda prompt: easy if "easy" in prompt else hard if "hard" in prompt else loop
+    write(world / "text.jsonl", [
+        question("easy?", "1", "sum", "text", "number"),
+        question("hard?", "2", "sum", "text", "number", difficulty=3),
+        question("hard?", "3", "sum", "text", "number", difficulty=3),
+        question("loop?", "1", "sum", "text", "number", difficulty=3),
+    ])
+
+    def say(prompt):
+        if "easy" in prompt:
+            return easy
+        return hard if "hard" in prompt else loop
+
     result, _ = ask(say, "auto_think", tasks=["sum"])
-    tokens = [len(processor.tokenizer.encode(t, added=True)) + 1 for t in (easy, hard, hard, loop)]  # and the end of the turn
-    want = {"accuracy": 0.5, "tokens": sum(tokens) / 4, "thought": 0.5, "obeyed": 0.75, "format": 0.25, "repetitive": 0.25,
-            "calls": 0, "failed_calls": 0, "failed": 0, "n": 4}
-    assert {k: result["tasks"]["sum"][k] for k in want} == want
-    assert result["all"] == {k: result["categories"]["text"][k] for k in result["all"]} and "said" not in result["all"]
+    tokens = 0
+    for text in (easy, hard, hard, loop):
+        tokens += len(processor.tokenizer.encode(text, added=True)) + 1  # and the end of the turn
+    want = {
+        "accuracy": 0.5,
+        "tokens": tokens / 4,
+        "thought": 0.5,
+        "obeyed": 0.75,
+        "format": 0.25,
+        "repetitive": 0.25,
+        "calls": 0,
+        "failed_calls": 0,
+        "failed": 0,
+        "n": 4,
+    }
+    assert {key: result["tasks"]["sum"][key] for key in want} == want
+    assert result["all"] == {key: result["categories"]["text"][key] for key in result["all"]}
     assert result["thinking"] == {"1": 0, "3": pytest.approx(2 / 3)}
     assert json.loads(json.dumps(result)) == result
 
 
-def test_tools_run_where_the_mode_has_them(ask, processor):
+SAID = [
+    "<think>" + call("crop(0, 0, 500, 1000)"),
+    call("crop(1)"),
+    call("4 * 4"),
+    "so</think><answer>\\boxed{red}</answer>",
+]
+SHOWN = [
+    "<sandbox_output>[image]</sandbox_output>",
+    "<sandbox_output>error: line 1: use crop(x1, y1, x2, y2)</sandbox_output>",
+    "<sandbox_output>16</sandbox_output>",
+    "",
+]
+
+
+@pytest.mark.parametrize("mode", ["auto_think", "agentic_think"])
+def test_tools_run_where_the_mode_has_them(ask, processor, mode):
     """Each question's own picture is looked at; what the tool says is no token of the model's."""
-    said = ["<think>" + call("crop(0, 0, 500, 1000)"), call("crop(1)"), call("4 * 4"), "so</think><answer>\\boxed{red}</answer>"]
-    tokens = len(processor.tokenizer.encode("".join(said), added=True)) + 1
-    for mode in MODES:
-        result, _ = ask("".join(said), mode, tasks=["colour"], limit=3)
-        colour, run = result["tasks"]["colour"], mode in ("auto_think", "agentic_think")
-        assert (colour["calls"], colour["failed_calls"], colour["tokens"]) == (3 * run, 1 * run, tokens)
-        assert colour["accuracy"] == pytest.approx(1 / 3) and colour["obeyed"] == (mode in ("think", "agentic_think"))
-        assert colour["format"] == (mode != "agentic_think")
-        output = result["examples"][0]["output"]
-        shown = ("<sandbox_output>[image]</sandbox_output>", "<sandbox_output>error: line 1: use crop(x1, y1, x2, y2)</sandbox_output>",
-                 "<sandbox_output>16</sandbox_output>")
-        assert output == "".join(a + b for a, b in zip(said, (*shown, ""))) if run else output == "".join(said)
+    result, _ = ask("".join(SAID), mode, tasks=["colour"], limit=3)
+    colour = result["tasks"]["colour"]
+    tokens = len(processor.tokenizer.encode("".join(SAID), added=True)) + 1
+    assert (colour["calls"], colour["failed_calls"], colour["tokens"]) == (3, 1, tokens)
+    assert colour["accuracy"] == pytest.approx(1 / 3)
+    assert colour["obeyed"] == (mode == "agentic_think")
+    assert colour["format"] == (mode != "agentic_think")
+    output = result["examples"][0]["output"]
+    assert output == "".join(said + shown for said, shown in zip(SAID, SHOWN))
 
 
-def test_room_for_an_answer_in_a_mode(ask):
-    """192 tokens for a small model, else as many as are asked for; what is cut off has a broken form."""
-    for how, tokens in (({}, 192), ({"max_new_tokens": 7}, 7)):
+@pytest.mark.parametrize("mode", ["think", "no_think"])
+def test_a_call_ends_the_answer_where_the_mode_has_no_tools(ask, processor, mode):
+    result, _ = ask("".join(SAID), mode, tasks=["colour"], limit=3)
+    colour = result["tasks"]["colour"]
+    tokens = len(processor.tokenizer.encode(SAID[0], added=True))
+    assert (colour["calls"], colour["failed_calls"], colour["tokens"]) == (0, 0, tokens)
+    assert (colour["accuracy"], colour["format"]) == (0, 1)
+    assert colour["obeyed"] == (mode == "think")
+    assert result["examples"][0]["output"] == SAID[0]
+
+
+def test_tokens_of_an_answer(ask):
+    """In a mode 192 for a small model, else as many as are asked for; of the bare question few."""
+    for how, tokens in (({}, 192), ({"max_tokens": 7}, 7)):
         result, _ = ask("red " * 400, "no_think", tasks=["sum"], limit=1, **how)
-        assert (result["all"]["tokens"], result["all"]["format"], result["all"]["obeyed"]) == (tokens, 1, 1)
-    assert ask("1 " * 400, None, tasks=["sum"], limit=1)[0]["all"]["tokens"] < 10  # the bare question: twice the truth
+        numbers = result["all"]  # what is cut off has a broken form
+        assert (numbers["tokens"], numbers["format"], numbers["obeyed"]) == (tokens, 1, 1)
+    result, _ = ask("1 " * 400, "plain", tasks=["sum"], limit=1)
+    assert result["all"]["tokens"] == 2 * 1 + 4  # twice the truth's
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_broken_media_count_as_wrong_in_a_mode(ask, world, mode):
-    (world / "1.png").unlink()
-    (world / "4.png").write_bytes(b"not a picture")
-    text = {"no_think": "red", "auto_think": chosen("no_think", "red")}.get(mode, boxed("red", call("zoom(2)")))
+    break_two_pictures(world)
+    text = boxed("red", call("zoom(2)"))
+    if mode == "think":
+        text = boxed("red")
+    elif mode == "no_think":
+        text = "red"
+    elif mode == "auto_think":
+        text = chosen("no_think", "red")
     result, prompts = ask(text, mode, tasks=["colour"], limit=6)
     colour = result["tasks"]["colour"]
-    assert len(prompts) == 4 and [f["where"].split("/")[-1] for f in result["failed"]] == ["look.jsonl:2", "look.jsonl:5"]
-    assert (colour["n"], colour["failed"], colour["accuracy"]) == (6, 2, pytest.approx(2 / 6))  # red are the first and the fourth
-    assert colour["format"] == pytest.approx((6 if mode == "think" else 2) / 6)  # no answer has no form; calls are none of think's
-    assert colour["calls"] == pytest.approx(4 / 6 if mode == "agentic_think" else 0) and colour["failed_calls"] == 0
+    assert len(prompts) == 4
+    assert lines_of(result["failed"]) == ["look.jsonl:2", "look.jsonl:5"]
+    assert (colour["n"], colour["failed"]) == (6, 2)
+    assert colour["accuracy"] == pytest.approx(2 / 6)  # red are the first and the fourth
+    assert colour["format"] == pytest.approx(2 / 6)  # no answer has no form
     assert colour["obeyed"] == pytest.approx(4 / 6)
+    assert colour["calls"] == pytest.approx(4 / 6 if mode == "agentic_think" else 0)
+    assert colour["failed_calls"] == 0
     assert [e["output"] for e in result["examples"] if e["where"].endswith(":2")] == [""]
 
 
 def test_blind_in_a_mode(ask):
     """What is answered blind is graded as what is answered with the pictures."""
-    colour = ask(boxed("red"), "think", blind=True, tasks=["colour"])[0]["tasks"]["colour"]
+    result, _ = ask(boxed("red"), "think", blind=True, tasks=["colour"])
+    colour = result["tasks"]["colour"]
     assert colour["accuracy"] == colour["blind"] == pytest.approx(1 / 3)
 
 
 def test_tools_know_nothing_of_the_true_answer(ask, world):
-    picture = {"type": "image", "image": "0.png"}
-    answer = [picture, {"type": "text", "text": "red"}]
-    line = question([picture, {"type": "text", "text": "What colour?"}], "red", "colour", "look")
-    write(world / "look.jsonl", [line | {"messages": [line["messages"][0], {"role": "assistant", "content": answer}]}])
+    line = picture_question("0.png", "red")
+    truth = [{"type": "image", "image": "0.png"}, {"type": "text", "text": "red"}]
+    line["messages"][1]["content"] = truth
+    write(world / "look.jsonl", [line])
     result, _ = ask(boxed("red", call("image(2)")), "agentic_think", tasks=["colour"])
     assert result["all"]["failed_calls"] == result["all"]["calls"] == 1
+
+
+# -- tables
+
+
+def cells_of(table):
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert len({len(row) for row in rows}) == 1 and set("".join(rows[1])) == {"-", ":"}
+    assert len({len(line) for line in table.splitlines()}) == 1  # readable without a renderer
+    return [rows[0], *rows[2:]]
+
+
+def table_of(text):
+    head, *rows = cells_of(text)
+    return [dict(zip(head, row)) for row in rows]
+
+
+def test_task_table(processor, world, answer_with):
+    answer_with(see)
+    head, *rows = cells_of(task_table(evaluate(None, processor, world, blind=True)))
+    assert head == ["task", "n", "accuracy %", "blind %", "chance %"]
+    low, high = wilson(12, 12)
+    sure = f"100.0 ± {50 * (high - low):.1f}"
+    low, high = wilson(1, 4)
+    unsure = f"25.0 ± {50 * (high - low):.1f}"
+    assert rows == [
+        ["**look**", "12", sure, "0.0", "33.3"],
+        ["colour", "12", sure, "0.0", "33.3"],
+        ["**text**", "4", unsure, "", "0.0"],
+        ["sum", "4", unsure, "", "0.0"],
+        ["**headline**", "", "100.0", "0.0", "33.3"],
+    ]
+    part = evaluate(None, processor, world, tasks=["sum"])
+    assert [row["task"] for row in table_of(task_table(part))] == ["**text**", "sum"]
+
+
+def phase(mixed=0.5, thinking=None, facts=(2.0, 0.9, 0.1, 0.0, 1.25, 0.5), failed=0, **accuracies):
+    names = ("tokens", "obeyed", "format", "repetitive", "calls", "failed_calls")
+    return {
+        "categories": {name: {"accuracy": value} for name, value in accuracies.items()},
+        "mixed": mixed,
+        "all": dict(zip(names, facts)) | {"thought": 0.3},
+        "thinking": thinking or {},
+        "failed": [{"where": "q.jsonl:1", "reason": "missing"}] * failed,
+    }
+
+
+def test_board():
+    numbers = (31.04, 1.0, 0.0, 0.025, 0.0, 0.0)
+    head, *rows = cells_of(board([
+        ("sft plain", phase(0.25, look=0.25)),
+        ("grpo think", phase(look=1.0, text=0.125, thinking={"1": 0.0, "3": 1.0})),
+        ("grpo auto_think", phase(0.75, {"2": 0.5}, numbers, failed=12, text=0.75)),
+    ]))
+    counts = ["tokens", "obeyed", "format errors", "repetitive", "calls", "failed calls"]
+    thinks = ["thinks at 1", "thinks at 2", "thinks at 3"]
+    assert head == ["phase and mode", "look", "text", "mixed", *counts, *thinks, "failed"]
+    shown = ["2.0", "90.0", "10.0", "0.0", "1.25", "0.50"]
+    other = ["31.0", "100.0", "0.0", "2.5", "0.00", "0.00"]
+    assert rows == [
+        ["sft plain", "25.0", "", "25.0", *shown, "", "", "", "0"],
+        ["grpo think", "100.0", "12.5", "50.0", *shown, "0.0", "", "100.0", "0"],
+        ["grpo auto_think", "", "75.0", "75.0", *other, "", "50.0", "", "12"],
+    ]
+
+
+def test_board_of_real_results(ask):
+    """What evaluate returns, and what JSON makes of it, are its rows."""
+    results = {mode: ask(boxed("red"), mode, limit=3)[0] for mode in ("think", "no_think")}
+    rows = table_of(board(list(results.items())))
+    assert rows == table_of(board(list(json.loads(json.dumps(results)).items())))
+    for row, (mode, result) in zip(rows, results.items()):
+        assert row["phase and mode"] == mode
+        assert (row["look"], row["text"], row["mixed"]) == ("33.3", "0.0", "16.7")
+        assert row["obeyed"] == ("100.0" if mode == "think" else "0.0")
+        assert row["thinks at 1"] == "100.0"
+        assert row["tokens"] == f"{result['all']['tokens']:.1f}" and row["calls"] == "0.00"
+
+
+# -- the phases of a run
+
+
+class Run:
+    """As much of a run as score_phase asks for."""
+
+    stage = "sft"
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, folder, main=True):
+        self.folder = folder
+        self.main = main
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+@pytest.fixture
+def run(model, processor, tmp_path):
+    folder = tmp_path / "run"
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return Run(folder)
+
+
+def test_a_phase_is_scored_in_each_mode(run, world, monkeypatch):
+    scripted(monkeypatch, lambda prompt: boxed(1) if "/think" in prompt else "red")
+    (world / "1.png").unlink()
+    results = E.score_phase(run, world, ["plain", "think"], 2)
+    assert list(results) == ["plain", "think"]
+    assert results["plain"]["tasks"]["colour"]["n"] == 2
+    assert results["plain"]["tasks"]["colour"]["accuracy"] == 0.5
+    assert results["think"]["tasks"]["sum"]["accuracy"] == 0.5
+    said, = run.said
+    rows = table_of(said)
+    assert [row["phase and mode"] for row in rows] == ["sft plain", "sft think"]
+    assert [row["failed"] for row in rows] == ["1", "1"]
+    page = (run.folder / "samples.md").read_text()
+    assert page.startswith("# sft: ") and "## plain" in page and "## think" in page
+    assert "- [colour] [image]What colour? **red** (truth: red)" in page
+    assert "examples" not in results["plain"] and json.dumps(results)
+
+
+def test_a_blind_score_is_shown_by_task(run, world, monkeypatch):
+    scripted(monkeypatch, lambda prompt: "red")
+    results = E.score_phase(run, world, ["plain"], 3, blind=True)
+    assert results["plain"]["tasks"]["colour"]["blind"] == pytest.approx(1 / 3)
+    assert task_table(results["plain"]) in run.said
+
+
+def test_only_rank_0_scores_and_only_where_there_are_questions(run, tmp_path):
+    assert E.score_phase(Run(run.folder, main=False), tmp_path, ["plain"], 2) == {}
+    assert E.score_phase(run, tmp_path / "nowhere", ["plain"], 2) == {}
+    assert str(tmp_path / "nowhere") in run.said[0]
+
+
+def lay(folder, **scores):
+    for name, score in scores.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "score.json").write_text(json.dumps(score))
+
+
+def test_phases_stand_in_their_order(tmp_path):
+    """What is not done, has no held-out score or is no phase of the board is left out."""
+    lay(
+        tmp_path,
+        grpo={mode: phase(look=0.5) for mode in MODES},
+        sft={"plain": phase(look=0.25)},
+        pretrain={"plain": phase(look=0.125)},
+        coldstart={},
+        other={"plain": phase(look=1.0)},
+    )
+    (tmp_path / "mpo").mkdir()  # it still runs
+    lay(tmp_path, **{"pretrain-0": {"accuracy": 0.2, "n": 258.0, "among": 64.5}})
+    rows = E.phases(tmp_path)
+    names = [name for name, _ in rows]
+    assert names == ["pretrain plain", "sft plain", *(f"grpo {mode}" for mode in MODES)]
+    accuracies = [result["categories"]["look"]["accuracy"] for _, result in rows]
+    assert accuracies == [0.125, 0.25] + [0.5] * 4
+    assert E.phases(tmp_path / "mpo") == E.phases(tmp_path / "nowhere") == []
+
+
+# -- the command line
+
+
+def test_command_line(model, processor, world, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    processor.save_pretrained(tmp_path / "m")
+    (world / "3.png").unlink()
+    out = tmp_path / "score.json"
+    command = [sys.executable, "evaluate.py", "--init", tmp_path / "m", "--data", world]
+    command += ["--limit", "5", "--device", "cpu", "--out", out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| colour" in done.stdout and "look.jsonl:4: 3.png: missing" in done.stdout
+    colour = json.loads(out.read_text())["plain"]["tasks"]["colour"]
+    assert (colour["n"], colour["failed"]) == (5, 1) and colour["blind"] is not None
+
+
+def test_a_wrong_command_line_says_what_is_wrong(run, tmp_path, capsys):
+    folder = str(run.folder / "model")
+    for argv, message in [
+        (["--init", str(tmp_path)], "config.json"),
+        (["--init", folder, "--limit", "0"], "--limit"),
+        (["--init", folder, "--data", folder], "with questions"),
+        (["--init", folder, "--mode", "dream"], "dream"),
+        (["--init", folder, "--board", folder], "not allowed with"),
+    ]:
+        with pytest.raises(SystemExit) as error:
+            E.main([*argv, "--device", "cpu"])
+        assert message in f"{error.value} {capsys.readouterr().err}" and error.value.code != 0
 
 
 def test_modes_on_the_command_line(model, processor, world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(E, "load", lambda folder, device: (model, processor))
     scripted(monkeypatch, lambda prompt: boxed(1) if "/think" in prompt else "2")
-    E.main(["--init", "x", "--data", str(world), "--limit", "2", "--mode", "think", "no_think", "--out", str(tmp_path / "out.json")])
-    out, result = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert list(result) == ["think", "no_think"] and [r["mode"] for r in result.values()] == list(result)
-    assert [r["tasks"]["sum"]["accuracy"] for r in result.values()] == [0.5, 0.5] and [r["all"]["thought"] for r in result.values()] == [1, 0]
-    assert "think %" in out and E.board(list(result.items())) in out and scoreboard(list(result.items())) in out
     (world / "1.png").unlink()
-    E.main(["--init", "x", "--data", str(world), "--limit", "2", "--mode", "no_think"])
-    assert "look.jsonl:2" in capsys.readouterr().out  # counted as wrong, so named
-    with pytest.raises(SystemExit):
-        E.main(["--init", "x", "--data", str(world), "--mode", "dream"])
-    assert "dream" in capsys.readouterr().err
-
-
-# -- the board of phases
-
-
-def phase(mixed=0.5, thinking=None, facts=(2.0, 0.9, 0.1, 0.0, 1.25, 0.5), **categories):
-    keys = ("tokens", "obeyed", "format", "repetitive", "calls", "failed_calls")
-    return {"categories": {c: {"accuracy": a} for c, a in categories.items()}, "mixed": mixed,
-            "all": dict(zip(keys, facts)) | {"thought": 0.3}, "thinking": thinking or {}}
-
-
-def table_of(text):
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
-    assert len({len(row) for row in rows}) == 1 and set("".join(rows[1])) == {"-", ":"}
-    return [dict(zip(rows[0], row)) for row in rows[2:]]
-
-
-def test_board():
-    bare = {"tasks": {}, "categories": {"look": {"accuracy": 0.25}}, "headline": {}}  # of a pretraining before there were modes
-    rows = table_of(E.board([("pretrain plain", bare), ("grpo think", phase(look=1.0, text=0.125, thinking={"1": 0.0, "3": 1.0})),
-                             ("grpo auto_think", phase(0.75, {"2": 0.5}, (31.04, 1.0, 0.0, 0.025, 0.0, 0.0), text=0.75)),
-                             ("align think", phase(None) | {"all": {}})]))
-    name, counts, levels = "phase and mode", ["tokens", "obeyed", "format errors", "repetitive", "calls", "failed calls"], "123"
-    assert list(rows[0]) == [name, "look", "text", "mixed", *counts, *(f"thinks at {k}" for k in levels)]
-    assert [list(row.values()) for row in rows] == [
-        ["pretrain plain", "25.0"] + [""] * 11,
-        ["grpo think", "100.0", "12.5", "50.0", "2.0", "90.0", "10.0", "0.0", "1.25", "0.50", "0.0", "", "100.0"],
-        ["grpo auto_think", "", "75.0", "75.0", "31.0", "100.0", "0.0", "2.5", "0.00", "0.00", "", "50.0", ""],
-        ["align think"] + [""] * 12]
-    assert table_of(E.board([("pretrain plain", bare)]))[0]["look"] == "25.0"
-
-
-def test_board_of_real_results(ask):
-    """What evaluate returns, and what json makes of it, are its rows."""
-    got = {mode: ask(boxed("red"), mode, limit=3)[0] for mode in ("think", "no_think")}
-    rows = table_of(E.board(list(got.items())))
-    assert rows == table_of(E.board(list(json.loads(json.dumps(got)).items())))
-    for row, mode in zip(rows, got):
-        assert row["phase and mode"] == mode and (row["look"], row["text"], row["mixed"]) == ("33.3", "0.0", "16.7")
-        assert row["obeyed"] == ("100.0" if mode == "think" else "0.0") and row["thinks at 1"] == "100.0"
-        assert row["tokens"] == f"{got[mode]['all']['tokens']:.1f}" and row["calls"] == "0.00"
-
-
-def lay(folder, **scores):
-    for phase, score in scores.items():
-        (folder / phase).mkdir(parents=True)
-        (folder / phase / "score.json").write_text(json.dumps(score))
-
-
-def test_phases(tmp_path):
-    """In their order, whatever the folder's; what is not done, has no held-out score or is none of them is left out."""
-    lay(tmp_path, grpo={m: phase(look=0.5) for m in MODES}, sft={"plain": phase(look=0.25)}, pretrain=phase(look=0.125),
-        coldstart={}, align=None, other={"plain": phase(look=1.0)})
-    (tmp_path / "mpo").mkdir()  # it still runs
-    (tmp_path / "pretrain-0").mkdir()
-    (tmp_path / "pretrain-0" / "score.json").write_text('{"accuracy": 0.2, "n": 258.0, "among": 64.5}')
-    rows = E.phases(tmp_path)
-    assert [name for name, _ in rows] == ["pretrain plain", "sft plain", *(f"grpo {m}" for m in MODES)]
-    assert [r["categories"]["look"]["accuracy"] for _, r in rows] == [0.125, 0.25] + [0.5] * 4
-    assert E.phases(tmp_path / "mpo") == E.phases(tmp_path / "nowhere") == []
+    argv = ["--init", "x", "--data", str(world), "--limit", "2", "--mode", "think", "no_think"]
+    E.main([*argv, "--out", str(tmp_path / "out.json")])
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [(name, result["mode"]) for name, result in results.items()] == [
+        ("think", "think"), ("no_think", "no_think")]
+    assert [result["tasks"]["sum"]["accuracy"] for result in results.values()] == [0.5, 0.5]
+    assert [result["all"]["thought"] for result in results.values()] == [0.75, 0]
+    assert results["think"]["tasks"]["colour"]["blind"] is None  # unless it is asked for
+    assert board(list(results.items())) in out
+    assert all(f"{mode}:\n\n{task_table(result)}" in out for mode, result in results.items())
+    assert out.count("look.jsonl:2") == 1  # counted as wrong, so named
 
 
 def test_board_on_the_command_line(tmp_path, capsys):
-    lay(tmp_path / "run", pretrain={"tasks": {}, "categories": {"look": {"accuracy": 0.25}}}, sft={"plain": phase(look=0.5)})
+    pretrain = {"plain": phase(look=0.25)}
+    lay(tmp_path / "run", pretrain=pretrain, sft={"plain": phase(look=0.5)})
     E.main(["--board", str(tmp_path / "run")])
     out = capsys.readouterr().out
     assert [row["look"] for row in table_of(out.strip())] == ["25.0", "50.0"]
     assert (tmp_path / "run" / "scoreboard.md").read_text() == out
     (tmp_path / "empty").mkdir()
-    lay(tmp_path / "null", pretrain=None)
-    for name in ("empty", "nowhere", "null"):
-        with pytest.raises(SystemExit) as error:  # a text as its code: python prints it and exits with 1
+    for name in ("empty", "nowhere"):
+        with pytest.raises(SystemExit) as error:  # a text as its code: python exits with 1
             E.main(["--board", str(tmp_path / name)])
-        assert str(tmp_path / name) in error.value.code and "no finished phase (pretrain, sft, " in error.value.code
+        assert str(tmp_path / name) in error.value.code
+        assert "no finished phase (pretrain, sft, " in error.value.code
         assert not (tmp_path / name / "scoreboard.md").exists()
-    with pytest.raises(SystemExit):
-        E.main(["--board", str(tmp_path / "run"), "--init", "x"])
-    assert "not allowed with" in capsys.readouterr().err

@@ -1,31 +1,51 @@
-"""grpo.py: golden values and limiting cases of its loss, sampler against trainer, a bandit, two ranks, kill and resume."""
+"""grpo.py: its loss by golden values, a step against its formulas, the loop around it, the command."""
+
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-
-import grpo
-import trainer
-from conftest import ROOT
-from data import Processor, pack
-from generate import Generator, converse, trajectory
-from grpo import advantages, k3, policy_loss, spread, token_weights
-from model import KeyeVL
 from PIL import Image
-from rewards import overlong, turn_of
-from toyworld import make_world
+from torch import nn
+
+import generate
+import grpo
+from common.checkpoint import Progress
+from common.optim import make_optimizer
+from common.parallel import shard, whole
+from common.rewards import Reward, parse, turn_of
+from common.rollout import Prompt, Response, Rollout, converse, trajectory
+from common.run import add_judge_arguments, arguments, start
+from conftest import write_toy_model
+from data import Processor, pack
+from generate import Generator
+from grpo import (
+    advantages,
+    analysis_tokens,
+    grpo_step,
+    k3,
+    policy_loss,
+    teaches,
+    token_weight,
+    training_sample,
+)
+from model import PRESETS, KeyeVL
+from scripts import curve, run_script, weights, write_questions
+from stage import in_processes
 
 
 def close(values, expected, tol=1e-5):
-    return torch.allclose(torch.as_tensor(values, dtype=torch.float64), torch.as_tensor(expected, dtype=torch.float64), atol=tol, rtol=0)
+    values = torch.as_tensor(values, dtype=torch.float64)
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    return torch.allclose(values, expected, atol=tol, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------- advantages
+# --------------------------------------------------------------------------------------------------
+# advantages
+
 
 def test_advantages_golden():
     assert close(advantages([1, 0, 0, 0]), [1.49970, -0.49990, -0.49990, -0.49990])
@@ -38,337 +58,1051 @@ def test_advantages_golden():
 
 def test_advantages_limits():
     assert advantages([1, 1, 1]) == [0, 0, 0]
-    assert close(advantages([2, 5, 3]), advantages([102, 105, 103]))  # shift
-    assert close(advantages([2, 5, 3], eps=0), advantages([20, 50, 30], eps=0))  # scale
-    assert close(advantages([20, 50, 30], "dr_grpo"), [10 * a for a in advantages([2, 5, 3], "dr_grpo")])
-    assert advantages([1, 0, 0, 0], "dr_grpo") == [0.75, -0.25, -0.25, -0.25]
+    assert close(advantages([2, 5, 3]), advantages([102, 105, 103])), "a shift changes nothing"
+    scaled = advantages([20, 50, 30], eps=0)
+    assert close(advantages([2, 5, 3], eps=0), scaled), "nor does a scale"
     assert close(advantages([0, 1, 0]), [advantages([1, 0, 0])[i] for i in (1, 0, 2)])
-    unscored = advantages([1, None, 0])
-    assert unscored[1] == 0 and close([unscored[0], unscored[2]], advantages([1, 0]))
-    assert advantages([None, 1]) == [0, 0]
     with pytest.raises(ValueError, match="group of one"):
         advantages([1.0])
 
 
-def test_groups_are_dropped_by_accuracy():
-    assert not spread([1, 1, 1, 1]) and not spread([0, 0, 0, 0]) and spread([1, 0, 0, 0])
-    assert not spread([])
+def test_advantages_of_dr_grpo_keep_the_scale():
+    assert advantages([1, 0, 0, 0], "dr_grpo") == [0.75, -0.25, -0.25, -0.25]
+    tenth = advantages([2, 5, 3], "dr_grpo")
+    assert close(advantages([20, 50, 30], "dr_grpo"), [10 * a for a in tenth])
 
 
-# ---------------------------------------------------------------------------------------------------------------- loss
+def test_an_unscored_response_is_in_neither_mean_nor_std():
+    first, unscored, last = advantages([1, None, 0])
+    assert unscored == 0
+    assert close([first, last], advantages([1, 0]))
+    assert advantages([None, 1]) == [0, 0]
+
+
+# --------------------------------------------------------------------------------------------------
+# the loss
+
 
 @pytest.mark.parametrize("algo, expected", [("grpo", 0.0), ("dapo", 0.3), ("dr_grpo", 0.15)])
 def test_aggregation_golden(algo, expected):
-    lengths, a = [2, 4, 6, 8], [1.5, -0.5, -0.5, -0.5]
-    weights = token_weights(lengths, algo, longest=10, n=4, tokens=sum(lengths))
-    each = lambda values: torch.cat([torch.full((t,), float(v)) for t, v in zip(lengths, values)])
+    lengths = [2, 4, 6, 8]
+    each = []
+    weight = []
+    for length, a in zip(lengths, [1.5, -0.5, -0.5, -0.5]):
+        each += [a] * length
+        weight += [token_weight(length, algo, max_tokens=10, responses=4, tokens=20)] * length
     zero = torch.zeros(20)
-    loss, clipped = policy_loss(zero, zero, zero, each(a), each(weights), algo=algo, beta=0.0)
-    assert close(loss, expected) and not clipped.any()
+    given = torch.tensor(each), torch.tensor(weight)
+    loss, clipped = policy_loss(zero, zero, zero, *given, algo=algo, beta=0.0)
+    assert close(loss, expected)
+    assert not clipped.any()
 
 
-def test_first_step_is_reinforce():
-    old, adv, w = torch.randn(12), torch.randn(12), torch.rand(12)
+def test_without_a_token_weights_are_finite():
+    assert token_weight(0, "grpo", 10, 4, 0) == 0.25
+    assert token_weight(0, "dapo", 10, 4, 0) == 1
+
+
+def test_the_first_step_is_reinforce():
+    old, advantage, weight = torch.randn(12), torch.randn(12), torch.rand(12)
     logp = old.clone().requires_grad_()
-    policy_loss(logp, old, old, adv, w, beta=0.0)[0].backward()
-    assert torch.equal(logp.grad, -w * adv)
+    policy_loss(logp, old, old, advantage, weight, beta=0.0)[0].backward()
+    assert torch.equal(logp.grad, -weight * advantage)
 
 
-@pytest.mark.parametrize("rho, adv, grad, loss", [
-    (0.7, 1, True, -0.7), (1.0, 1, True, -1), (1.27, 1, True, -1.27), (1.29, 1, False, -1.28), (4, 1, False, -1.28),
-    (0.79, -1, False, 0.8), (0.81, -1, True, 0.81), (1.5, -1, True, 1.5), (2.9, -1, True, 2.9), (4, -1, False, 3.0)])
-def test_clip_truth_table(rho, adv, grad, loss):
-    logp, one = torch.tensor([math.log(rho)], requires_grad=True), torch.ones(1)
-    value, clipped = policy_loss(logp, 0 * one, 0 * one, adv * one, one, beta=0.0)
+@pytest.mark.parametrize("rho, advantage, moves, loss", [
+    (0.7, 1, True, -0.7),
+    (1.0, 1, True, -1),
+    (1.27, 1, True, -1.27),
+    (1.29, 1, False, -1.28),
+    (4, 1, False, -1.28),
+    (0.79, -1, False, 0.8),
+    (0.81, -1, True, 0.81),
+    (1.5, -1, True, 1.5),
+    (2.9, -1, True, 2.9),
+    (4, -1, False, 3.0),
+])
+def test_clip_truth_table(rho, advantage, moves, loss):
+    logp = torch.tensor([math.log(rho)], requires_grad=True)
+    zero, one = torch.zeros(1), torch.ones(1)
+    value, clipped = policy_loss(logp, zero, zero, advantage * one, one, beta=0.0)
     value.backward()
-    assert close(value.detach(), loss) and (logp.grad.abs() > 0).item() == grad == (not clipped.bool().item())
+    assert close(value.detach(), loss)
+    assert (logp.grad.abs() > 0).item() == moves
+    assert clipped.tolist() == [float(not moves)]
 
 
 def test_k3_golden_and_unbiased():
-    assert close(k3(torch.zeros(5), torch.tensor([-2.0, -1, 0, 1, 2])), [1.135335, 0.367879, 0, 0.718282, 4.389056])
-    p, f = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
-    assert close((p.exp() * k3(p, f)).sum(), (p.exp() * (p - f)).sum(), 1e-12)
+    d = torch.tensor([-2.0, -1, 0, 1, 2])
+    assert close(k3(torch.zeros(5), d), [1.135335, 0.367879, 0, 0.718282, 4.389056])
+    p, q = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
+    assert close((p.exp() * k3(p, q)).sum(), (p.exp() * (p - q)).sum(), 1e-12)
+    assert k3(torch.tensor(0.0), torch.tensor(1e4)).isfinite()
 
 
 def test_kl_trains_where_rewards_do_not():
-    logp, f = torch.zeros(3, requires_grad=True), torch.tensor([0.5, -0.5, 0.0])
-    policy_loss(logp, torch.zeros(3), f, torch.zeros(3), torch.ones(3), beta=0.1)[0].backward()
-    assert close(logp.grad, 0.1 * (1 - f.exp()))
+    logp = torch.zeros(3, requires_grad=True)
+    reference = torch.tensor([0.5, -0.5, 0.0])
+    zero, one = torch.zeros(3), torch.ones(3)
+    policy_loss(logp, zero, reference, zero, one, beta=0.1)[0].backward()
+    assert close(logp.grad, 0.1 * (1 - reference.exp()))
 
 
 def test_gspo_golden():
+    zero, third, two = torch.zeros(3), torch.full((3,), 1 / 3), torch.full((3,), 2.0)
+    owner = torch.zeros(3, dtype=torch.long)
+    how = dict(beta=0.0, clip=(0.5, 0.5))
     logp = torch.tensor([0.1, -0.1, 0.3], requires_grad=True)
-    zero, owner, w = torch.zeros(3), torch.zeros(3, dtype=torch.long), torch.full((3,), 1 / 3)
-    loss, _ = policy_loss(logp, zero, zero, torch.full((3,), 2.0), w, owner, "gspo", 0.0, (0.5, 0.5))
+    loss, _ = policy_loss(logp, zero, zero, two, third, owner, "gspo", **how)
     loss.backward()
-    assert close(loss.detach(), -2 * math.exp(0.1)) and close(logp.grad, [-0.736781] * 3)
-    same = [torch.zeros(3, requires_grad=True) for _ in range(2)]
-    for x, algo in zip(same, ("grpo", "gspo")):
-        policy_loss(x, zero, zero, torch.full((3,), 2.0), w, owner, algo, 0.0, (0.5, 0.5))[0].backward()
-    assert torch.equal(same[0].grad, same[1].grad)
+    assert close(loss.detach(), -2 * math.exp(0.1))
+    assert close(logp.grad, [-0.736781] * 3)
+
+    # at the policy that sampled, both are REINFORCE
+    gradients = []
+    for algo in ("grpo", "gspo"):
+        logp = torch.zeros(3, requires_grad=True)
+        policy_loss(logp, zero, zero, two, third, owner, algo, **how)[0].backward()
+        gradients.append(logp.grad)
+    assert torch.equal(*gradients)
 
 
-def test_gspo_clips_whole_answers():
-    logp, owner = torch.tensor([0.1, 0.1, 0.0, 0.0]), torch.tensor([0, 0, 1, 1])
-    zero = torch.zeros(4)
-    _, clipped = policy_loss(logp, zero, zero, torch.ones(4), torch.ones(4), owner, "gspo", 0.0, (3e-4, 4e-4))
+def test_gspo_clips_whole_responses():
+    logp = torch.tensor([0.1, 0.1, 0.0, 0.0])
+    owner = torch.tensor([0, 0, 1, 1])
+    zero, one = torch.zeros(4), torch.ones(4)
+    _, clipped = policy_loss(logp, zero, zero, one, one, owner, "gspo", 0.0, (3e-4, 4e-4))
     assert clipped.tolist() == [1, 1, 0, 0]
 
 
-def test_empty_batch_has_a_gradient_of_zero():
-    logp = torch.zeros(0, requires_grad=True)
-    for algo in grpo.ALGORITHMS:
-        loss, _ = policy_loss(logp, *[torch.zeros(0)] * 4, torch.zeros(0, dtype=torch.long), algo)
-        loss.backward()
-        assert loss.item() == 0
-
-
-def test_overlong_golden():
-    assert [overlong(n, 20480, 4096) for n in (16384, 16385, 18432, 20480, 20481)] == [0, -1 / 4096, -0.5, -1, -1]
-
-
-# --------------------------------------------------------------------------------------------------- sampler and trainer
-
-def script(generator, monkeypatch, texts):
-    """The generator writes these texts, whatever the model says; log-probabilities stay the model's."""
-    import generate
-    choose, ids = generate.choose, [generator.processor.tokenizer.encode(t, added=True) for t in texts]
-    count = [0]
-
-    def forced(logits, draws, *rest):
-        tokens, _ = choose(logits, draws, *rest)
-        logp = logits.log_softmax(-1)
-        flat = [i for t in ids for i in t]
-        if count[0] < len(flat):
-            tokens[0] = flat[count[0]]
-        count[0] += 1
-        return tokens, logp.gather(1, tokens[:, None])[:, 0]
-    monkeypatch.setattr(generate, "choose", forced)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def test_sampler_logprobs_are_the_trainers_with_pictures_and_a_tool_turn(model, processor, monkeypatch, device):
-    model = copy.deepcopy(model).to(device)
-
-    def logprobs(batch):
-        batch = {k: v if k in ("segments", "grids") else v.to(device) for k, v in batch.items()}
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            return [v.cpu() for v in model.logprobs(batch)]
-    picture = Image.effect_noise((300, 280), 80).convert("RGB")
-    asked = {"messages": [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Look./agentic_think"}]}]}
-    sample, generator = processor(asked, generate=True), Generator(model, processor)
-    script(generator, monkeypatch, ["<think>a\n<tool_call>crop(0, 0, 500, 500)\nzoom(2)</tool_call>"])
-    row, = converse(generator, [sample], [[picture]], 60, temperature=1.0, top_k=0, top_p=1.0, seed=1)
-    assert len(row["observations"]) == 1 and row["observations"][0].ok and not all(row["sampled"])
-    whole = trajectory(sample, row)
-    logp, entropy = logprobs(pack([whole]))
-    old = torch.tensor([p for p, own in zip(row["logprobs"], row["sampled"]) if own])
-    assert len(logp) == len(old) == sum(row["sampled"]) and (entropy > 0).all()
-    off = (logp - old).abs()
-    assert off.max() < 1e-4 if device == "cpu" else off.mean() < 0.02 and off.max() < 0.2  # bf16 in packs, and with a cache
-    # what the tool gave has no label, but changes what comes after it
-    given = [i for i, own in enumerate(row["sampled"]) if not own]
-    at = len(sample["tokens"]) + given[0]
-    assert (whole["labels"][at - 1 : at - 1 + len(given)] == -100).all()
-    other = pack([whole | {"tokens": whole["tokens"].clone()}])
-    text = next(at + k for k in range(len(given)) if whole["tokens"][at + k] not in whole["pads"])
-    other["tokens"][text] = (other["tokens"][text] + 1) % 900
-    changed, _ = logprobs(other)
-    first = sum(row["sampled"][: given[0]])
-    assert torch.equal(changed[:first], logp[:first]) or (changed[:first] - logp[:first]).abs().max() < 1e-5
-    assert (changed[first:] - logp[first:]).abs().max() > 1e-6
-    # the content that alignment stores holds the picture, and tokenises to the same ids
-    content = turn_of(row, processor.tokenizer)
-    assert [c["type"] for c in content if c.get("loss", True)].count("image") == 1
-    again = processor({"messages": [*asked["messages"], {"role": "assistant", "content": content}]})
-    n = len(sample["tokens"]) + given[-1] + 1
-    assert again["tokens"][:n].tolist() == whole["tokens"][:n].tolist()
-    assert torch.equal(again["positions"][:, :n], whole["positions"][:, :n])
-
-
-def test_temperature_divides_logits(model, processor):
-    sample = processor({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "red circle"}]})
-    batch = pack([sample])
-    with torch.no_grad():
-        logp, entropy = model.logprobs(batch, 0.7)
-        keep = batch["labels"] != -100
-        every = (model.logits(batch)[keep] / 0.7).log_softmax(-1)
-    assert torch.allclose(logp, every.gather(1, batch["labels"][keep][:, None])[:, 0], atol=1e-5)
-    assert torch.allclose(entropy, -(every.exp() * every).sum(-1), atol=1e-4)
-
-
-def fake_rows(processor, texts, finished=True):
-    encode = processor.tokenizer.encode
-    sample = processor({"messages": [{"role": "user", "content": "How many?"}]}, generate=True)
-    start = sample["next_position"]
-    rows = []
-    for text in texts:
-        ids = encode(text, added=True) + [processor.tokenizer.special["<|im_end|>"]]
-        rows.append({"ids": ids, "sampled": [True] * len(ids), "logprobs": [-1.0] * len(ids), "seen": [], "finished": True,
-                     "positions": [[start + i] * 3 for i in range(len(ids))], "sample": sample})
-    return rows
-
-
-def test_the_choice_of_the_mode_weighs_apart(processor):
-    texts = ["<analysis>Easy, so /no_think.</analysis>3", "<think>a b c</think><answer>\\boxed{3}</answer>"]
-    rows = fake_rows(processor, texts)
-    first = grpo.choosing(rows[0], processor.tokenizer)
-    assert processor.tokenizer.decode(rows[0]["ids"][:first]).endswith("</analysis>") and grpo.choosing(rows[1], processor.tokenizer) == 0
-    samples = grpo.samples_of(rows, [{"total": 1.0}, {"total": 0.0}], "grpo", processor.tokenizer)
-    grpo.weigh(samples, "grpo", 100, 2, sum(len(s["old"]) for s in samples))
-    for s, n in zip(samples, (first, 0)):
-        assert close(s["weight"][:n].sum(), grpo.MODE_WEIGHT / 2 * (n > 0)) and close(s["weight"][n:].sum(), 0.5)
-
-
 @pytest.mark.parametrize("algo", grpo.ALGORITHMS)
-def test_micro_batches_change_nothing(model, processor, algo):
-    rows = fake_rows(processor, ["red", "a red circle at the top", "<analysis>Easy, so /no_think.</analysis>2", "1 2 3 4 5 6"])
-    told = [{"total": v} for v in (1.0, 0.0, 0.5, 0.2)]
-    grads = []
-    for groups in ([4], [2, 2], [1, 1, 1, 1], [3, 1]):
-        samples = grpo.samples_of(rows, told, algo, processor.tokenizer)
-        grpo.weigh(samples, algo, 50, 4, sum(len(s["old"]) for s in samples))
-        model.zero_grad()
-        for n in groups:
-            part, samples = samples[:n], samples[n:]
-            for s in part:
-                s["reference"] = s["old"] - 0.1
-            batch = grpo.gather_batch(part)
-            logp, _ = model.logprobs(batch)
-            policy_loss(logp, logp.detach() - 0.05, batch["reference"], batch["advantage"], batch["weight"], batch["owner"], algo)[0].backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    model.zero_grad()
-    for g in grads[1:]:
-        assert (g - grads[0]).abs().max() < 1e-5 * grads[0].abs().max()
+def test_an_empty_batch_has_a_gradient_of_zero(algo):
+    logp = torch.zeros(0, requires_grad=True)
+    nothing = [torch.zeros(0)] * 4
+    loss, _ = policy_loss(logp, *nothing, torch.zeros(0, dtype=torch.long), algo)
+    loss.backward()
+    assert loss.item() == 0
 
 
 def test_a_bandit_is_solved():
-    """One state, four answers of one token, one of them right."""
+    """One state, four responses of one token, one of them right."""
     torch.manual_seed(0)
     logits = torch.zeros(4, requires_grad=True)
     opt = torch.optim.Adam([logits], lr=0.1)
+    weight = torch.full((8,), token_weight(1, "grpo", 1, 8, 8))
     for _ in range(100):
-        with torch.no_grad():
-            y = torch.multinomial(logits.softmax(-1), 8, replacement=True)
-        right = [float(v == 2) for v in y]
-        if not spread(right):
-            continue
-        old = logits.detach().log_softmax(-1)[y]
-        weight = torch.tensor(token_weights([1] * 8, "grpo", 1, 8, 8))
-        policy_loss(logits.log_softmax(-1)[y], old, old, torch.tensor(advantages(right)), weight, beta=0.0)[0].backward()
+        tokens = torch.multinomial(logits.detach().softmax(-1), 8, replacement=True)
+        right = (tokens == 2).float().tolist()
+        old = logits.detach().log_softmax(-1)[tokens]
+        logp = logits.log_softmax(-1)[tokens]
+        advantage = torch.tensor(advantages(right))
+        policy_loss(logp, old, old, advantage, weight, beta=0.0)[0].backward()
         opt.step()
         opt.zero_grad()
     assert logits.softmax(-1)[2] > 0.95
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------------------
+# the sampler's log-probabilities are the trainer's
+
+
+def write(monkeypatch, tokenizer, text: str):
+    """What is sampled next is this text, with the log-probabilities that the model gives it."""
+    choose = generate.choose
+    ids = iter(tokenizer.encode(text, added=True))
+
+    def forced(logits, *how):
+        tokens, _ = choose(logits, *how)
+        tokens[0] = next(ids, tokens[0])
+        logp = logits.log_softmax(-1)
+        return tokens, logp.gather(1, tokens[:, None])[:, 0]
+
+    monkeypatch.setattr(generate, "choose", forced)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_logprobs_of_sampler_and_trainer_agree_after_a_tool_turn(
+    model, processor, monkeypatch, device
+):
+    model = copy.deepcopy(model).to(device)
+    tokenizer = processor.tokenizer
+
+    @torch.no_grad()
+    def logprobs(sample):
+        batch = pack([sample])
+        for key in ("tokens", "labels", "positions", "patches"):
+            batch[key] = batch[key].to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            return model.logprobs(batch)[0].cpu()
+
+    picture = Image.effect_noise((300, 280), 80).convert("RGB")
+    image = {"type": "image", "image": picture}
+    asked = [{"role": "user", "content": [image, {"type": "text", "text": "Look./agentic_think"}]}]
+    prompt = processor({"messages": asked}, generate=True)
+    write(monkeypatch, tokenizer, "<think>a\n<tool_call>crop(0, 0, 500, 500)\nzoom(2)</tool_call>")
+    how = dict(temperature=1.0, top_k=0, top_p=1.0, seed=1)
+    [response] = converse(Generator(model, processor), [prompt], [lambda: [picture]], 60, **how)
+    [seen] = response.observations
+    assert seen.ok
+
+    sample = trajectory(Rollout(None, prompt, response))
+    logp = logprobs(sample)
+    own = [p for p, mine in zip(response.logprobs, response.sampled) if mine]
+    assert len(logp) == len(own) < len(response.ids)
+    difference = (logp - torch.tensor(own)).abs()
+    if device == "cpu":
+        assert difference.max() < 1e-4
+    else:  # bf16, in a pack and with a cache
+        assert difference.mean() < 0.02
+        assert difference.max() < 0.2
+
+    # What the tool gave has no label, but it changes what comes after it, and that alone.
+    given = [i for i, mine in enumerate(response.sampled) if not mine]
+    first = len(prompt["tokens"]) + given[0]
+    assert (sample["labels"][first - 1 : first - 1 + len(given)] == -100).all()
+    text = first
+    while sample["tokens"][text].item() in tokenizer.special.values():
+        text += 1
+    other = sample | {"tokens": sample["tokens"].clone()}
+    other["tokens"][text] = (other["tokens"][text] + 1) % 900
+    moved = (logprobs(other) - logp).abs()
+    before = sum(response.sampled[: given[0]])
+    assert moved[:before].max() < 1e-5
+    assert moved[before:].max() > 1e-6
+
+    # The turn that alignment stores holds the picture, and is encoded to the same tokens.
+    content = turn_of(response, tokenizer)
+    pictures = [item for item in content if item["type"] == "image"]
+    assert len(pictures) == 1
+    again = processor({"messages": [*asked, {"role": "assistant", "content": content}]})
+    n = len(prompt["tokens"]) + given[-1] + 1
+    assert again["tokens"][:n].tolist() == sample["tokens"][:n].tolist()
+    assert torch.equal(again["positions"][:, :n], sample["positions"][:, :n])
+
+
+# --------------------------------------------------------------------------------------------------
+# rollouts
+
+
+def rollout_of(processor, text: str, total=0.0, right=0.0, form=1.0, mode="think", given=0):
+    """A rollout that was sampled with log-probability -1 a token; its last `given` by a tool."""
+    question = {"role": "user", "content": "How many?"}
+    prompt = Prompt({"messages": [question], "meta": {}}, None, mode, "0/0/0")
+    sample = processor({"messages": [question]}, generate=True)
+    ids = processor.tokenizer.encode(text, added=True)
+    first = sample["next_position"]
+    response = Response(
+        ids=ids,
+        logprobs=[-1.0] * len(ids),
+        sampled=[i < len(ids) - given for i in range(len(ids))],
+        positions=[[first + i] * 3 for i in range(len(ids))],
+        finished=True,
+    )
+    parsed = parse(text, mode)
+    reward = Reward(right, right, form, 0.5, 0.25, -0.125, parsed, total)
+    return Rollout(prompt, sample, response, [{"type": "text", "text": text}], reward)
+
+
+ANALYSIS = "<analysis>Easy, so /no_think.</analysis>"
+
+
+def test_groups_are_dropped_by_accuracy(processor):
+    def group(*scores):
+        return [rollout_of(processor, "3", *score) for score in scores]
+
+    assert teaches(group((0.1, 1), (0.1, 0)))
+    assert not teaches(group((0.9, 1), (0.1, 1))), "however much the rewards differ"
+    assert not teaches(group((0.9, 0), (0.1, 0)))
+    assert not teaches([])
+
+
+def test_a_right_answer_out_of_form_is_none(processor):
+    in_form, out_of_form = ((1.0, 1, form) for form in (1.0, 0.0))
+    wrong = (0.0, 0, 1.0)
+    for scores, expected in (((in_form, out_of_form), True), ((out_of_form, wrong), False)):
+        assert teaches([rollout_of(processor, "3", *score) for score in scores]) == expected
+
+
+def test_what_the_judge_did_not_score_does_not_decide(processor):
+    wrong = rollout_of(processor, "3")
+    right = rollout_of(processor, "3", 1.0, 1.0)
+    unscored = rollout_of(processor, "3", None, 1.0)
+    assert not teaches([wrong, unscored])
+    assert teaches([wrong, unscored, right])
+    # out of form it earns nothing, whatever the judge would have said
+    unread = rollout_of(processor, "3", 0.0, None, form=0.0)
+    assert not teaches([wrong, unread])
+
+
+def test_in_auto_mode_a_response_pays_for_what_it_writes(processor):
+    texts = ["12", "1 2 3 4 5 6 7 8 9"]
+    auto = [rollout_of(processor, text, 1.0, mode="auto_think") for text in texts]
+    auto.append(rollout_of(processor, "1 2 3 4 5", 1.0, mode="auto_think", given=3))
+    auto.append(rollout_of(processor, "12", None, mode="auto_think"))
+    think = [rollout_of(processor, text, 1.0) for text in texts]
+    grpo.charge_length([auto, think], max_tokens=40)
+    assert [rollout.reward.total for rollout in think] == [1.0, 1.0]
+    assert auto[3].reward.total is None
+    for rollout in auto[:3]:
+        written = sum(rollout.response.sampled)
+        assert rollout.reward.total == pytest.approx(1 - 0.1 * written / 40)
+    assert auto[1].reward.total < auto[0].reward.total < 1
+
+
+def test_the_choice_of_a_mode_ends_with_its_analysis(processor):
+    tokenizer = processor.tokenizer
+
+    def chooses(text):
+        ids = tokenizer.encode(text, added=True)
+        return tokenizer.decode(ids[: analysis_tokens(ids, tokenizer)])
+
+    assert chooses(f"{ANALYSIS}3") == ANALYSIS
+    assert chooses("<think>a b c</think><answer>\\boxed{3}</answer>") == ""
+    assert chooses(f"3{ANALYSIS}") == "", "only at the beginning"
+    assert chooses("<analysis>Easy") == "", "it never chose"
+    assert chooses(ANALYSIS) == ANALYSIS
+
+
+def test_a_training_sample_has_a_value_for_each_own_token(processor):
+    rollout = rollout_of(processor, f"{ANALYSIS}1 2 3", given=2)
+    rollout.advantage = -0.5
+    n = sum(rollout.response.sampled)
+    rollout.response.logprobs = [-float(i) for i in range(n)] + [0.0, 0.0]
+    sample = training_sample(rollout, processor.tokenizer)
+    assert int((sample["labels"] != -100).sum()) == n
+    assert sample["sampler"].tolist() == [-i for i in range(n)]
+    assert sample["advantage"].tolist() == [-0.5] * n
+    chooses = len(processor.tokenizer.encode(ANALYSIS, added=True))
+    assert sample["chooses_mode"].tolist() == [i < chooses for i in range(n)]
+
+
+def test_a_samples_values_skip_what_a_tool_gave(processor):
+    rollout = rollout_of(processor, "1 2 3 4 5")
+    n = len(rollout.response.ids)
+    rollout.response.sampled = [i % 2 == 0 for i in range(n)]
+    rollout.response.logprobs = [-float(i) for i in range(n)]
+    sample = training_sample(rollout, processor.tokenizer)
+    assert sample["sampler"].tolist() == [-i for i in range(0, n, 2)]
+
+
+def test_the_choice_of_the_mode_weighs_apart(processor):
+    """All of it half of what the rest of the response weighs, however long both are."""
+    samples = []
+    for text in (f"{ANALYSIS}3", "<think>a b c</think>", ANALYSIS):
+        samples.append(training_sample(rollout_of(processor, text), processor.tokenizer))
+    grpo.set_weights(samples, "grpo", max_tokens=100, responses=3, tokens=99)
+    sums = []
+    for sample in samples:
+        chooses = sample["chooses_mode"]
+        weight = sample["weight"]
+        sums += [weight[chooses].sum(), weight[~chooses].sum()]
+    half, whole_ = 0.5 / 3, 1 / 3
+    assert close(sums, [half, whole_, 0, whole_, half, 0])
+
+
+def test_a_blank_sample_trains_nothing(model, processor):
+    blank = grpo.blank_sample(processor)
+    blank |= {key: torch.zeros(0) for key in ("old", "reference")}
+    batch = grpo.batch_of([blank])
+    assert (batch["labels"] == -100).all()
+    assert {len(batch[key]) for key in grpo.PER_TOKEN} == {0}
+    logp, _ = model.logprobs(batch)
+    assert logp.requires_grad and len(logp) == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# a step, by its formulas written out
+
+
+class Table(nn.Module):
+    """A policy that knows no context: one logit for each token."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.config = PRESETS["toy"]
+        generator = torch.Generator().manual_seed(seed)
+        self.scores = nn.Parameter(torch.randn(self.config.vocab_size, generator=generator))
+
+    def logprobs(self, batch):
+        labels = batch["labels"][batch["labels"] != -100]
+        logp = self.scores.log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum().detach()
+        return logp[labels], entropy.expand(len(labels))
+
+    forward = logprobs
+
+
+PLAN = {"group": 3, "updates": 2, "max_tokens": 12, "pack": 60}
+RATE = 8.0
+BETA = 0.05
+
+
+def rollouts(processor) -> list[list[Rollout]]:
+    """Five groups: the second is right throughout, the fourth could not be sampled."""
+    texts = [
+        ("1 2", "3 4 5", "6"),
+        ("7", "8 9", "0"),
+        ("6 5", "1 9 2", "3 4"),
+        (),
+        ("12 34", "56", "7 8 9 0 1 2"),
+    ]
+    scores = [
+        ((1.2, 1), (0.0, 0), (-0.4, 0)),
+        ((1.5, 1), (1.4, 1), (1.3, 1)),
+        ((0.2, 0), (1.0, 1), (None, 1)),
+        (),
+        ((1.5, 1), (0.0, 0), (1.5, 1)),
+    ]
+    modes = ["think", "no_think", "agentic_think", "think", "auto_think"]
+    groups = []
+    for mode, group_texts, group_scores in zip(modes, texts, scores):
+        group = []
+        for text, score in zip(group_texts, group_scores):
+            group.append(rollout_of(processor, text, *score, mode=mode))
+        groups.append(group)
+    return groups
+
+
+def written_out(policy, reference, groups, algo, beta, updates=2) -> SimpleNamespace:
+    """The step of grpo.py's docstring, response by response: weights, loss, norm, ratios."""
+    max_tokens = PLAN["max_tokens"]
+    low, high = (3e-4, 4e-4) if algo == "gspo" else (0.2, 0.28)
+    logits = policy.scores.detach().double()
+    p_old = logits.log_softmax(-1)
+    p_reference = reference.scores.detach().double().log_softmax(-1)
+
+    # (ids, advantage) of each response, group by group
+    kept = []
+    for group in groups:
+        if len({rollout.reward.right for rollout in group if rollout.reward.total is not None}) < 2:
+            continue
+        rewards = {}
+        for i, rollout in enumerate(group):
+            total = rollout.reward.total
+            if total is not None and rollout.prompt.mode == "auto_think":
+                total -= 0.1 * len(rollout.response.ids) / max_tokens
+            if total is not None:
+                rewards[i] = total
+        known = torch.tensor(list(rewards.values()), dtype=torch.float64)
+        scale = 1 if algo == "dr_grpo" else known.std() + 1e-4
+        responses = []
+        for i, rollout in enumerate(group):
+            a = (rewards[i] - known.mean()) / scale if i in rewards else torch.tensor(0.0)
+            responses.append((rollout.response.ids, a))
+        kept.append(responses)
+
+    found = SimpleNamespace(loss=0.0, ratios=[], clipped=[])
+    for u in range(updates):
+        responses = sum(kept[u::updates], [])
+        n = len(responses)
+        all_tokens = sum(len(ids) for ids, _ in responses)
+        logits = logits.detach().requires_grad_()
+        logp = logits.log_softmax(-1)
+        loss = 0.0
+        for ids, a in responses:
+            per_token = {
+                "grpo": 1 / (n * len(ids)),
+                "gspo": 1 / (n * len(ids)),
+                "dapo": 1 / all_tokens,
+                "dr_grpo": 1 / (n * max_tokens),
+            }[algo]
+            log_ratio = logp[ids] - p_old[ids]
+            if algo == "gspo":
+                log_ratio = log_ratio.mean().expand(len(ids))
+            for t, rho in enumerate(log_ratio.exp()):
+                gain = torch.min(rho * a, rho.clamp(1 - low, 1 + high) * a)
+                if a < 0:
+                    gain = torch.max(gain, 3 * a)
+                d = p_reference[ids[t]] - logp[ids[t]]
+                loss += per_token * (beta * (d.exp() - d - 1) - gain)
+                found.ratios.append(rho.item())
+                found.clipped.append(float(gain != rho * a))
+        [gradient] = torch.autograd.grad(loss, logits)
+        found.loss += loss.item()
+        found.norm = gradient.norm().item()
+        logits = logits - RATE * gradient / max(1.0, found.norm)
+    found.logits = logits.detach().float()
+    return found
+
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    out = tmp_path_factory.mktemp("grpo") / "world"
-    make_world(out, pictures=60, clips=12, heldout=5, workers=1, progress=False)
-    return out
+def run(tmp_path_factory):
+    flags = ["--out", str(tmp_path_factory.mktemp("run")), "--device", "cpu", "--threads", "1"]
+    opened = start(arguments(grpo.__doc__).parse_args(flags), "grpo")
+    opened.close()  # pytest keeps its signals
+    torch.use_deterministic_algorithms(False)
+    return opened
+
+
+class Step:
+    """grpo_step on rollouts that are there already; `events` says in which order what happened."""
+
+    def __init__(self, monkeypatch, run, processor, groups):
+        self.events = []
+        self.run = run
+        self.sampler = SimpleNamespace(
+            refresh=lambda: self.events.append("refresh"),
+            generator=SimpleNamespace(processor=processor),
+            blank=grpo.blank_sample(processor),
+        )
+
+        def sample_groups(*asked):
+            self.events.append(("sample", *asked))
+            return groups
+
+        monkeypatch.setattr(grpo, "sample_groups", sample_groups)
+        monkeypatch.setattr(grpo, "reward_groups", lambda *x: self.events.append(("reward", *x)))
+
+    def __call__(self, policy, reference, algo="grpo", beta=BETA, **plan):
+        opt = torch.optim.SGD(policy.parameters(), RATE)
+        values = grpo_step(
+            self.run, policy, reference, self.sampler, opt, "prompts",
+            PLAN | plan, algo, beta, "judge",
+        )
+        assert all(p.grad is None for p in policy.parameters())
+        return values
+
+
+@pytest.mark.parametrize("beta", [0.0, BETA])
+@pytest.mark.parametrize("algo", grpo.ALGORITHMS)
+def test_a_step_is_its_formulas_written_out(monkeypatch, run, processor, algo, beta):
+    groups = rollouts(processor)
+    policy, reference = Table(1), Table(2)
+    expected = written_out(policy, reference, copy.deepcopy(groups), algo, beta)
+    step = Step(monkeypatch, run, processor, groups)
+    values = step(policy, reference if beta else None, algo, beta)
+    assert close(policy.scores.detach(), expected.logits, 1e-5)
+    assert values["loss"] == pytest.approx(expected.loss, abs=1e-5)
+    assert float(values["norm"]) == pytest.approx(expected.norm, rel=1e-4)
+    assert values["clipped"] == pytest.approx(sum(expected.clipped) / len(expected.clipped))
+
+
+def test_the_updates_of_a_rollout_are_real(monkeypatch, run, processor):
+    """From the second on ratios leave 1: clipping acts, and every algorithm goes its own way."""
+    found = {}
+    for algo in grpo.ALGORITHMS:
+        policy = Table(1)
+        groups = rollouts(processor)
+        ratios = written_out(policy, Table(2), groups, algo, BETA).ratios
+        assert max(abs(rho - 1) for rho in ratios) > 0.25
+        values = Step(monkeypatch, run, processor, groups)(policy, Table(2), algo)
+        assert values["clipped"] > 0.02
+        found[algo] = policy.scores.detach()
+    for i, algo in enumerate(grpo.ALGORITHMS):
+        for other in grpo.ALGORITHMS[:i]:
+            assert not close(found[algo], found[other], 1e-3), (algo, other)
+
+
+def test_with_one_update_every_ratio_is_one(monkeypatch, run, processor):
+    for algo in grpo.ALGORITHMS:
+        step = Step(monkeypatch, run, processor, rollouts(processor))
+        assert step(Table(1), Table(2), algo, updates=1)["clipped"] == 0
+
+
+def test_old_and_reference_are_asked_before_the_policy_moves(monkeypatch, run, processor):
+    """Of all updates, from the policy that sampled; gradients are taken only after that."""
+    order = []
+
+    class Recorded(Table):
+        def logprobs(self, batch):
+            order.append((self.name, torch.is_grad_enabled(), self.scores.detach().clone()))
+            return super().logprobs(batch)
+
+    policy, reference = Recorded(1), Recorded(2)
+    policy.name, reference.name = "policy", "reference"
+    start_ = policy.scores.detach().clone()
+    Step(monkeypatch, run, processor, rollouts(processor))(policy, reference, pack=10_000)
+    steps = [(name, grad) for name, grad, _ in order]
+    asked = [("policy", False), ("reference", False)]
+    assert steps == [*asked, *asked, ("policy", True), ("policy", True)]
+    assert all(torch.equal(logits, start_) for name, _, logits in order[:4] if name == "policy")
+    assert not torch.equal(order[-1][2], start_)
+
+
+def test_a_step_begins_with_fresh_weights_then_samples_then_rewards(monkeypatch, run, processor):
+    groups = rollouts(processor)
+    step = Step(monkeypatch, run, processor, groups)
+    step(Table(1), Table(2))
+    sampled = ("sample", step.sampler.generator, "prompts", 3, 12)
+    assert step.events == ["refresh", sampled, ("reward", groups, 12, "judge")]
+
+
+def test_where_no_group_teaches_nothing_moves(monkeypatch, run, processor):
+    groups = rollouts(processor)[1:2]
+    policy = Table(1)
+    before = policy.scores.detach().clone()
+    values = Step(monkeypatch, run, processor, groups)(policy, Table(2))
+    assert torch.equal(policy.scores.detach(), before)
+    assert (values["loss"], values["norm"], values["dropped_groups"]) == (0, 0, 1)
+    assert values["tokens"] == 0
+
+
+def test_fewer_groups_than_updates_are_fewer_updates(monkeypatch, run, processor):
+    groups = rollouts(processor)[:1]
+    policies = [Table(1), Table(1)]
+    for policy, updates in zip(policies, (1, 4)):
+        step = Step(monkeypatch, run, processor, copy.deepcopy(groups))
+        step(policy, Table(2), updates=updates)
+    assert torch.equal(policies[0].scores, policies[1].scores)
+
+
+@pytest.mark.parametrize("algo", grpo.ALGORITHMS)
+def test_micro_batches_change_nothing(monkeypatch, run, model, processor, algo):
+    """A real model takes the same step, however its samples are packed."""
+    found = []
+    for tokens in (10_000, 80, 1):
+        policy = copy.deepcopy(model)
+        texts = ["1 2 3", f"{ANALYSIS}2", "a red circle at the top", "4"]
+        scores = [(1.0, 1), (0.0, 0), (0.5, 0), (0.2, 0)]
+        group = [rollout_of(processor, text, *score) for text, score in zip(texts, scores)]
+        step = Step(monkeypatch, run, processor, [group])
+        values = step(policy, model, algo, pack=tokens, updates=1)
+        moved = [p.detach() - q for p, q in zip(policy.parameters(), model.parameters())]
+        found.append(torch.cat([m.flatten() for m in moved]))
+    largest = found[0].abs().max()
+    assert largest > 1e-3
+    for other in found[1:]:
+        assert (other - found[0]).abs().max() < 1e-4 * largest
+    assert values["tokens"] == sum(len(trajectory(rollout)["tokens"]) for rollout in group)
+
+
+def test_the_numbers_of_a_step(monkeypatch, run, processor):
+    groups = rollouts(processor)
+    policy, reference = Table(1), Table(2)
+    flat = [rollout for group in groups for rollout in group]
+    flat[0].response.finished = False
+    seen = [SimpleNamespace(ok=True), SimpleNamespace(ok=True), SimpleNamespace(ok=False)]
+    flat[1].response.observations = seen
+    flat[-1].reward.parsed.chose = "think"
+    flat[-2].reward.parsed.chose = "no_think"
+    flat[-3].reward.consistency = None
+    old = policy.scores.detach().log_softmax(-1)
+    d = reference.scores.detach().log_softmax(-1) - old
+    trained = torch.tensor(sum((r.response.ids for g in (0, 2, 4) for r in groups[g]), []))
+    lengths = [len(rollout.response.ids) for rollout in flat]
+
+    values = Step(monkeypatch, run, processor, groups)(policy, reference, updates=1)
+    auto = [1.5 - 0.1 * n / 12 for n in lengths[-3::2]] + [-0.1 * lengths[-2] / 12]
+    totals = [1.2, 0.0, -0.4, 1.5, 1.4, 1.3, 0.2, 1.0, *auto]
+    stds = [torch.tensor(x).std() for x in (totals[:3], totals[3:6], totals[6:8], auto)]
+    expected = {
+        "reward": sum(totals) / 11,
+        "group_std": sum(stds) / 4,
+        "outcome": 8 / 12,
+        "right": 8 / 12,
+        "format": 1,
+        "consistency": 0.5,
+        "repetition": 0.25,
+        "overlong": -0.125,
+        "unscored": 1 / 12,
+        "right_think": 1 / 3,
+        "right_no_think": 1,
+        "right_agentic_think": 2 / 3,
+        "right_auto_think": 2 / 3,
+        "asked_think": 3 / 12,
+        "asked_no_think": 3 / 12,
+        "asked_agentic_think": 3 / 12,
+        "asked_auto_think": 3 / 12,
+        "auto_chose_think": 1 / 3,
+        "auto_chose_no_think": 1 / 3,
+        "auto_chose_agentic_think": 0,
+        "answer_tokens": sum(lengths) / 12,
+        "unfinished": 1 / 12,
+        "calls": 3 / 12,
+        "failed_calls": 1 / 3,
+        "dropped_groups": 2 / 5,
+        "clipped": 0,
+        "kl": (d.exp() - d - 1)[trained].mean(),
+        "mismatch": (old[trained] + 1).abs().mean(),
+        "entropy": -(old.exp() * old).sum(),
+    }
+    work = ("loss", "norm", "tokens", "visual_tokens", "flops")
+    assert set(values) == {*expected, *work}
+    for name, value in expected.items():
+        assert values[name] == pytest.approx(float(value), abs=1e-5), name
+    assert values["tokens"] == sum(len(trajectory(r)["tokens"]) for g in (0, 2, 4) for r in groups[g])
+    assert values["flops"] > 0 and values["visual_tokens"] == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# two ranks
+
+
+def two_ranks(argv):
+    """Rank 0 has all groups, rank 1 none: the step is that of one process."""
+    out, folder = argv
+    run = start(arguments("").parse_args(["--out", out, "--device", "cpu"]), "grpo")
+    processor = Processor.from_pretrained(folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        groups = rollouts(processor)
+        policy, reference = Table(1), Table(2)
+        expected = written_out(policy, reference, copy.deepcopy(groups), "grpo", BETA)
+        local = groups if run.main else groups[3:4]
+        step = Step(monkeypatch, run, processor, local)
+        values = step(shard(policy, run), shard(reference, run))
+    assert close(whole(policy.scores).detach(), expected.logits, 1e-5)
+    assert values["loss"] == pytest.approx(expected.loss, abs=1e-5)
+    assert values["right"] == pytest.approx(8 / 12), "means are over all ranks"
+    check_sampler(run, processor, folder)
+
+
+def check_sampler(run, processor, folder):
+    """A whole copy of the weights in training, as they are at the last refresh."""
+    model = shard(KeyeVL.from_pretrained(folder), run)
+    sampler = grpo.Sampler(run, model, processor)
+    copied = sampler.generator.model
+    assert copied is not model
+    assert not any(p.requires_grad for p in copied.parameters())
+    for factor in (1, 3):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(factor)
+        sampler.refresh()
+        trained = model.state_dict()
+        for name, tensor in copied.state_dict().items():
+            assert torch.equal(tensor, whole(trained[name])), name
+
+
+def test_two_ranks_take_the_step_of_one(tmp_path, start_model):
+    in_processes(two_ranks, [tmp_path, start_model], ranks=2)
+
+
+def with_and_without_picture(argv):
+    """Rank 0 has only text, rank 1 a picture: both run the sharded model without gradients."""
+    out, folder = argv
+    run = start(arguments("").parse_args(["--out", out, "--device", "cpu"]), "grpo")
+    processor = Processor.from_pretrained(folder)
+    text = {"type": "text", "text": "a"}
+    image = {"type": "image", "image": Image.new("RGB", (60, 60))}
+    content = [text] if run.main else [image, text]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    sample = processor({"messages": messages})
+    n = int((sample["labels"] != -100).sum())
+    sample["advantage"] = torch.zeros(n)
+    grpo.add_logprobs(run, shard(KeyeVL.from_pretrained(folder), run), [[sample]], "old")
+    alone, _ = KeyeVL.from_pretrained(folder).logprobs(pack([sample]))
+    assert close(sample["old"], alone.detach())
+
+
+def test_ranks_with_and_without_pictures_stay_together(tmp_path, start_model):
+    in_processes(with_and_without_picture, [tmp_path, start_model], ranks=2)
+
+
+def test_one_process_samples_from_the_model_in_training(run, model, processor):
+    sampler = grpo.Sampler(run, model, processor)
+    assert sampler.generator.model is model
+    sampler.refresh()
+
+
+# --------------------------------------------------------------------------------------------------
+# the loop
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, model, processor):
-    folder = tmp_path_factory.mktemp("grpo-start") / "model"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+def start_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start") / "model"
+    write_toy_model(folder)
     return folder
 
 
-# grpo.py on a small plan, with rewards that differ: fresh weights are never right
-SMALL = '''
-import runpy, sys, rewards, trainer
-add = trainer.judge_arguments
-def arguments(parser):
-    sys.modules["__main__"].PLAN["toy"].update(prompts=4, group=2, longest=12, pack=600)
-    return add(parser)
-trainer.judge_arguments = arguments
-whole = rewards.reward
-def reward(completion, *a, **k):
-    parts = whole(completion, *a, **k)
-    n = sum(len(c.get("text", "")) for c in completion) % 7
-    return parts | {"total": n / 7, "right": float(n > 3), "format": 1.0}
-rewards.reward = reward
-runpy.run_path("grpo.py", run_name="__main__")
-'''
+class Loop:
+    """train with every step recorded. `after`: what stands in for a checkpoint that is there."""
+
+    def __init__(self, monkeypatch, run, after=None):
+        self.run = copy.copy(run)
+        self.loaded = []
+        self.steps = []
+        self.logged = []
+        self.saved = []
+        load = KeyeVL.from_pretrained
+
+        def from_pretrained(folder):
+            self.loaded.append(load(folder))
+            return self.loaded[-1]
+
+        def optimizer(*args, **how):
+            self.made = how
+            self.opt = make_optimizer(*args, **how)
+            return self.opt
+
+        def resume(run, model, opt):
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(after or 0)
+            return Progress(step=after or 0)
+
+        def step(run, policy, reference, sampler, opt, prompts, plan, *rest):
+            lr = {group["lr"] / group["peak_lr"] for group in opt.param_groups}
+            self.steps.append(SimpleNamespace(
+                policy=policy, reference=reference, sampler=sampler, prompts=prompts, plan=plan,
+                rest=rest, lr=lr,
+            ))
+            return {"loss": 0.5, "norm": 1.0, "tokens": 7}
+
+        monkeypatch.setattr(KeyeVL, "from_pretrained", staticmethod(from_pretrained))
+        monkeypatch.setattr(grpo, "make_optimizer", optimizer)
+        monkeypatch.setattr(grpo, "resume", resume)
+        monkeypatch.setattr(grpo, "grpo_step", step)
+        monkeypatch.setattr(grpo, "draw_prompts", lambda *asked: [(asked, i) for i in range(5)])
+        monkeypatch.setattr(grpo, "save_if_due", lambda run, *rest: self.saved.append(rest))
+        monkeypatch.setattr(grpo, "export", lambda run, *what: self.saved.append(what))
+        self.run.log = lambda step, steps, **values: self.logged.append((step, steps, values))
+
+    def train(self, folder, *flags, judge=None, size="toy"):
+        argv = ["--size", size, "--seed", "4", *flags]
+        self.run.args = parser().parse_args(argv)
+        grpo.train(self.run, folder, "questions", grpo.PLAN["toy"], judge)
 
 
-def command(out, world, start, *more, ranks=1):
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"] if ranks > 1 else []
-    path = out.parent / "small.py"
-    path.write_text(SMALL)
-    args = ["--data", world, "--out", out, "--init", start, "--device", "cpu", "--threads", 1, "--eval-limit", 1, "--steps", 3, *more]
-    return [sys.executable, *launch, str(path), *map(str, args)]
+def parser():
+    """grpo.py's flags."""
+    made = add_judge_arguments(arguments(grpo.__doc__))
+    made.add_argument("--algo", default="grpo")
+    made.add_argument("--beta", type=float, default=grpo.BETA)
+    return made
 
 
-def shell(cmd):
-    done = subprocess.run(cmd, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
+def test_every_step_draws_other_prompts_by_its_number(monkeypatch, run, start_model):
+    loop = Loop(monkeypatch, run)
+    loop.train(start_model, "--steps", "3")
+    asked = [[asked for asked, _ in step.prompts] for step in loop.steps]
+    modes = {"think": 3, "no_think": 2, "auto_think": 4, "agentic_think": 3}
+    for step, same in enumerate(asked):
+        assert same == [("questions", 32, modes, f"4/{step}")] * 5
 
 
-def curve(out):
-    return [json.loads(line) for line in (out / "toy" / "grpo" / "metrics.jsonl").read_text().splitlines() if '"step"' in line]
+def test_ranks_share_the_prompts_of_a_step(monkeypatch, run, start_model):
+    loop = Loop(monkeypatch, run)
+    loop.run.rank, loop.run.world = 1, 2
+    loop.train(start_model, "--steps", "1")
+    assert [i for _, i in loop.steps[0].prompts] == [1, 3]
 
 
-def test_command_resumes_bit_for_bit_and_two_ranks_agree(tmp_path, world, start):
-    shell(command(tmp_path / "a", world, start, "--save-every", 1))
-    one = curve(tmp_path / "a")
-    assert len(one) == 3 and any(r["loss"] for r in one)
-    assert {"reward", "outcome", "format", "consistency", "repetition", "group_std", "dropped_groups", "clipped", "kl", "entropy",
-            "answer_tokens", "auto_chose_think", "calls", "failed_calls", "mismatch"} <= set(one[0])
-    assert all(r["mismatch"] < 1e-4 for r in one)
-    model = tmp_path / "a" / "toy" / "grpo"
-    saved = (model / "model" / "model.safetensors").read_bytes()
-    for gone in ("score.json", "checkpoint/step-3"):  # as if it had been killed after the second step
-        path = model / gone
-        subprocess.run(["rm", "-r", path], check=True)
-    assert "resumed" in shell(command(tmp_path / "a", world, start, "--save-every", 1))
-    again = curve(tmp_path / "a")
-    noise = ("seconds", "tokens_per_s", "visual_tokens_per_s", "mfu", "peak_gb", "left_s")
-    strip = lambda rows: [{k: v for k, v in r.items() if k not in noise} for r in rows]
-    assert strip(one) == strip(again) and (model / "model" / "model.safetensors").read_bytes() == saved
-    shell(command(tmp_path / "b", world, start, ranks=2))
-    two = curve(tmp_path / "b")
-    a, b = one[0], two[0]  # later a rounding error may have become another word
-    assert a["reward"] == pytest.approx(b["reward"]) and a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["loss"]
-    assert a["norm"] == pytest.approx(b["norm"], rel=1e-3) and a["kl"] == pytest.approx(b["kl"], abs=1e-6)
+def test_the_reference_is_the_start_and_never_moves(monkeypatch, run, start_model):
+    """Also after a resume, where the policy no longer is the start."""
+    loop = Loop(monkeypatch, run, after=1)
+    loop.train(start_model, "--steps", "3", "--beta", "0.01", "--algo", "gspo")
+    policy, reference = loop.loaded
+    start_state = KeyeVL.from_pretrained(start_model).state_dict()
+    for step in loop.steps:
+        assert step.policy is policy and step.reference is reference
+        assert step.sampler.generator.model is policy
+        assert step.rest == ("gspo", 0.01, None)
+        assert step.plan is grpo.PLAN["toy"]
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(tensor, start_state[name])
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert not torch.equal(policy.head_weight, reference.head_weight)
+    trained = {p for group in loop.opt.param_groups for p in group["params"]}
+    assert trained == set(policy.parameters())
 
 
-def test_a_missing_start_is_named(tmp_path, world):
-    done = subprocess.run(command(tmp_path, world, tmp_path / "nothing"), cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode and "holds no model" in done.stderr and "Traceback" not in done.stderr
+def test_without_kl_no_second_model_is_loaded(monkeypatch, run, start_model):
+    loop = Loop(monkeypatch, run)
+    loop.train(start_model, "--steps", "1", "--beta", "0")
+    assert len(loop.loaded) == 1
+    assert loop.steps[0].reference is None
 
 
-def two_ranks(rank, port, folder, out):
-    """Rank 0 has only text, rank 1 a picture; both run the sharded model without gradients, as the reference does."""
-    import torch.distributed as dist
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    processor = Processor.from_pretrained(folder)
-
-    class Run:
-        device, dtype, world = torch.device("cpu"), torch.float32, 2
-    sharded = trainer.shard(KeyeVL.from_pretrained(folder), Run)
-    content = "a" if rank == 0 else [{"type": "image", "image": Image.new("RGB", (60, 60))}, {"type": "text", "text": "a"}]
-    batch = pack([processor({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]})])
-    with torch.no_grad():
-        logp, _ = sharded.logprobs(batch)
-    alone, _ = KeyeVL.from_pretrained(folder).logprobs(batch)
-    assert (logp - alone).abs().max() < 1e-5
-    (out / f"{rank}").write_text("done")
-    dist.destroy_process_group()
+def test_the_rate_rises_and_stays(monkeypatch, run, start_model):
+    loop = Loop(monkeypatch, run)
+    loop.train(start_model, "--steps", "20")
+    factors = [lr for step in loop.steps for lr in step.lr]
+    assert factors == pytest.approx([0.5] + [1.0] * 19)
+    plain = min(group["peak_lr"] for group in loop.opt.param_groups)
+    assert plain == pytest.approx(1e-4)
+    assert loop.made == {"weight_decay": 0.0, "muon": 2}
+    highest = max(group["peak_lr"] for group in loop.opt.param_groups)
+    assert loop.logged[-1][2]["lr"] == pytest.approx(highest)
 
 
-def test_ranks_with_and_without_pictures_stay_together_without_gradients(tmp_path, start):
-    import socket
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(two_ranks, (port, start, tmp_path), nprocs=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1"]
+def test_training_goes_on_where_it_was_and_is_saved(monkeypatch, run, start_model):
+    judge = SimpleNamespace(asked=8, failed={"timeout": 1, "form": 1})
+    loop = Loop(monkeypatch, run, after=2)
+    loop.train(start_model, "--steps", "4", judge=judge)
+    assert [(step, steps) for step, steps, _ in loop.logged] == [(2, 4), (3, 4)]
+    values = loop.logged[0][2]
+    assert values["loss"] == 0.5 and values["tokens"] == 7 and values["judge_failed"] == 2 / 8
+    policy = loop.loaded[0]
+    *saved, exported = loop.saved
+    assert saved == [(3, 4, policy, loop.opt), (4, 4, policy, loop.opt)]
+    assert exported[0] is policy
+    assert loop.steps[0].rest[2] is judge
+
+
+def test_the_plan_of_a_size_is_the_default(monkeypatch, run, start_model):
+    loop = Loop(monkeypatch, run)
+    loop.train(start_model)
+    assert len(loop.steps) == 40
+    assert "judge_failed" not in loop.logged[0][2]
+    assert not loop.loaded[0].decoder.activation_checkpointing
+
+
+def test_large_sizes_recompute_activations(monkeypatch, run, start_model):
+    loop = Loop(monkeypatch, run)
+    loop.train(start_model, "--steps", "1", size="8b")
+    assert loop.loaded[0].decoder.activation_checkpointing
+
+
+def test_a_judge_that_was_not_asked_has_not_failed(run):
+    judge = SimpleNamespace(asked=0, failed={})
+    assert grpo.judge_failures(run, judge) == {"judge_failed": 0}
+    assert grpo.judge_failures(run, None) == {}
+
+
+# --------------------------------------------------------------------------------------------------
+# the phase
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_questions(folder)
+    return folder
+
+
+class Phase:
+    """main in this process, with training and scoring recorded."""
+
+    def __init__(self, monkeypatch, questions, start_model, out):
+        self.flags = ["--data", questions, "--init", start_model, "--out", out, "--device", "cpu"]
+        self.folder = out / "toy" / "grpo"
+        self.events = []
+
+        def train(run, init, pool, plan, judge):
+            self.events.append(("train", init, len(pool), plan, judge))
+
+        def score_phase(run, *how):
+            self.events.append(("score", *how))
+            return {"think": 1}
+
+        monkeypatch.setattr(grpo, "train", train)
+        monkeypatch.setattr(grpo, "score_phase", score_phase)
+
+    def main(self, *flags):
+        self.events.clear()
+        argv = [str(flag) for flag in (*self.flags, "--threads", "1", *flags)]
+        grpo.main(parser().parse_args(argv))
+        torch.use_deterministic_algorithms(False)
+        return self.events
+
+
+@pytest.fixture
+def phase(monkeypatch, questions, start_model, tmp_path):
+    return Phase(monkeypatch, questions, start_model, tmp_path)
+
+
+def test_the_phase_trains_once_and_is_scored_in_all_modes(phase, questions, start_model):
+    modes = ("think", "no_think", "auto_think", "agentic_think")
+    scored = ("score", questions / "heldout", modes, 40)
+    assert phase.main() == [("train", start_model, 6, grpo.PLAN["toy"], None), scored]
+    assert json.loads((phase.folder / "score.json").read_text()) == {"think": 1}
+    assert phase.main() == [], "it is done"
+    (phase.folder / "score.json").unlink()
+    assert phase.main("--eval-limit", "3") == [("score", questions / "heldout", modes, 3)]
+
+
+@pytest.mark.parametrize("flags", [("--algo", "gspo"), ("--beta", "0.5")])
+def test_another_loss_for_the_same_run_is_refused(phase, flags):
+    phase.main()
+    with pytest.raises(SystemExit, match="--fresh starts over"):
+        phase.main(*flags)
+    assert phase.events == []
+    assert phase.main(*flags, "--fresh")[0][0] == "train"
+
+
+def test_another_start_for_the_same_run_is_refused(phase, tmp_path, start_model):
+    phase.main()
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    KeyeVL.empty(PRESETS["toy"]).init_weights().save_pretrained(other)
+    phase.flags[3] = other
+    with pytest.raises(SystemExit, match=f"init {start_model}"):
+        phase.main()
+    assert phase.main("--fresh")[0][:2] == ("train", other)
+    # other weights at the same place, too
+    torch.manual_seed(2)
+    KeyeVL.empty(PRESETS["toy"]).init_weights().save_pretrained(other)
+    with pytest.raises(SystemExit, match="weights"):
+        phase.main()
+
+
+def test_the_judge_has_its_addresses_its_model_and_its_key(monkeypatch, phase):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    made = []
+    monkeypatch.setattr(grpo, "Judge", lambda *how: made.append(how) or "the judge")
+    urls = ("http://a/v1", "http://b/v1")
+    events = phase.main("--judge", urls[0], "--judge", urls[1], "--judge-model", "name")
+    assert made == [(list(urls), "name", "secret")]
+    assert events[0][-1] == "the judge"
+
+
+def test_a_size_without_a_plan_of_its_own_has_that_of_released_weights(
+    phase, monkeypatch, start_model
+):
+    assert phase.main("--size", "8b")[0][3] is grpo.PLAN["released"]
+
+
+def test_what_is_missing_or_wrong_is_named_before_anything_is_done(phase, tmp_path):
+    with pytest.raises(SystemExit, match="no question to ask"):
+        phase.main("--data", tmp_path / "nothing")
+    with pytest.raises(SystemExit, match="holds no model; run coldstart first"):
+        phase.main("--init", tmp_path / "nothing")
+    data = tmp_path / "data"
+    write_questions(data)
+    (data / "heldout" / "x.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit, match="x.jsonl:1"):
+        phase.main("--data", data)
+    assert phase.events == []
+    assert not phase.folder.exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
+
+
+def command(out, questions, start_model, *flags, **how) -> str:
+    place = ["--data", questions, "--out", out, "--init", start_model, "--device", "cpu"]
+    return run_script("grpo.py", *place, "--eval-limit", 1, "--steps", 3, *flags, **how)
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory, questions, start_model):
+    """Three steps of a process, whose groups all come in one update."""
+    out = tmp_path_factory.mktemp("one")
+    command(out, questions, start_model, updates=1)
+    return out / "toy" / "grpo"
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, questions, start_model, one_run):
+    how = dict(updates=1)
+    command(tmp_path, questions, start_model, "--save-every", 1, kill=2, code=-9, **how)
+    said = command(tmp_path, questions, start_model, **how)
+    assert "resumed from" in said and "step-1" in said
+    folder = tmp_path / "toy" / "grpo"
+    assert curve(folder) == curve(one_run)
+    assert weights(folder) == weights(one_run)
+
+
+def test_a_run_trains_and_its_sampler_agrees(one_run, start_model):
+    steps = curve(one_run)
+    assert [record["step"] for record in steps] == [0, 1, 2]
+    assert steps[0]["loss"] and steps[0]["dropped_groups"] < 0.7
+    assert all(record["mismatch"] < 1e-4 for record in steps)
+    assert weights(one_run) != (start_model / "model.safetensors").read_bytes()
+    score = json.loads((one_run / "score.json").read_text())
+    assert set(score) == {"think", "no_think", "auto_think", "agentic_think"}
+
+
+def test_two_ranks_agree_with_one(tmp_path, questions, start_model, one_run):
+    said = command(tmp_path, questions, start_model, "--steps", 1, ranks=2, updates=1)
+    assert said.count("GRPO took") == 1, "rank 0 alone speaks"
+    one, two = curve(one_run)[0], curve(tmp_path / "toy" / "grpo")[0]
+    for key in ("reward", "right", "loss", "norm", "kl", "entropy", "dropped_groups"):
+        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
+
+
+def test_a_missing_start_is_named(tmp_path, questions):
+    said = command(tmp_path, questions, tmp_path / "nothing", code=1)
+    assert "holds no model" in said
+    assert "Traceback" not in said

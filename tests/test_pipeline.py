@@ -1,5 +1,5 @@
-"""All phases after pre-training one after the other, on two ranks or a GPU, each from what the one before left, as a user
-starts them."""
+"""All phases after pre-training, one after the other, on two ranks or on GPUs, as users start them."""
+
 import json
 import os
 import subprocess
@@ -8,43 +8,77 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
-from data import BUDGETS, Processor
-from model import PRESETS, KeyeVL
+from common.conversation import MODES
+from conftest import write_toy_model
+from scripts import curve, run_script, weights
+from stage import ROOT, TESTS
 from toyworld import make_world
 
-# small plans; rewards that differ, as fresh weights are never right
-SMALL = '''
-import runpy, sys, rewards, trainer
-add, add_judge, whole = trainer.phase_arguments, trainer.judge_arguments, rewards.reward
-small = lambda: sys.modules["__main__"].PLAN["toy"].update(pack=1200, asked=12, prompts=8, group=3, round_steps=2, rounds=2, longest=12)
-trainer.phase_arguments = lambda doc: small() or add(doc)
-trainer.judge_arguments = lambda parser: small() or add_judge(parser)
-def reward(completion, *a, **k):
-    n = sum(len(c.get("text", "")) for c in completion) % 11
-    return whole(completion, *a, **k) | {"total": n / 5, "right": float(n > 5), "format": 1.0}
-rewards.reward = reward
-script = sys.argv.pop(1)
-runpy.run_path(script, run_name="__main__")
-'''
+# run folder -> the one whose model it starts from
+STARTS = {
+    "sft": "pretrain",
+    "mpo": "sft",
+    "coldstart-modes": "mpo",
+    "coldstart": "coldstart-modes",
+    "grpo": "coldstart",
+    "align-1": "grpo",
+    "align-2": "align-1",
+    "align": "align-2",
+}
+SCORED = {
+    "sft": ["plain"],
+    "mpo": ["plain"],
+    "coldstart": list(MODES),
+    "grpo": list(MODES),
+    "align": list(MODES),
+}
 
 
-@pytest.mark.parametrize("device, ranks", [("cpu", 2), pytest.param("cuda", torch.cuda.device_count(), marks=pytest.mark.cuda)])
+def torchrun(name: str, *flags, ranks: int) -> str:
+    """run_script, but by torchrun itself."""
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    words = [TESTS / "scripts.py", name, "{}", 0, *flags]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [*launch, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+@pytest.mark.parametrize("device, ranks", [
+    ("cpu", 2),
+    pytest.param("cuda", torch.cuda.device_count(), marks=pytest.mark.cuda),
+])
 def test_all_phases(tmp_path, device, ranks):
-    make_world(tmp_path / "world", pictures=240, clips=40, heldout=5, workers=1, progress=False)
-    torch.manual_seed(0)
-    start = tmp_path / "toy" / "pretrain" / "model"
-    KeyeVL.empty(PRESETS["toy"]).init_weights().save_pretrained(start)
-    Processor(ROOT / "vocab-toy.json", **BUDGETS["toy"]).save_pretrained(start)
-    (tmp_path / "small.py").write_text(SMALL)
-    for phase in (["sft.py"], ["align.py", "--phase", "mpo"], ["coldstart.py"], ["grpo.py"], ["align.py", "--phase", "iterate"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
-             str(tmp_path / "small.py"), *phase, "--data", str(tmp_path / "world"), "--out", str(tmp_path), "--steps", "2", "--eval-limit", "1",
-             "--device", device, "--threads", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert done.stdout.count(" took ") == 1  # rank 0 alone speaks
-    for phase in ("sft", "mpo", "coldstart-modes", "coldstart", "grpo", "align-1", "align-2", "align"):
-        assert (tmp_path / "toy" / phase / "model" / "model.safetensors").exists() and (tmp_path / "toy" / phase / "score.json").exists()
-    assert set(json.loads((tmp_path / "toy/align/score.json").read_text())) == {"think", "no_think", "auto_think", "agentic_think"}
+    data = tmp_path / "world"
+    make_world(data, pictures=100, clips=16, heldout=1, workers=1, progress=False)
+    folder = tmp_path / "toy"
+    write_toy_model(folder / "pretrain" / "model")
+    flags = ["--data", data, "--out", tmp_path, "--device", device, "--steps", 2, "--eval-limit", 1]
+
+    said = [torchrun("sft.py", *flags, ranks=ranks)]
+    for script in (
+        ["align.py", "--phase", "mpo"],
+        ["coldstart.py"],
+        ["grpo.py"],
+        ["align.py", "--phase", "iterate"],
+    ):
+        said.append(run_script(*script, *flags, ranks=ranks))
+    for lines in said:
+        assert lines.count(" took ") == 1, "rank 0 alone speaks"
+
+    for name, start in STARTS.items():
+        made = json.loads((folder / name / "made.json").read_text())
+        assert made["init"] == str(folder / start / "model")
+        same = weights(folder / name) == weights(folder / start)
+        assert same == (name == "align"), "every phase trains, and the last is a copy"
+        if name != "align":
+            steps = curve(folder / name)
+            assert [record["step"] for record in steps] == [0, 1]
+            assert steps[1]["lr"] > 0
+    for name, modes in SCORED.items():
+        score = json.loads((folder / name / "score.json").read_text())
+        assert list(score) == modes

@@ -1,0 +1,240 @@
+"""Conversations: their form, their check, the switches of Keye's modes, and their media.
+
+A conversation is a dict, in files one JSON object a line. Paths are relative to the file's folder:
+
+    {"messages": [
+        {"role": "user", "content": [
+            {"type": "image", "image": "a.jpg"},
+            {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": "A cat."}]}
+
+A preference has two answers to compare beside its messages, "chosen" and "rejected": each is what
+the content of an assistant's message would be.
+"""
+
+import copy
+import filecmp
+import hashlib
+import io
+import os
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from common.media import load_picture, open_media
+
+ROLES = ("system", "user", "assistant", "tool")
+
+# How a question can be asked (Keye-VL report, section 4.2.1). Mode "plain" is none of these: the
+# question stands as it is, and all of the response is its answer.
+MODES = ("think", "no_think", "auto_think", "agentic_think")
+TOOL_MODES = ("auto_think", "agentic_think")  # the modes whose answers may call tools
+
+
+# Checks
+
+
+def check_conversation(record: dict):
+    """ValueError saying what is wrong, and where, if this is no conversation."""
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('expected an object with a non-empty list "messages"')
+    for m, message in enumerate(messages):
+        where = f"messages[{m}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}")
+        _check_content(message.get("content"), where)
+
+
+def _check_content(content, where):
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise ValueError(f"{where}: content must be a string or a list")
+    for i, item in enumerate(content):
+        _check_item(item, f"{where}.content[{i}]")
+
+
+def _check_item(item, where):
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind not in ("text", "image", "video") or kind not in item:
+        raise ValueError(f'{where}: expected {{"type": "text"|"image"|"video", and that key}}')
+    value = item[kind]
+    if kind == "text" and not isinstance(value, str):
+        raise ValueError(f"{where}: text must be a string")
+    # Pictures in memory and lists of frames are allowed: the reader of media says what it refuses.
+    if value is None or isinstance(value, (int, float, dict)):
+        raise ValueError(f"{where}: {kind} must be a path")
+    for key in ("fps", "width", "height", "duration", "fps_source"):
+        number = item.get(key, 1)
+        if number is True or not isinstance(number, (int, float)) or not 0 < number < 1e9:
+            raise ValueError(f"{where}: {key} must be a positive number")
+
+
+def check_training(record: dict):
+    """ValueError unless there is something to learn: an assistant's message, or two answers."""
+    check_conversation(record)
+    if _is_preference(record):
+        for key in ("chosen", "rejected"):
+            _check_content(record.get(key), key)
+    elif all(message["role"] != "assistant" for message in record["messages"]):
+        raise ValueError("no assistant message: nothing to learn")
+
+
+def _is_preference(record):
+    return "chosen" in record or "rejected" in record
+
+
+# Views
+
+
+def conversations_of(record: dict) -> list[dict]:
+    """The conversation itself, or the two of a preference: [chosen, rejected].
+
+    A preference's "chosen_ended" or "rejected_ended" is false when that answer was cut off; the
+    message then has "ended": false, and its end is not learnt.
+    """
+    if not _is_preference(record):
+        return [record]
+    # Earlier answers of the conversation are part of the question, so they are not learnt.
+    before = [message | {"loss": False} for message in record["messages"]]
+    conversations = []
+    for key in ("chosen", "rejected"):
+        ended = record.get(f"{key}_ended", True)
+        answer = {"role": "assistant", "content": record[key], "ended": ended}
+        conversations.append({"messages": [*before, answer]})
+    return conversations
+
+
+def with_switch(messages: list[dict], mode: str) -> list[dict]:
+    """A copy of the messages with a mode's switch ("/think") right behind the last user text.
+
+    Of several switches the last one counts; the same one is not added twice. Mode "plain" adds
+    none. ValueError for an unknown mode, or when no user speaks.
+    """
+    if mode == "plain":
+        return messages
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}, expected plain or one of {', '.join(MODES)}")
+    messages = list(messages)
+    for m in reversed(range(len(messages))):
+        if messages[m]["role"] == "user":
+            content = _ending_with(f"/{mode}", messages[m]["content"])
+            messages[m] = messages[m] | {"content": content}
+            return messages
+    raise ValueError(f"no user message to put /{mode} behind")
+
+
+def _ending_with(switch, content):
+    """A copy of a content whose last text ends with the switch."""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    content = list(content)
+    for i in reversed(range(len(content))):
+        if content[i]["type"] == "text":
+            text = content[i]["text"].removesuffix(switch)
+            content[i] = content[i] | {"text": text + switch}
+            return content
+    return [*content, {"type": "text", "text": switch}]
+
+
+def prompt_of(record: dict, mode: str) -> list[dict]:
+    """The messages before the answer, which is the last one, as they are asked in a mode.
+
+    "auto_think" needs no switch: it is what the model does when none is given.
+    """
+    return with_switch(record["messages"][:-1], "plain" if mode == "auto_think" else mode)
+
+
+def text_of(message: dict) -> str:
+    """A message's text; pictures and clips as [image] and [video]."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(item.get("text", f"[{item['type']}]") for item in content)
+
+
+# Media
+
+
+def media_items(conversation: dict) -> list[tuple[dict, str]]:
+    """All pictures and clips in order, also those of a preference's answers: [(item, kind), ...].
+
+    kind is "image" or "video"; item[kind] is the path, the picture or the list of frames.
+    """
+    contents = [message["content"] for message in conversation["messages"]]
+    contents += [conversation.get("chosen"), conversation.get("rejected")]
+    found = []
+    for content in contents:
+        if isinstance(content, list):
+            found += [(item, item["type"]) for item in content if item["type"] != "text"]
+    return found
+
+
+def pictures_of(conversation: dict, root=None, **limits) -> list[Image.Image]:
+    """The conversation's pictures at full size. MediaError as load_picture, which takes limits."""
+    return [
+        load_picture(item["image"], root, **limits)
+        for item, kind in media_items(conversation)
+        if kind == "image"
+    ]
+
+
+def link_media(conversation: dict, root: str | Path, folder: str | Path) -> dict:
+    """A copy of a conversation from `root` for a JSONL file in `folder`.
+
+    Its files are hard-linked below folder/media (copied from another file system), unless they are
+    in the folder already; pictures in memory are written there as PNG. A file that has changed
+    since it was linked is linked anew. MediaError for whatever the reader of media would refuse.
+    """
+    conversation = copy.deepcopy(conversation)
+    # each message by itself: two of them may share one item, which would be linked twice
+    conversation["messages"] = [copy.deepcopy(m) for m in conversation["messages"]]
+    for item, kind in media_items(conversation):
+        source = item[kind]
+        if isinstance(source, list):
+            item[kind] = [_linked(frame, root, folder) for frame in source]
+        else:
+            item[kind] = _linked(source, root, folder)
+    return conversation
+
+
+def _linked(source, root, folder):
+    """Path or picture -> path relative to folder, of a file that is there."""
+    root, folder = Path(root).resolve(), Path(folder).resolve()
+    if isinstance(source, Image.Image):
+        png = io.BytesIO()
+        source.save(png, "PNG", compress_level=1)
+        # Named by its content: equal pictures are stored once.
+        target = folder / f"media/{hashlib.sha1(png.getvalue()).hexdigest()[:20]}.png"
+        if not target.exists():
+            _put(target, lambda path: path.write_bytes(png.getvalue()))
+    elif root == folder:
+        return source
+    else:
+        open_media(source, root).close()
+        # open_media has made sure that its real place is below root: no ".." leads out of folder.
+        file = (root / source).resolve()
+        target = folder / "media" / file.relative_to(root)
+        if not target.exists() or not filecmp.cmp(file, target):
+            _put(target, lambda path: _link(file, path))
+    return target.relative_to(folder).as_posix()
+
+
+def _link(file, path):
+    try:
+        os.link(file, path)
+    except OSError:  # another file system
+        shutil.copy2(file, path)
+
+
+def _put(target, write):
+    """Let write(path) make a file beside the target, then rename it: no reader sees a part."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    path.unlink(missing_ok=True)
+    write(path)
+    os.replace(path, target)
+    # Renaming a link over another link to the same file leaves both.
+    path.unlink(missing_ok=True)

@@ -1,0 +1,166 @@
+"""Questions with a known answer: what held-out folders and the training pools hold.
+
+A line is a conversation that ends with the true answer, and its "meta" says how answers are judged:
+
+    {"messages": [{"role": "user", "content": "What is 1 + 1?"},
+                  {"role": "assistant", "content": "2"}],
+     "meta": {"task": "sum", "category": "text", "answer": "2", "verifier": "number"}}
+
+The task defaults to the file's name, the category to the task.
+
+    questions = read_questions("data/toy/heldout", limit_per_task=40)
+    prompts = draw_prompts(question_pool(folder), 64, {"think": 1, "auto_think": 2}, "0/7")
+"""
+
+import random
+from collections import Counter
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from common.conversation import check_conversation, media_items
+from common.jsonl import Lines
+from common.rollout import Prompt
+from common.verifiers import verify
+
+POOL = ("questions.jsonl", "detail.jsonl", "instruct.jsonl")  # files that post-training asks from
+
+
+@dataclass
+class Question:
+    """A record of a JSONL file. root: the folder of its media. where: "path:12", for messages."""
+
+    record: dict
+    root: Path
+    where: str
+
+    @property
+    def meta(self) -> dict:
+        return self.record["meta"]
+
+    @property
+    def task(self) -> str:
+        return self.meta["task"]
+
+    @property
+    def category(self) -> str:
+        return self.meta["category"]
+
+
+def check_question(record: dict):
+    """ValueError where the record is no question with a true answer that can be read."""
+    check_conversation(record)
+    roles = [message["role"] for message in record["messages"]]
+    if roles[-1] != "assistant" or "user" not in roles:
+        raise ValueError("a user's question and, last, the assistant's true answer are expected")
+    try:
+        verify("", record["meta"])
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"meta: {type(e).__name__}: {e}") from e
+
+
+def read_questions(
+    path: str | Path, limit_per_task: int | None = None, tasks: list[str] | None = None
+) -> list[Question]:
+    """The questions of a JSONL file, or of all *.jsonl files of a folder, in order.
+
+    limit_per_task: the first so many of each task. tasks: names of tasks or categories to keep.
+    ValueError, with file:line, for a line that is no question; also for an unknown name in tasks.
+    """
+    path = Path(path)
+    files = [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"{path}: no *.jsonl files with questions here")
+    questions = []
+    for file in files:
+        lines = Lines(file, check_question)
+        for i, record in enumerate(lines):
+            meta = record["meta"]
+            meta.setdefault("task", file.stem)
+            meta.setdefault("category", meta["task"])
+            questions.append(Question(record, lines.root, lines.where(i)))
+    if tasks:
+        questions = only(questions, tasks)
+    seen = Counter()
+    kept = []
+    for question in questions:
+        seen[question.task] += 1
+        if limit_per_task is None or seen[question.task] <= limit_per_task:
+            kept.append(question)
+    return kept
+
+
+def only(questions: list[Question], names: list[str]) -> list[Question]:
+    """The questions of these tasks or categories. ValueError for a name that is none."""
+    known = {q.task for q in questions} | {q.category for q in questions}
+    unknown = sorted(set(names) - known)
+    if unknown:
+        there = ", ".join(sorted(known))
+        raise ValueError(f"no task or category {unknown[0]!r} here; there are {there}")
+    return [q for q in questions if {q.task, q.category} & set(names)]
+
+
+def question_pool(folder: Path) -> list[Question]:
+    """The questions that post-training asks, of the files of POOL in folder/train.
+
+    SystemExit where there is none, or a line is no question.
+    """
+    questions = []
+    for name in POOL:
+        path = folder / "train" / name
+        if path.exists():
+            questions += read_or_exit(path)
+    if not questions:
+        raise SystemExit(f"{folder / 'train'} has none of {', '.join(POOL)}: no question to ask")
+    return questions
+
+
+def check_heldout(folder: Path):
+    """SystemExit where a line of folder/heldout, if there is such a folder, is no question.
+
+    Scripts look when they start, as scoring comes after hours of training.
+    """
+    if (folder / "heldout").is_dir():
+        read_or_exit(folder / "heldout")
+
+
+def read_or_exit(path: Path) -> list[Question]:
+    try:
+        return read_questions(path)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+
+
+def draw_prompts(
+    questions: list[Question], n: int, modes: dict[str, float], seed: str
+) -> list[Prompt]:
+    """At most n different questions, as many of each task as it has, each in a mode by its weight.
+
+    Tasks count alike whatever their size, as a rare task's faults are else never met (ours).
+    A question with a clip is not asked in agentic_think: the tools look at pictures.
+    Prompt i has the seed "seed/i".
+    """
+    rng = random.Random(seed)
+    by_task = defaultdict(list)
+    for question in questions:
+        by_task[question.task].append(question)
+    share = -(-n // len(by_task))  # rounded up
+    drawn = []
+    for task in rng.sample(list(by_task), len(by_task)):
+        of_task = by_task[task]
+        drawn.append(rng.sample(of_task, min(share, len(of_task))))
+
+    # One question of each task in turn, so that a cut at n takes from all tasks alike.
+    in_turn = []
+    for turn in zip_longest(*drawn):
+        in_turn += [question for question in turn if question]
+
+    prompts = []
+    for i, question in enumerate(in_turn[:n]):
+        weights = dict(modes)
+        if any(kind == "video" for _, kind in media_items(question.record)):
+            weights.pop("agentic_think", None)
+        mode = rng.choices(list(weights), list(weights.values()))[0]
+        prompts.append(Prompt(question.record, question.root, mode, f"{seed}/{i}"))
+    return prompts

@@ -1,0 +1,512 @@
+"""What every training script shares around its loop: flags, processes, the run's folder, its log.
+
+    run = start(args, "sft")                   joins the processes, picks the device, seeds, says so
+    if not run.trained():                      False again only after run.mark_trained()
+        ...                                    the script's own loop
+        run.log(step, steps, loss=loss, norm=norm, tokens=..., visual_tokens=..., flops=...)
+        run.mark_trained()
+    run.score(lambda: score_phase(...))        a failing scorer never costs the training before it
+    run.close()
+
+One process needs nothing; under `torchrun --nproc_per_node=N` the same code runs on N of them.
+A run lives in OUT/SIZE/STAGE: metrics.jsonl (a line a step), checkpoint/, data/ (what the phase
+made to train on), model/ (the official layout), samples.md and score.json.
+"""
+
+import argparse
+import atexit
+import datetime
+import gc
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+from tqdm import tqdm
+
+from common.threads import watch_cores
+from kernels import attention_path
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = ["toy", "tiny", "small", "0.6b", "1.7b", "4b", "8b"]
+
+# Dense bf16 peaks of the data sheets, FLOP/s; the first name contained in the device's name counts.
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+# ----------------------------------------------------------------------------------------------
+# flags
+
+
+def at_least(low: int):
+    """An argparse type: whole numbers from `low` up."""
+
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        return int(text)
+
+    return number
+
+
+def arguments(doc: str, eval_limit: int = 40) -> argparse.ArgumentParser:
+    """A parser with the flags that every training script has."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    add = parser.add_argument
+    add("--size", default="toy", choices=SIZES, help="the one dial: every default follows from it")
+    add("--data", help="folder with train/*.jsonl and heldout/*.jsonl (default: data/SIZE)")
+    add("--out", default="runs", help="run folders go to OUT/SIZE/STAGE")
+    add("--init", help="model folder to start from (default: what the stage before left)")
+    add("--seed", type=at_least(0), default=0)
+    add("--steps", type=at_least(1), help="optimizer steps (default: by size)")
+    add("--eval-limit", type=at_least(1), default=eval_limit, help="held-out questions per task")
+    add("--save-every", type=at_least(1), default=100, help="steps between checkpoints")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="insist on a checkpoint to go on from")
+    again.add_argument("--fresh", action="store_true", help="forget this stage's results")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the computation")
+    add("--workers", type=at_least(0), help="loading processes (default: 1, on a GPU up to 8)")
+    add("--threads", type=at_least(1), help="CPU threads (default: OMP_NUM_THREADS or cores)")
+    return parser
+
+
+def add_judge_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    add = parser.add_argument
+    add("--judge", action="append", metavar="URL", help="OpenAI-compatible address, .../v1, that "
+        "scores what rules cannot; may be repeated (default: rules alone). Key: JUDGE_KEY")
+    add("--judge-model", default="", help="the judge's model")
+    return parser
+
+
+def data_folder(args) -> Path:
+    return Path(args.data or f"data/{args.size}")
+
+
+def previous_model(args, stage: str) -> Path:
+    """The model to start from: --init, or what `stage` left. SystemExit where it is missing."""
+    folder = Path(args.init or Path(args.out) / args.size / stage / "model")
+    if not (folder / "config.json").exists():
+        raise SystemExit(f"{folder} holds no model; run {stage} first, or name one with --init")
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------
+# the start of a run
+
+
+def start(args, stage: str) -> "Run":
+    """Joins the processes, picks device, dtype and threads, and says them in one line.
+
+    Every generator is seeded alike on all ranks, so that fresh weights agree.
+    """
+    device = pick_device(args)
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if device.type == "cpu":
+        # CPU index_put adds with atomics unless asked not to, and equal runs differ in the last bit
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    share_cores(args, device)
+    watch_cores()
+    join_processes(device)
+    seed_everything(args.seed)
+
+    run = Run(args, stage, device, DTYPES[dtype])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    peak = datasheet_peak(name) if dtype == "bf16" else None
+    source = "datasheet" if peak else "measured"
+    run.peak = run.sum(peak or measured_peak(device, run.dtype))
+    run.say(
+        f"{stage}: {device} ({name}), {dtype}, world {run.world}, "
+        f"{torch.get_num_threads()} threads, attention: {attention_path(device, run.dtype)}, "
+        f"torch {torch.__version__}, peak {run.peak / 1e12:.3g} TFLOP/s ({source}), "
+        f"folder {run.folder}"
+    )
+    return run
+
+
+def pick_device(args) -> torch.device:
+    kind = args.device
+    if kind == "auto":
+        kind = "mps" if torch.backends.mps.is_available() else "cpu"
+        kind = "cuda" if torch.cuda.is_available() else kind
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise SystemExit("--device mps: this machine or this build of torch has no MPS")
+        if args.dtype == "bf16" or "RANK" in os.environ:
+            raise SystemExit("MPS runs in fp32 in one process: no --dtype bf16, no torchrun")
+    if kind != "cuda":
+        return torch.device(kind)
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise SystemExit(
+            f"--device cuda: this rank needs GPU {local} "
+            f"of the {torch.cuda.device_count()} that torch finds here"
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    torch.cuda.reset_peak_memory_stats()
+    return device
+
+
+def share_cores(args, device: torch.device):
+    """Sets this rank's CPU threads, and args.workers where none were asked for."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # beside a GPU the CPU has small work only, which many threads make slower
+    threads = min(share, 4) if device.type == "cuda" else share
+    torch.set_num_threads(args.threads or int(os.environ.get("OMP_NUM_THREADS", threads)))
+    if args.workers is None:
+        # one process decodes as fast as a CPU trains; a GPU outruns it
+        args.workers = min(8, max(1, share - 1)) if device.type == "cuda" else 1
+
+
+def join_processes(device: torch.device):
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    # gloo next to NCCL: counts and objects travel between CPUs without a stop of the GPU.
+    # The long timeout: the others wait while rank 0 scores a model or writes a phase's data.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(hours=12),
+        device_id=device if device.type == "cuda" else None,
+    )
+    atexit.register(leave_processes)
+
+
+def leave_processes():
+    """At exit: gloo's threads need the interpreter once more to drop their last tensors.
+
+    When it is gone before them, they abort the process after all work is done.
+    """
+    dist.destroy_process_group()
+    time.sleep(0.3)
+
+
+def datasheet_peak(name: str) -> float | None:
+    """FLOP/s in bf16 of a GPU by its name, None for one that is not listed."""
+    return next((flops for card, flops in PEAKS.items() if card in name), None)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of three matrix products: what MFU is measured against on a CPU."""
+    n = 8192 if device.type == "cuda" else 512
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(seconds)
+
+
+def seed_everything(seed: int, *more: int):
+    """Seeds torch (all devices), numpy and python from a tuple of numbers."""
+    mixed = int(np.random.SeedSequence([seed, *more]).generate_state(1)[0])
+    torch.manual_seed(mixed)
+    np.random.seed(mixed)
+    random.seed(mixed)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of tensors on CUDA, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
+
+
+# ----------------------------------------------------------------------------------------------
+
+
+class Run:
+    """This process among its peers, the run's folder, its log, and the wish to stop.
+
+    args, stage, device, dtype (of the computation), rank, world, main (rank 0), folder;
+    peak: FLOP/s of all ranks; totals: tokens, visual tokens, seconds so far; stop: 0 or a signal.
+    """
+
+    def __init__(self, args, stage: str, device: torch.device, dtype: torch.dtype):
+        self.args = args
+        self.stage = stage
+        self.device = device
+        self.dtype = dtype
+        joined = dist.is_initialized()
+        self.rank = dist.get_rank() if joined else 0
+        self.world = dist.get_world_size() if joined else 1
+        self.main = self.rank == 0
+        self.peak = 1.0
+        self.totals = {"tokens": 0, "visual_tokens": 0, "seconds": 0.0}
+        self.bar = None
+        self.clock = time.perf_counter()
+        self.stop = 0
+        self.folder = Path(args.out) / args.size / stage
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if args.fresh:
+            self.attempt(f"cannot clean {self.folder}", self.forget)
+        self.catch_signals()
+
+    # -- among the processes -------------------------------------------------------------------
+
+    def say(self, text: str):
+        """A line on the terminal, above the progress bar, from rank 0 alone."""
+        if self.main:
+            tqdm.write(text, file=sys.stderr)
+
+    def gather_objects(self, thing) -> list:
+        """One object per rank, in rank order; also a barrier."""
+        things = [thing] * self.world
+        if dist.is_initialized():
+            dist.all_gather_object(things, thing)  # by gloo: no stop of the GPU
+        return things
+
+    def gather(self, values) -> list[list[float]]:
+        """One list of floats per rank, in rank order; also a barrier."""
+        return self.gather_objects([float(v) for v in values])
+
+    def merge(self, local: dict) -> dict:
+        """The union of all ranks' dicts."""
+        union = {}
+        for part in self.gather_objects(local):
+            union |= part
+        return union
+
+    def means(self, local: dict[str, list]) -> dict[str, float]:
+        """The mean of each list over all ranks' lists of that name."""
+        sums = Counter()
+        counts = Counter()
+        for values in self.gather_objects({k: (sum(v), len(v)) for k, v in local.items()}):
+            for key, (total, count) in values.items():
+                sums[key] += total
+                counts[key] += count
+        return {key: sums[key] / count for key, count in counts.items() if count}
+
+    def barrier(self):
+        self.gather_objects(None)
+
+    def sum(self, x):
+        """Sum over ranks of a number or a tensor (a new one)."""
+        if not isinstance(x, torch.Tensor):
+            return sum(self.gather_objects(x))
+        x = x.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(x)
+        return x
+
+    def attempt(self, doing: str, work):
+        """work() on every rank; where it fails on any, all raise the same RuntimeError."""
+        result = error = None
+        try:
+            result = work()
+        except CheckpointException as e:
+            cause = next(iter(e.failures.values()))[0]
+            error = f"{type(cause).__name__}: {cause}"
+        except Exception as e:
+            error = f"{type(e).__name__}: {e}"
+        errors = [f"rank {i}: {e}" for i, e in enumerate(self.gather_objects(error)) if e]
+        if errors:
+            raise RuntimeError(f"{doing}: {' | '.join(errors)}")
+        return result
+
+    # -- computing -----------------------------------------------------------------------------
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
+
+    def to(self, batch: dict) -> dict:
+        """The batch on the device; segments and grids stay on the host, where they are read."""
+        on_gpu = self.device.type == "cuda"
+        moved = dict(batch)
+        for key, value in batch.items():
+            if isinstance(value, torch.Tensor) and key not in ("segments", "grids"):
+                if on_gpu and not value.is_cuda:
+                    value = value.pin_memory()
+                moved[key] = value.to(self.device, non_blocking=on_gpu)
+        return moved
+
+    # -- what the phase has done ---------------------------------------------------------------
+
+    def forget(self):
+        """--fresh: nothing that an earlier run left counts, not even should this one be killed."""
+        if self.main:
+            for name in ("done.json", "score.json", "made.json", "built.json", "metrics.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+            for name in ("checkpoint", "data"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def made_from(self, **facts):
+        """Writes down what this phase is made from; SystemExit where an earlier run's was other.
+
+        Without this a changed --init would silently go on with another model's checkpoint or data.
+        """
+        path = self.folder / "made.json"
+        facts = json.loads(json.dumps(facts, default=str))
+        before = json.loads(path.read_text()) if path.exists() else facts
+        for key, value in facts.items():
+            if value != before.get(key):
+                raise SystemExit(
+                    f"{self.folder} was made with {key} {before.get(key)}, not with {value}; "
+                    "--fresh starts over"
+                )
+        self.barrier()  # every rank has looked before rank 0 writes
+        self.write_json("made.json", facts)
+
+    def trained(self) -> bool:
+        """Whether this phase has left its model already (then it says so)."""
+        done = (self.folder / "done.json").exists()
+        if done:
+            self.say(f"{self.stage} is trained: {self.folder} (--fresh trains it again)")
+        return done
+
+    def mark_trained(self):
+        self.write_json("done.json", self.totals)
+        self.barrier()
+
+    def score(self, scorer):
+        """Keeps scorer()'s result in score.json, unless it is there.
+
+        The model is saved by now, so a failing scorer is reported and the phase still counts:
+        the same command scores again, and trains nothing.
+        """
+        gc.collect()  # the training's tensors would stand beside the model to be scored
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not (self.folder / "score.json").exists():
+            try:
+                result = scorer()
+                if result:
+                    self.write_json("score.json", result)
+            except Exception:
+                traceback.print_exc()
+                self.say(
+                    f"WARNING: {self.stage} is trained and saved, but scoring it failed (above); "
+                    "the same command scores it again"
+                )
+        self.barrier()
+
+    def write_json(self, name: str, content):
+        """A small file of the run's folder, whole or not at all (rank 0)."""
+        if self.main:
+            tmp = self.folder / f"{name}.tmp"
+            tmp.write_text(json.dumps(content, indent=1) + "\n")
+            tmp.rename(self.folder / name)
+
+    # -- the log -------------------------------------------------------------------------------
+
+    def write(self, record: dict):
+        """A line in metrics.jsonl (rank 0). One without "step" outlives a resume."""
+        if self.main:
+            with open(self.folder / "metrics.jsonl", "a") as f:  # closed means flushed
+                f.write(json.dumps(record) + "\n")
+
+    def log(self, step: int, steps: int, tokens=0, visual_tokens=0, flops=0.0, **values):
+        """All ranks, once a step (0-based): the bar, a line of metrics, and whether to stop.
+
+        tokens, visual_tokens, flops: this rank's in this step, FLOPs without recomputation;
+        values: global numbers (loss, norm, lr, ...). FloatingPointError on all ranks when loss
+        or norm is not finite, so that no such step is ever saved.
+        """
+        values = {k: float(v) for k, v in values.items()}  # waits for the device: honest clocks
+        for key in ("loss", "norm"):
+            if not math.isfinite(values.get(key, 0.0)):
+                raise FloatingPointError(
+                    f"step {step}: {key} is {values[key]}; the last checkpoint is good, "
+                    f"look at the data or lower the learning rate"
+                )
+        memory = peak_memory(self.device)
+        rows = np.array(self.gather([tokens, visual_tokens, flops, memory, self.signal]))
+        tokens, visual_tokens, flops = rows[:, :3].sum(0).tolist()
+        memory, stop = rows[:, 3:].max(0).tolist()
+        self.stop = int(stop)
+        now = time.perf_counter()
+        seconds = now - self.clock
+        self.clock = now
+        work = {"tokens": int(tokens), "visual_tokens": int(visual_tokens), "seconds": seconds}
+        for key, amount in work.items():
+            self.totals[key] += amount
+        record = {
+            "step": step,
+            **values,
+            **work,
+            "tokens_per_s": tokens / seconds,
+            "visual_tokens_per_s": visual_tokens / seconds,
+            "mfu": flops / seconds / self.peak,
+            "peak_gb": memory / 1e9,
+        }
+        self.show(step, steps, record)
+        self.write(record)
+
+    def show(self, step: int, steps: int, record: dict):
+        if self.bar is None:
+            self.bar = tqdm(
+                total=steps, initial=step, desc=self.stage, unit="step", disable=not self.main,
+                dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10,
+            )
+        reward = "reward {reward:.2f}, " if "reward" in record else ""
+        shown = (
+            "loss {loss:.4f}, {tokens_per_s:,.0f} tok/s, {visual_tokens_per_s:,.0f} visual/s, "
+            "mfu {mfu:.1%}, {peak_gb:.2f} GB"
+        )
+        self.bar.set_postfix_str((reward + shown).format_map(record), refresh=False)
+        self.bar.update()
+
+    # -- stopping ------------------------------------------------------------------------------
+
+    def catch_signals(self):
+        """SIGINT and SIGTERM become a wish, heard after the step: it is saved first."""
+        self.signal = 0
+        owner = os.getpid()
+
+        def hear(number, frame):
+            if os.getpid() != owner:  # a forked loader worker ends with its parent, or when told to
+                if number == signal.SIGTERM:
+                    os._exit(128 + number)
+            elif self.signal and number == signal.SIGINT and self.world == 1:
+                raise KeyboardInterrupt  # a second Ctrl-C does not wait; torchrun sends each twice
+            else:
+                self.signal = number
+
+        self.handlers = {s: signal.signal(s, hear) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def leave(self, step: int):
+        """After a signal and the save it caused: says how to go on, exits with the shell's code."""
+        self.close()
+        self.say(
+            f"{signal.Signals(self.stop).name}: stopped after {step} steps, saved in "
+            f"{self.folder}; the same command goes on from there"
+        )
+        raise SystemExit(128 + self.stop)
+
+    def close(self):
+        """Ends the bar and gives the signals back; one that no step has heard acts now."""
+        if self.bar is not None:
+            self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.signal and not self.stop:
+            signal.raise_signal(self.signal)

@@ -1,0 +1,378 @@
+"""common/checkpoint.py: kill, resume, damage, full disks; model folders whole or not at all."""
+
+import errno
+import json
+import random
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common import checkpoint
+from common.checkpoint import (
+    Progress,
+    export,
+    fingerprint,
+    replace_folder,
+    resume,
+    save,
+    save_if_due,
+    shorten_metrics,
+)
+from common.run import seed_everything
+from common.weights import KEYE_NAMES, renamed
+from stage import (
+    Processor,
+    assert_same_curve,
+    begin,
+    checkpoint_names,
+    curve,
+    exported,
+    finished,
+    folder_of,
+    metrics,
+    run_stage,
+)
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """copy_of(ranks): the finished run by so many ranks, to be spoilt."""
+
+    def copy(ranks: int) -> Path:
+        out = tmp_path / "copy"
+        shutil.copytree(finished(ranks), out)
+        return out
+
+    return copy
+
+
+def flip_a_bit(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+def no_room(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# ----------------------------------------------------------------------------------------------
+# resuming
+
+
+@pytest.mark.parametrize("saved, ranks", [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(saved, ranks, copy_of):
+    out = copy_of(saved)
+    shutil.rmtree(folder_of(out) / "checkpoint" / "step-6")
+    assert "resumed" in run_stage(out, "--steps", 6, "--save-every", 3, ranks=ranks)
+    before = finished(saved)
+    assert_same_curve(before, out, "loss", "norm")
+    assert curve(before, "loss", "seconds")[:3] == curve(out, "loss", "seconds")[:3], "kept"
+    assert curve(before, "seconds")[3:] != curve(out, "seconds")[3:], "run again"
+
+
+def test_two_ranks_checkpoint_is_bit_equal_in_one_process(copy_of):
+    run, model, opt = begin(copy_of(2))
+    progress = resume(run, model, opt)
+    assert progress.step == 6
+    assert progress.loader == 6
+    state = model.state_dict()
+    for name, tensor in exported(finished(2)).items():
+        assert any(torch.equal(tensor, ours) for ours in state.values()), name
+    for name, p in model.named_parameters():
+        moments = opt.state[p]
+        if "momentum" in moments:
+            assert moments["momentum"].any(), name
+        else:
+            assert moments["step"] == 6
+            assert moments["exp_avg_sq"].any(), name
+
+
+def test_all_that_was_saved_comes_back(tmp_path):
+    run, model, opt = begin(tmp_path)
+    run.totals = {"tokens": 70, "visual_tokens": 9, "seconds": 1.5}
+    save(run, 4, model, opt, {"next": [4, 2]}, shift=[0.5, 3.0])
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    run, model, opt = begin(tmp_path, "--seed", "1")
+    progress = resume(run, model, opt)
+    assert progress == Progress(4, {"next": [4, 2]}, {"shift": [0.5, 3.0]})
+    assert run.totals == {"tokens": 70, "visual_tokens": 9, "seconds": 1.5}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_without_a_checkpoint_a_run_starts_at_step_zero(tmp_path):
+    run, model, opt = begin(tmp_path)
+    assert resume(run, model, opt) == Progress(0, None, {})
+
+
+def numbers() -> tuple:
+    return torch.rand(()).item(), np.random.rand(), random.random()
+
+
+def test_every_random_state_comes_back(tmp_path):
+    run, model, opt = begin(tmp_path)
+    for _ in range(5):
+        numbers()
+    save(run, 1, model, opt)
+    drawn = numbers()
+    run, model, opt = begin(tmp_path)
+    resume(run, model, opt)
+    assert numbers() == drawn
+
+
+@pytest.mark.parametrize("ranks, step", [(None, 0), (2, 6)])
+def test_a_new_run_or_other_ranks_draw_by_seed_step_and_rank(ranks, step, tmp_path, copy_of):
+    run, model, opt = begin(copy_of(ranks) if ranks else tmp_path, "--seed", "3")
+    run.rank = 1
+    resume(run, model, opt)
+    drawn = numbers()
+    seed_everything(3, step, 1)
+    assert numbers() == drawn
+
+
+def test_kill_9_gives_the_same_curve_to_the_last_bit(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = ["--steps", 7, "--save-every", 2, "--drop", 0.2]
+    run_stage(whole, *flags)
+    run_stage(cut, *flags, "--kill", 4, code=-signal.SIGKILL)  # one step after a checkpoint
+    run_stage(cut, *flags, "--kill-in-save", 6, code=-signal.SIGKILL)
+    assert "step-6.tmp" in checkpoint_names(cut)
+    run_stage(cut, *flags)
+    keys = ("loss", "norm", "lr", "tokens")
+    assert curve(whole, *keys) == curve(cut, *keys)
+    weights = exported(cut)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in exported(whole).items())
+    assert checkpoint_names(cut) == ["step-6", "step-7"]
+
+
+def test_flags_that_differ_are_named(copy_of, capfd):
+    out = copy_of(1)
+    run, model, opt = begin(out, "--save-every", "7", "--resume")
+    resume(run, model, opt)
+    said = capfd.readouterr().err
+    assert "; --save-every was 3" in said
+    assert "--resume was" not in said
+    assert "--size was" not in said
+
+
+def test_resume_insists_on_a_checkpoint_and_fresh_forgets_them(copy_of):
+    out = copy_of(1)
+    run, model, opt = begin(out, "--fresh")
+    assert resume(run, model, opt).step == 0
+    assert not (run.folder / "metrics.jsonl").exists()
+    with pytest.raises(SystemExit, match="--resume: no checkpoint in"):
+        resume(*begin(out, "--resume"))
+
+
+def test_metrics_are_cut_at_the_resumed_step(tmp_path):
+    run, _, _ = begin(tmp_path)
+    run.write({"score": 0.5})
+    for step in range(4):
+        run.write({"step": step, "loss": step / 3})
+    with open(run.folder / "metrics.jsonl", "a") as f:
+        f.write('{"step": 1, "lo')
+    shorten_metrics(run, 2)
+    assert metrics(tmp_path) == [
+        {"score": 0.5}, {"step": 0, "loss": 0.0}, {"step": 1, "loss": 1 / 3},
+    ]
+    with open(run.folder / "metrics.jsonl", "a") as f:
+        f.write('{"step": 0}')  # a whole record, but a line that could be appended to
+    shorten_metrics(run, 9)
+    assert len(metrics(tmp_path)) == 3
+
+
+# ----------------------------------------------------------------------------------------------
+# damage
+
+
+def cut_in_half(path: Path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("spoil", [flip_a_bit, cut_in_half, Path.unlink])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "rng-0.pt", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_found_and_the_one_before_taken(name, spoil, copy_of, capfd):
+    out = copy_of(1)
+    spoil(folder_of(out) / "checkpoint" / "step-6" / name)
+    run, model, opt = begin(out)
+    assert resume(run, model, opt).step == 3
+    said = capfd.readouterr().err
+    assert "WARNING" in said
+    assert "step-6 is damaged: " in said
+    assert checkpoint_names(out) == ["damaged-step-6", "step-3"]
+    assert [step for (step,) in curve(out)] == [0, 1, 2]
+
+
+def test_damage_in_any_ranks_files_is_found_by_all(copy_of):
+    out = copy_of(2)
+    flip_a_bit(folder_of(out) / "checkpoint" / "step-6" / "__1_0.distcp")
+    said = run_stage(out, "--steps", 6, "--save-every", 3, ranks=2)
+    assert "__1_0.distcp is not what was written" in said
+    assert curve(out, "loss") == curve(finished(2), "loss")
+
+
+def test_when_every_checkpoint_is_damaged_the_run_ends_and_keeps_them(copy_of):
+    out = copy_of(1)
+    for step in (3, 6):
+        flip_a_bit(folder_of(out) / "checkpoint" / f"step-{step}" / "state.json")
+    run, model, opt = begin(out)
+    for _ in range(2):  # the same command does not start over either
+        with pytest.raises(RuntimeError, match="every checkpoint .* is damaged; --fresh"):
+            resume(run, model, opt)
+    assert checkpoint_names(out) == ["step-3", "step-6"]
+
+
+def test_a_checkpoint_of_another_model_is_refused_not_skipped(copy_of):
+    out = copy_of(1)
+    with pytest.raises(RuntimeError, match="other trained parts, e.g. optim.decoder"):
+        resume(*begin(out, rates={"projector": 1e-2}))
+    with pytest.raises(RuntimeError, match="embed_tokens"):
+        resume(*begin(out, vocab=40))
+    run, model, opt = begin(out)
+    with pytest.raises(RuntimeError, match="another model"):
+        resume(run, model.to(torch.bfloat16), opt)
+
+
+# ----------------------------------------------------------------------------------------------
+# saving
+
+
+def test_a_run_saves_every_so_often_at_the_end_and_at_a_signal(tmp_path, monkeypatch):
+    run, _, _ = begin(tmp_path, "--save-every", "3")
+    saved = []
+    monkeypatch.setattr(checkpoint, "save", lambda run, step, *rest, **extra: saved.append(step))
+    for step in range(1, 8):
+        save_if_due(run, step, 7, None, None)
+    assert saved == [3, 6, 7]
+    run.stop = signal.SIGTERM
+    with pytest.raises(SystemExit) as stopped:
+        save_if_due(run, 2, 7, None, None)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert saved == [3, 6, 7, 2]
+
+
+def test_the_two_newest_checkpoints_are_kept(tmp_path):
+    run, model, opt = begin(tmp_path)
+    for step in (9, 10, 11):
+        save(run, step, model, opt)
+    assert checkpoint_names(tmp_path) == ["step-10", "step-11"]
+    save(run, 10, model, opt, "again")
+    assert checkpoint_names(tmp_path) == ["step-10", "step-11"]
+    state = json.loads((run.folder / "checkpoint" / "step-10" / "state.json").read_text())
+    assert state["loader"] == "again"
+
+
+def test_saving_is_not_counted_as_training(tmp_path, monkeypatch):
+    run, model, opt = begin(tmp_path)
+    times = iter([50.0, 57.0])
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    run.clock = 40.0
+    save(run, 1, model, opt)
+    assert run.clock == 47.0
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    run, model, opt = begin(tmp_path)
+    save(run, 1, model, opt, "one")
+
+    def half(state, checkpoint_id):
+        (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+        no_room()
+
+    monkeypatch.setattr(checkpoint.dcp, "save", half)
+    with pytest.raises(RuntimeError, match="step-2 .*stays valid.*No space left"):
+        save(run, 2, model, opt, "two")
+    assert checkpoint_names(tmp_path) == ["step-1"]
+    assert resume(run, model, opt).loader == "one"
+
+
+def test_a_disk_that_really_is_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=480k", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:  # a checkpoint is of about 170 kB: the first two fit, the third does not
+        said = run_stage(disk, "--steps", 3, "--save-every", 1, code=1)
+        assert "step-3 (the checkpoint before it stays valid)" in said
+        assert checkpoint_names(disk) == ["step-1", "step-2"]
+        shutil.rmtree(folder_of(disk) / "checkpoint" / "step-1")
+        run_stage(disk, "--steps", 3)  # there is space again: the same command goes on
+        assert [step for (step,) in curve(disk)] == [0, 1, 2]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# model folders
+
+
+def test_an_export_has_the_whole_model_by_its_official_names(tmp_path):
+    run, model, _ = begin(tmp_path)
+    export(run, model, Processor())
+    folder = run.folder / "model"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["config.json", "model.safetensors", "vocab.json"]
+    assert json.loads((folder / "config.json").read_text()) == {"small": True}
+    saved = load_file(folder / "model.safetensors")
+    state = model.state_dict()
+    assert len(saved) == len(state)
+    for name, tensor in state.items():
+        assert torch.equal(saved[renamed(name, KEYE_NAMES)], tensor), name
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    run, _, _ = begin(tmp_path)
+    folder = run.folder / "model"
+    folder.mkdir()
+    (folder / "old.txt").write_text("from before")
+
+    def write(tmp: Path):
+        assert list(tmp.iterdir()) == [], "a stale one must not shine through"
+        (tmp / "new.txt").write_text("now")
+
+    def half(tmp: Path):
+        write(tmp)
+        no_room()
+
+    with pytest.raises(RuntimeError, match="cannot export to .*model: .*No space left"):
+        replace_folder(run, folder, half)
+    assert [path.name for path in folder.iterdir()] == ["old.txt"]
+    replace_folder(run, folder, write)
+    assert [path.name for path in folder.iterdir()] == ["new.txt"]
+    assert [path.name for path in run.folder.iterdir()] == ["model"], "nothing is left beside it"
+
+
+def test_a_fingerprint_tells_weights_of_one_size_apart(tmp_path):
+    weights = {f"part{i}": torch.rand(40, 100) for i in range(200)}  # 3.2 MB
+    for name in ("a", "same", "moved", "renamed"):
+        (tmp_path / name).mkdir()
+    save_file(weights, tmp_path / "a" / "model.safetensors")
+    save_file(weights, tmp_path / "same" / "model.safetensors")
+    save_file(weights, tmp_path / "renamed" / "model-1.safetensors")
+    a = fingerprint(tmp_path / "a")
+    assert fingerprint(tmp_path / "same") == a
+    assert fingerprint(tmp_path / "renamed") != a
+    for name in ("part0", "part100", "part99"):  # the first, one within, the last of the file
+        other = {**weights, name: weights[name] + 0.01}
+        save_file(other, tmp_path / "moved" / "model.safetensors")
+        assert fingerprint(tmp_path / "moved") != a, name
+
+
+@pytest.mark.parametrize("place", [0, 5_000_000, 11_900_000])
+def test_a_fingerprint_of_large_files_looks_everywhere(tmp_path, place):
+    path = tmp_path / "model.safetensors"
+    content = bytearray(12_000_000)
+    path.write_bytes(content)
+    before = fingerprint(tmp_path)
+    content[place : place + 20_000] = b"x" * 20_000  # the projector of a large model, say
+    path.write_bytes(content)
+    assert fingerprint(tmp_path) != before

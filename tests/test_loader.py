@@ -1,0 +1,359 @@
+"""common/loader.py: which samples a step holds, in which packs, and what happens to bad ones."""
+
+import json
+import logging
+import math
+import random
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from test_data import assistant, image, talk, user
+from test_media import noise
+
+from common.loader import Loader, split_packs
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Two data sets, pictures of many sizes and texts; the question says which line it is."""
+    rng = random.Random(0)
+    pictures = []
+    for k in range(40):
+        width, height = rng.randint(40, 130), rng.randint(40, 130)
+        noise(width, height, k).save(tmp_path / f"{k}.png")
+        keys = {"width": width, "height": height} if k % 2 else {}
+        question = user(image(f"{k}.png", **keys), f"P{k:03d}")
+        pictures.append(talk(question, assistant("x" * rng.randint(1, 60))))
+    texts = [talk(user(f"T{k:03d}"), assistant("y" * rng.randint(1, 90))) for k in range(25)]
+    write(tmp_path / "pictures.jsonl", pictures)
+    write(tmp_path / "texts.jsonl", texts)
+    return [(tmp_path / "pictures.jsonl", 3.0), (tmp_path / "texts.jsonl", 1.0)]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n\n" for record in records))
+
+
+def steps(loader, n):
+    return list(islice(loader, n))
+
+
+def names(processor, batches):
+    """Which lines the batches hold, in order."""
+    found = []
+    for batch in batches:
+        for tokens in torch.tensor_split(batch["tokens"], batch["segments"][1:-1].long()):
+            text = processor.tokenizer.decode(tokens)
+            question = text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+            found.append(question[-4:])
+    return found
+
+
+# The plan
+
+
+def cost(text, grids):
+    return text**2 + 9.0 * sum(map(math.prod, grids))
+
+
+def load_of(processor, batch):
+    """The cost of a batch, from its tokens."""
+    pads = torch.isin(batch["tokens"], torch.tensor(list(processor.pads.values())))
+    total = 0
+    for part in torch.tensor_split(pads, batch["segments"][1:-1].long()):
+        visual = int(part.sum())
+        total += (len(part) - visual) ** 2 + 36.0 * visual
+    return total
+
+
+def test_packs_are_full_and_of_even_cost(world, processor):
+    loader = Loader(world, processor, pack_tokens=600, packs_per_step=4, flops=cost)
+    for batches, info in steps(loader, 12):
+        used = [len(batch["tokens"]) for batch in batches]
+        loads = [load_of(processor, batch) for batch in batches]
+        assert len(batches) == 4 and max(used) <= 600
+        assert sum(used) == info["step_tokens"] >= 0.8 * 4 * 600
+        assert info["visual_tokens"] == sum(len(batch["patches"]) for batch in batches) // 4
+        assert info["flops"] == pytest.approx(sum(loads))
+        assert info["skipped"] == {} and info["bad"] == []
+        assert max(loads) <= 1.25 * min(loads)
+
+
+def test_samples_are_drawn_by_weight_and_every_epoch_is_whole(world, processor):
+    order = []
+    for batches, info in Loader(world, processor, 600, 2, seed=3):
+        order += names(processor, batches)
+        if info["epoch"][0] > 4:
+            break
+    seen = Counter(order)
+    pictures = sum(n for name, n in seen.items() if name[0] == "P")
+    assert abs(pictures / len(order) - 0.75) < 0.08
+    counts = [seen[f"P{k:03d}"] for k in range(40)]
+    assert max(counts) - min(counts) <= 2 and min(counts) >= 3  # up to what the last step defers
+    assert order[:20] != sorted(order[:20])
+    other = names(processor, steps(Loader(world, processor, 600, 2, seed=4), 1)[0][0])
+    assert other != order[: len(other)]
+
+
+def test_the_draws_of_a_seed_stay_what_they_are(world, processor):
+    # Golden values: a run goes on from an old state only if its draws never change.
+    ((batches, info),) = steps(Loader(world, processor, 300, 1, seed=5), 1)
+    assert names(processor, batches) == ["P038", "T004", "P035", "P031"]
+    assert info["state"]["taken"] == [3, 2] and info["state"]["deferred"] == [[1, 13]]
+
+
+def test_a_run_goes_on_with_exactly_the_next_sample(world, processor):
+    full = steps(Loader(world, processor, 400, 2), 9)
+    state = json.loads(json.dumps(full[3][1]["state"]))
+    for workers in (0, 2):
+        rest = steps(Loader(world, processor, 400, 2, state=state, workers=workers), 5)
+        for (batches, info), (again, info_again) in zip(full[4:], rest, strict=True):
+            assert info == info_again
+            for batch, same in zip(batches, again, strict=True):
+                assert len(batch) == len(same) == 6
+                assert all(torch.equal(batch[key], same[key]) for key in batch)
+    with pytest.raises(ValueError, match="state belongs to"):
+        Loader(world, processor, 401, 2, state=state)
+
+
+def test_an_iteration_that_was_left_goes_on(world, processor):
+    full = steps(Loader(world, processor, 400, 2), 5)
+    loader = Loader(world, processor, 400, 2, workers=1)
+    steps(loader, 4)  # the worker ran ahead of the last step that was handed out
+    batches, _ = next(iter(loader))
+    assert names(processor, batches) == names(processor, full[4][0])
+
+
+def test_any_number_of_ranks_sees_the_same_steps(world, processor):
+    one = steps(Loader(world, processor, 400, 4), 3)
+    two = [steps(Loader(world, processor, 400, 4, rank=rank, world=2), 3) for rank in range(2)]
+    for k, (batches, info) in enumerate(one):
+        whole = [names(processor, [batch]) for batch in batches]
+        for rank in range(2):
+            part, part_info = two[rank][k]
+            assert [names(processor, [batch]) for batch in part] == whole[rank::2]
+            assert part_info["state"] == info["state"]
+    state = two[1][0][1]["state"]
+    moved = steps(Loader(world, processor, 400, 4, rank=1, world=4, state=state), 1)
+    assert names(processor, moved[0][0]) == names(processor, one[1][0][1:2])
+    with pytest.raises(ValueError, match="4 packs .* 3 ranks"):
+        Loader(world, processor, 400, 4, world=3)
+
+
+def test_packs_are_split_for_the_ranks():
+    assert split_packs(8192, 64, 8) == (8192, 64)
+    assert split_packs(4096, 1, 3) == (1365, 3)
+    assert split_packs(8192, 64, 128) == (4096, 128)
+
+
+# Work that is done once
+
+
+def test_a_line_is_checked_once_and_laid_out_once_for_each_draw(world, processor, monkeypatch):
+    checked, laid_out = Counter(), Counter()
+    layout = type(processor).layout
+
+    def count_check(record):
+        checked[json.dumps(record)] += 1
+
+    def count_layout(self, conversation, *args, **keys):
+        laid_out[json.dumps(conversation)] += 1
+        return layout(self, conversation, *args, **keys)
+
+    monkeypatch.setattr(type(processor), "layout", count_layout)
+    monkeypatch.setattr("data.check_conversation", count_check)
+    loader = Loader(world, processor, 600, 2, check=count_check)
+    drawn = []
+    for batches, _ in steps(loader, 20):  # several epochs
+        drawn += names(processor, batches)
+    assert len(checked) == 65 and set(checked.values()) == {1}
+    # Only what waits for the next step was laid out and is in no pack yet.
+    waiting = len(loader.state["deferred"])
+    assert len(drawn) <= sum(laid_out.values()) <= len(drawn) + waiting
+    assert len(drawn) > 130
+
+
+def test_lines_are_refused_by_the_callers_check(world, processor):
+    def check_pair(record):
+        if isinstance(record["messages"][0]["content"], str):
+            raise ValueError("one picture is expected")
+
+    write(world[1][0], [{"messages": [{"role": "user", "content": "x"}]}])
+    with pytest.raises(ValueError, match="texts.jsonl:1: one picture is expected"):
+        Loader(world, processor, 600, 2, check=check_pair)
+    assert len(Loader(world[:1], processor, 600, 2, check=check_pair).files[0]) == 40
+
+
+# What fails
+
+
+def test_bad_files_are_skipped_counted_and_named(world, processor, tmp_path, caplog):
+    (tmp_path / "1.png").write_bytes(b"broken")
+    (tmp_path / "3.png").unlink()
+    (tmp_path / "2.png").unlink()  # without width in its line: found when it is planned
+    reasons, bad = Counter(), []
+    with caplog.at_level(logging.WARNING):
+        for batches, info in steps(Loader(world, processor, 600, 2, max_bad_share=0.5), 12):
+            reasons.update(info["skipped"])
+            bad += info["bad"]
+            assert not {"P001", "P002", "P003"} & set(names(processor, batches))
+    assert reasons.keys() == {"unsupported", "missing"} and sum(reasons.values()) == len(bad)
+    assert any("pictures.jsonl:3: 1.png" in what for what, _ in bad)
+    assert "pictures.jsonl:3: 1.png" in caplog.text
+
+
+def test_failures_add_up_over_ranks(world, processor, tmp_path):
+    for k in range(8):  # half of them are found by the plan
+        (tmp_path / f"{k}.png").unlink()
+    settings = dict(pack_tokens=400, packs_per_step=2, max_bad_share=0.5)
+    one = steps(Loader(world[:1], processor, **settings), 4)
+    two = [steps(Loader(world[:1], processor, **settings, rank=r, world=2), 4) for r in range(2)]
+    for k, (_, info) in enumerate(one):
+        parts = two[0][k][1]["bad"] + two[1][k][1]["bad"]
+        assert sorted(parts) == sorted(info["bad"])
+    assert sum(len(info["bad"]) for _, info in one) > 4
+
+
+def test_too_many_bad_files_stop_the_run(world, processor, tmp_path):
+    for k in range(0, 20):
+        (tmp_path / f"{k}.png").unlink()
+    with pytest.raises(RuntimeError, match=r"samples failed.*0\.05.*missing"):
+        steps(Loader(world, processor, 600, 2), 60)
+
+
+@pytest.mark.parametrize("max_bad_share", [0.05, 1])
+def test_a_step_that_never_fills_is_an_error(world, processor, tmp_path, max_bad_share):
+    for k in range(0, 40):
+        (tmp_path / f"{k}.png").unlink()
+    records = [talk(user(image(f"{k}.png"), "x"), assistant("y")) for k in range(40)]
+    write(world[0][0], records)
+    with pytest.raises(RuntimeError, match="100 of 100 samples failed"):
+        steps(Loader(world[:1], processor, 600, 2, max_bad_share=max_bad_share), 1)
+
+
+def test_a_pack_that_lost_every_sample_still_runs(world, processor, tmp_path):
+    records = []
+    for k in range(1, 40, 2):
+        (tmp_path / f"{k}.png").unlink()
+        item = image(f"{k}.png", width=60, height=60)
+        records.append(talk(user(item, f"P{k:03d}"), assistant("x")))
+    write(world[0][0], records)
+    ((batches, info),) = steps(Loader(world[:1], processor, 300, 2, max_bad_share=0.5), 1)
+    assert len(batches) == 2 and info["skipped"]["missing"] > 0
+    for batch in batches:
+        assert (batch["labels"] == -100).all() and 0 < len(batch["tokens"]) < 20
+
+
+def test_wrong_sizes_in_a_line_cannot_break_the_pack(world, processor, tmp_path):
+    line = talk(user(image("1.png", width=28, height=28), "P001"), assistant("x"))
+    write(world[0][0], [line])
+    noise(500, 500).save(tmp_path / "1.png")
+    planned = processor.layout(line, tmp_path).tokens
+    ((batches, info),) = steps(Loader(world[:1], processor, planned, 2, max_bad_share=0.5), 1)
+    assert info["skipped"] == {"too_long": 2}
+    assert max(len(batch["tokens"]) for batch in batches) <= planned
+    what, _ = info["bad"][0]
+    assert "pictures.jsonl:1" in what and "width, height or duration" in what
+    # Where the pack has room, it is taken.
+    ((batches, info),) = steps(Loader(world[:1], processor, planned + 12, 1), 1)
+    assert info["skipped"] == {} and batches[0]["grids"].tolist() == [[1, 8, 8]]
+
+
+def test_pictures_too_large_for_a_pack_are_made_smaller(world, processor, tmp_path):
+    """A picture's budget may be more than a pack: such lines must not vanish from training."""
+    noise(500, 500).save(tmp_path / "0.png")
+    line = talk(user(image("0.png"), "P000"), assistant("x"))
+    write(world[0][0], [line])
+    size = processor.layout(line, tmp_path).tokens - 1
+    for batches, info in steps(Loader(world[:1], processor, size, 2), 3):
+        assert info["skipped"] == {}
+        for batch in batches:
+            assert names(processor, [batch]) == ["P000"]
+            assert batch["grids"].tolist() == [[1, 6, 6]] and len(batch["tokens"]) <= size
+
+
+def test_too_much_text_is_counted_and_named(world, processor):
+    long = talk(user("T999"), assistant("q" * 3000))
+    texts = [talk(user(f"T{k:03d}"), assistant("y")) for k in range(60)]
+    write(world[1][0], [long, *texts])
+    bad = []
+    for batches, info in steps(Loader(world[1:], processor, 400, 2), 15):
+        assert "T999" not in names(processor, batches)
+        assert info["skipped"] == ({"too_long": len(info["bad"])} if info["bad"] else {})
+        bad += info["bad"]
+    assert bad and all("texts.jsonl:1: at least" in what for what, _ in bad)
+    with pytest.raises(RuntimeError, match=r"too_long: .*texts.jsonl:\d+.*larger packs"):
+        steps(Loader(world[1:], processor, 20, 2), 1)
+
+
+def test_bad_lines_of_a_file_are_named(tmp_path, processor):
+    path = tmp_path / "d.jsonl"
+    good = json.dumps(talk(user("x"), assistant("y")))
+    no_answer = json.dumps(talk(user("x")))
+    for wrong, why in (("{", "Expecting"), ('{"messages": 3}', "messages"), (no_answer, "no assi")):
+        path.write_text("\n".join([good, good, wrong, good]))
+        with pytest.raises(ValueError, match=f"d.jsonl:3: .*{why}"):
+            Loader([(path, 1)], processor, 400, 1)
+    path.write_text("\n".join([good] * 30 + ["{"] + [good] * 30))
+    loader = Loader([(path, 1)], processor, 400, 1)  # few enough
+    assert len(loader.files[0]) == 60
+    with pytest.raises(FileNotFoundError):
+        Loader([(tmp_path / "none.jsonl", 1)], processor, 400, 1)
+
+
+# Preferences
+
+
+def preference(k, **keys):
+    question = talk(user(image(f"{k}.png"), f"P{k:03d}"))
+    return question | {"chosen": "x" * k, "rejected": "no", "reference": [-1.0 * k, -2.0]} | keys
+
+
+def test_both_answers_of_a_preference_stand_side_by_side(world, processor):
+    write(world[0][0], [preference(k) for k in range(20)])
+    for batches, _ in steps(Loader(world[:1], processor, 300, 2), 5):
+        for batch in batches:
+            assert len(batch["tokens"]) <= 300
+            found = names(processor, [batch])
+            assert found[::2] == found[1::2]
+            assert batch["reference"].shape == (len(found) // 2, 2)
+            for name, (chosen, _) in zip(found[::2], batch["reference"].tolist(), strict=True):
+                assert chosen == -int(name[1:])
+    write(world[0][0], [preference(k, reference=None) for k in range(20)])
+    ((batches, _),) = steps(Loader(world[:1], processor, 300, 1), 1)
+    assert "reference" not in batches[0]
+
+
+def test_both_answers_of_a_preference_share_the_pack(world, processor, tmp_path):
+    noise(500, 500).save(tmp_path / "1.png")
+    write(world[0][0], [preference(1)])
+    ((batches, info),) = steps(Loader(world[:1], processor, 1000, 1), 1)
+    pair = int(batches[0]["segments"][2])
+    ((batches, info),) = steps(Loader(world[:1], processor, pair - 1, 1), 1)
+    assert info["skipped"] == {}
+    assert batches[0]["grids"].tolist() == [[1, 6, 6]] * 2  # the same picture at the same size
+
+
+def test_a_preference_of_wrong_sizes_cannot_break_the_pack(world, processor, tmp_path):
+    noise(500, 500).save(tmp_path / "1.png")
+    question = talk(user(image("1.png", width=56, height=56), "P001"))
+    write(world[0][0], [question | {"chosen": "x", "rejected": "no"}])
+    answers = [talk(*question["messages"], assistant(text)) for text in ("x", "no")]
+    planned = sum(processor.layout(answer, tmp_path).tokens for answer in answers)
+    # Each half of the pair has room for 12 tokens more, but not both.
+    ((batches, info),) = steps(Loader(world[:1], processor, planned + 12, 1), 1)
+    assert info["skipped"] == {"too_long": 1} and len(batches[0]["tokens"]) < 20
+    ((batches, info),) = steps(Loader(world[:1], processor, planned + 24, 1), 1)
+    assert info["skipped"] == {} and len(batches[0]["tokens"]) == planned + 24
+
+
+def test_a_preference_fails_as_a_whole(world, processor, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"broken")
+    answer = [{"type": "image", "image": "bad.png", "width": 56, "height": 56}]
+    write(world[0][0], [preference(1), preference(2, rejected=answer)])
+    settings = dict(pack_tokens=300, packs_per_step=1, max_bad_share=0.9)
+    for batches, info in steps(Loader(world[:1], processor, **settings), 3):
+        assert set(names(processor, batches)) <= {"P001"}
+        assert set(info["skipped"]) <= {"unsupported"}

@@ -1,0 +1,50 @@
+"""common/packing.py: samples into packs, and sums over the samples of one."""
+
+import torch
+
+from common.packing import even_packs, group_into_packs, sample_of_label, sum_per_sample
+from stage import begin
+
+
+def samples_of(*lengths: int) -> list[dict]:
+    return [{"tokens": torch.zeros(length)} for length in lengths]
+
+
+def lengths_of(packs: list[list[dict]]) -> list[list[int]]:
+    return [[len(sample["tokens"]) for sample in pack] for pack in packs]
+
+
+def test_packs_hold_as_many_samples_as_fit_in_their_order():
+    packs = group_into_packs(samples_of(4, 6, 1, 9, 5, 5, 5), 10)
+    assert lengths_of(packs) == [[4, 6], [1, 9], [5, 5], [5]]
+
+
+def test_a_sample_that_is_too_long_stands_alone():
+    assert lengths_of(group_into_packs(samples_of(12, 3, 12, 12), 10)) == [[12], [3], [12], [12]]
+    assert group_into_packs([], 10) == []
+
+
+# 3 samples of 2, 3 and 1 tokens; the last has no label
+BATCH = {
+    "segments": torch.tensor([0, 2, 5, 6], dtype=torch.int32),
+    "labels": torch.tensor([-100, 7, 0, -100, 9, -100]),
+}
+
+
+def test_each_label_knows_its_sample():
+    assert sample_of_label(BATCH).tolist() == [0, 1, 1]
+
+
+def test_values_at_labels_are_summed_and_counted_by_sample():
+    values = torch.tensor([0.5, 2.0, 3.0], requires_grad=True)
+    sums, counts = sum_per_sample(values, BATCH)
+    assert sums.tolist() == [0.5, 5.0, 0.0]
+    assert counts.tolist() == [1, 2, 0]
+    (sums * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
+    assert values.grad.tolist() == [1, 10, 10]
+
+
+def test_on_one_rank_there_is_nothing_to_fill_up(tmp_path):
+    run, _, _ = begin(tmp_path)
+    samples = samples_of(4, 7)
+    assert lengths_of(even_packs(run, samples, 10, blank={"tokens": [0]})) == [[4], [7]]

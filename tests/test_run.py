@@ -1,0 +1,436 @@
+"""common/run.py: flags, devices, the run's folder, what counts as done, the log, signals."""
+
+import json
+import os
+import random
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from common import run as run_module
+from common.run import (
+    add_judge_arguments,
+    arguments,
+    data_folder,
+    datasheet_peak,
+    previous_model,
+    seed_everything,
+    share_cores,
+    start,
+)
+from stage import begin, curve, finished, folder_of, metrics, run_stage
+
+
+def parse(*flags: str):
+    return arguments("A script.\nMore of it.").parse_args(list(flags))
+
+
+def opened(out, *flags: str):
+    """A run in this process, its signals caught."""
+    run = start(parse("--out", str(out), "--device", "cpu", "--threads", "1", *flags), "small")
+    torch.use_deterministic_algorithms(False)
+    return run
+
+
+# ----------------------------------------------------------------------------------------------
+# flags
+
+
+@pytest.mark.parametrize("wrong", [
+    ["--steps", "0"],
+    ["--eval-limit", "0"],
+    ["--save-every", "0"],
+    ["--threads", "0"],
+    ["--workers", "-1"],
+    ["--seed", "-1"],
+    ["--seed", "1.5"],
+    ["--size", "9b"],
+    ["--dtype", "fp16"],
+    ["--resume", "--fresh"],
+], ids=" ".join)
+def test_wrong_flags_are_refused(wrong):
+    with pytest.raises(SystemExit):
+        parse(*wrong)
+
+
+def test_the_least_values_are_taken():
+    args = parse("--steps", "1", "--workers", "0", "--seed", "0", "--save-every", "1")
+    assert (args.steps, args.workers, args.seed, args.save_every) == (1, 0, 0, 1)
+
+
+def test_every_size_has_a_scale():
+    from model import SCALE
+
+    assert set(run_module.SIZES) == set(SCALE)
+
+
+def test_judges_may_be_several():
+    parser = add_judge_arguments(arguments("A script."))
+    args = parser.parse_args(["--judge", "http://a", "--judge", "http://b", "--judge-model", "m"])
+    assert args.judge == ["http://a", "http://b"]
+    assert args.judge_model == "m"
+    assert parser.parse_args([]).judge is None
+
+
+def test_data_are_those_of_the_size_or_those_named():
+    assert str(data_folder(parse("--size", "tiny"))) == "data/tiny"
+    assert str(data_folder(parse("--size", "tiny", "--data", "mine"))) == "mine"
+
+
+def test_the_model_to_start_from_is_the_stage_befores_or_init(tmp_path):
+    args = parse("--out", str(tmp_path), "--size", "tiny")
+    with pytest.raises(SystemExit, match="tiny/sft/model holds no model; run sft first"):
+        previous_model(args, "sft")
+    left = tmp_path / "tiny" / "sft" / "model"
+    left.mkdir(parents=True)
+    (left / "config.json").touch()
+    assert previous_model(args, "sft") == left
+    args.init = str(tmp_path / "other")
+    with pytest.raises(SystemExit, match="other holds no model"):
+        previous_model(args, "sft")
+
+
+# ----------------------------------------------------------------------------------------------
+# devices, threads, seeds
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_missing_gpu_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="needs GPU 0 of the 0"):
+        start(parse("--device", "cuda", "--out", str(tmp_path)), "small")
+
+
+def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_module.pick_device(parse()) == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
+    assert run_module.pick_device(parse("--device", "cpu")) == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SystemExit, match="needs GPU 2 of the 2"):
+        run_module.pick_device(parse())
+
+
+def test_mps_is_one_process_in_fp32(monkeypatch):
+    with pytest.raises(SystemExit, match="no MPS"):
+        run_module.pick_device(parse("--device", "mps"))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert run_module.pick_device(parse("--device", "mps")).type == "mps"
+    with pytest.raises(SystemExit, match="fp32 in one process"):
+        run_module.pick_device(parse("--device", "mps", "--dtype", "bf16"))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match="fp32 in one process"):
+        run_module.pick_device(parse("--device", "mps"))
+
+
+@pytest.mark.parametrize("kind, flags, environment, threads, workers", [
+    ("cpu", [], {}, 24, 1),
+    ("cpu", [], {"LOCAL_WORLD_SIZE": "4"}, 6, 1),
+    ("cpu", [], {"LOCAL_WORLD_SIZE": "100"}, 1, 1),
+    ("cpu", [], {"OMP_NUM_THREADS": "3"}, 3, 1),
+    ("cpu", ["--threads", "2", "--workers", "0"], {"OMP_NUM_THREADS": "3"}, 2, 0),
+    ("cuda", [], {}, 4, 8),
+    ("cuda", [], {"LOCAL_WORLD_SIZE": "8"}, 3, 2),
+    ("cuda", [], {"LOCAL_WORLD_SIZE": "24"}, 1, 1),
+    ("cuda", ["--workers", "3"], {}, 4, 3),
+])
+def test_ranks_share_the_cores(monkeypatch, kind, flags, environment, threads, workers):
+    counts = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)), raising=False)
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = parse(*flags)
+    share_cores(args, torch.device(kind))
+    assert counts == [threads]
+    assert args.workers == workers
+
+
+def test_the_peak_of_a_gpu_is_the_data_sheets():
+    assert datasheet_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert datasheet_peak("NVIDIA H100 PCIe") == 756e12
+    assert datasheet_peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert datasheet_peak("NVIDIA GeForce RTX 3090 Ti") == 71e12
+    assert datasheet_peak("cpu") is None
+
+
+def numbers() -> tuple:
+    return torch.rand(()).item(), np.random.rand(), random.random()
+
+
+def test_runs_of_one_seed_draw_alike_and_of_two_do_not(tmp_path):
+    drawn = []
+    for seed in (0, 0, 1):
+        begin(tmp_path, "--seed", str(seed))
+        seed_everything(seed)
+        drawn.append(numbers())
+        opened(tmp_path, "--seed", str(seed)).close()
+        assert numbers() == drawn[-1]
+    assert drawn[0] == drawn[1]
+    assert all(a != b for a, b in zip(drawn[0], drawn[2]))
+
+
+def test_each_number_of_a_seed_counts():
+    drawn = []
+    for seeds in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):  # seed, step, rank
+        seed_everything(*seeds)
+        drawn.append(numbers())
+    assert len(set(drawn)) == 4
+
+
+def test_the_first_line_says_what_runs_where(tmp_path, capfd):
+    opened(tmp_path).close()
+    said = capfd.readouterr().err
+    assert said.startswith("small: cpu (cpu), fp32, world 1, 1 threads, attention: ")
+    assert "(measured), folder " + str(folder_of(tmp_path)) in said
+
+
+# ----------------------------------------------------------------------------------------------
+# computing
+
+
+def test_autocast_follows_the_dtype(tmp_path):
+    run, _, _ = begin(tmp_path)
+    x = torch.ones(2, 2)
+    with run.autocast():
+        assert (x @ x).dtype == torch.float32
+    run.dtype = torch.bfloat16
+    with run.autocast():
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def test_a_batch_moves_but_what_the_host_reads_stays(tmp_path):
+    run, _, _ = begin(tmp_path)
+    run.device = torch.device("meta")
+    names = ("tokens", "patches", "segments", "grids")
+    batch = {name: torch.ones(3) for name in names} | {"note": "not a tensor"}
+    moved = run.to(batch)
+    devices = {name: moved[name].device.type for name in names}
+    assert devices == {"tokens": "meta", "patches": "meta", "segments": "cpu", "grids": "cpu"}
+    assert moved["note"] == "not a tensor"
+    assert batch["tokens"].device.type == "cpu", "the loader's batch stays as it was"
+
+
+@pytest.mark.cuda
+def test_a_batch_on_the_gpu_may_be_moved_again(tmp_path):
+    run, _, _ = begin(tmp_path)
+    run.device = torch.device("cuda")
+    moved = run.to(run.to({"tokens": torch.arange(3), "grids": torch.ones(1, 3)}))
+    assert moved["tokens"].tolist() == [0, 1, 2]
+    assert moved["grids"].device.type == "cpu"
+
+
+def test_an_attempt_names_what_was_tried_and_what_went_wrong(tmp_path):
+    run, _, _ = begin(tmp_path)
+    assert run.attempt("cannot add", lambda: 1 + 1) == 2
+    with pytest.raises(RuntimeError, match="^cannot divide: rank 0: ZeroDivisionError: division"):
+        run.attempt("cannot divide", lambda: 1 / 0)
+
+
+# ----------------------------------------------------------------------------------------------
+# what the phase has done
+
+
+def phase(out, scorer, *flags: str) -> bool:
+    """A phase without a loop; returns whether it trained."""
+    run, _, _ = begin(out, *flags)
+    had_to_train = not run.trained()
+    if had_to_train:
+        run.mark_trained()
+    run.score(scorer)
+    return had_to_train
+
+
+def broken_scorer():
+    raise ValueError("no such question")
+
+
+def test_a_scorer_that_fails_costs_no_training(tmp_path, capfd):
+    folder = folder_of(tmp_path)
+    assert phase(tmp_path, broken_scorer)
+    said = capfd.readouterr().err
+    assert "WARNING: small is trained and saved, but scoring it failed" in said
+    assert "ValueError: no such question" in said
+    assert (folder / "done.json").exists()
+    assert not (folder / "score.json").exists()
+
+    assert not phase(tmp_path, lambda: {"plain": 0.5})
+    assert "small is trained" in capfd.readouterr().err
+    assert json.loads((folder / "score.json").read_text()) == {"plain": 0.5}
+
+
+def test_a_phase_is_scored_once(tmp_path):
+    phase(tmp_path, lambda: {"plain": 0.5})
+    assert not phase(tmp_path, broken_scorer)
+    assert not phase(tmp_path, lambda: {"plain": 0.7})
+    assert json.loads((folder_of(tmp_path) / "score.json").read_text()) == {"plain": 0.5}
+
+
+def test_a_scorer_without_a_score_leaves_none(tmp_path):
+    phase(tmp_path, dict)
+    assert not (folder_of(tmp_path) / "score.json").exists()
+
+
+def test_ctrl_c_while_scoring_is_no_failure_of_the_scorer(tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        phase(tmp_path, interrupted)
+
+
+def test_fresh_forgets_all_that_a_phase_left(tmp_path):
+    folder = folder_of(tmp_path)
+    run, _, _ = begin(tmp_path)
+    run.made_from(init="a")
+    run.write_json("built.json", {})
+    run.write({"step": 0})
+    phase(tmp_path, lambda: {"plain": 0.5})
+    for name in ("checkpoint/step-3", "data", "model"):
+        (folder / name).mkdir(parents=True)
+    (folder / "data" / "old.jsonl").touch()
+    assert not phase(tmp_path, dict)
+    assert phase(tmp_path, dict, "--fresh")
+    assert sorted(path.name for path in folder.iterdir()) == ["done.json", "model"]
+
+
+def test_another_start_is_refused_by_name_unless_the_run_is_fresh(tmp_path):
+    run, _, _ = begin(tmp_path)
+    run.made_from(init=tmp_path / "a", weights="123", beta=0.1, llm=None)
+    run.made_from(init=tmp_path / "a", weights="123", beta=0.1, llm=None)
+    with pytest.raises(SystemExit, match=r"small was made with init .*/a, not with .*/b; --fresh"):
+        run.made_from(init=tmp_path / "b", weights="123", beta=0.1, llm=None)
+    with pytest.raises(SystemExit, match="weights 123, not with 456"):
+        run.made_from(init=tmp_path / "a", weights="456", beta=0.1, llm=None)
+    with pytest.raises(SystemExit, match="llm None, not with qwen"):
+        run.made_from(init=tmp_path / "a", weights="123", beta=0.1, llm="qwen")
+    with pytest.raises(SystemExit, match="algo None, not with gspo"):  # of an older version
+        run.made_from(init=tmp_path / "a", algo="gspo")
+
+    run, _, _ = begin(tmp_path, "--fresh")
+    run.made_from(init=tmp_path / "b")
+    with pytest.raises(SystemExit):
+        run.made_from(init=tmp_path / "a")
+
+
+# ----------------------------------------------------------------------------------------------
+# the log
+
+
+def test_a_line_a_step_has_values_sums_and_rates(tmp_path, monkeypatch):
+    run, _, _ = begin(tmp_path)
+    run.peak = 1000.0
+    run.clock = 100.0
+    times = iter([102.0, 106.0])
+    fake = SimpleNamespace(perf_counter=lambda: next(times))
+    monkeypatch.setattr(run_module, "time", fake)
+    monkeypatch.setattr(run_module, "peak_memory", lambda device: 2_500_000_000)
+    run.log(0, 4, tokens=10, visual_tokens=4, flops=500.0, loss=torch.tensor(0.5), norm=2, lr=0.1)
+    run.log(1, 4, tokens=30, visual_tokens=0, flops=100.0, loss=0.25, norm=1.0, lr=0.2)
+    first, second = metrics(tmp_path)
+    assert first == {
+        "step": 0, "loss": 0.5, "norm": 2.0, "lr": 0.1, "tokens": 10, "visual_tokens": 4,
+        "seconds": 2.0, "tokens_per_s": 5.0, "visual_tokens_per_s": 2.0, "mfu": 0.25,
+        "peak_gb": 2.5,
+    }
+    assert (second["step"], second["seconds"], second["tokens_per_s"]) == (1, 4.0, 7.5)
+    assert run.totals == {"tokens": 40, "visual_tokens": 4, "seconds": 6.0}
+
+
+def test_the_bar_shows_the_step_and_a_reward_where_there_is_one(tmp_path, capfd):
+    run, _, _ = begin(tmp_path)
+    run.log(2, 4, loss=0.5, reward=0.75)
+    run.close()
+    said = capfd.readouterr().err
+    assert "3/4" in said, "resumed after two steps, one more is done"
+    assert "reward 0.75, loss 0.5000, 0 tok/s" in said
+
+
+@pytest.mark.parametrize("key", ["loss", "norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_or_norm_that_is_not_finite_stops_the_run(tmp_path, key, value):
+    run, _, _ = begin(tmp_path)
+    values = {"loss": 1.0, "norm": 1.0, key: torch.tensor(value)}
+    with pytest.raises(FloatingPointError, match=f"step 3: {key} is {value}"):
+        run.log(3, 5, **values)
+    assert not (run.folder / "metrics.jsonl").exists()
+
+
+def test_resident_memory_is_in_bytes(tmp_path):
+    assert 5e7 < run_module.peak_memory(torch.device("cpu")) < 1e11
+
+
+def test_a_run_logs_every_step_of_all_ranks():
+    for ranks in (1, 2):
+        rows = curve(finished(ranks), "tokens")
+        assert rows == [(step, 8 + 13 + 18 + 23) for step in range(6)]
+
+
+# ----------------------------------------------------------------------------------------------
+# signals
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+    said = run_stage(tmp_path, "--steps", 4, "--signal", 1, ranks=2, code=128 + signal.SIGTERM)
+    assert "SIGTERM: stopped after 2 steps" in said
+    assert "the same command goes on" in said
+    assert "resumed" in run_stage(tmp_path, "--steps", 4)
+    assert [step for (step,) in curve(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_the_second_ctrl_c_does_not_wait(tmp_path):
+    run = opened(tmp_path)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    finally:
+        run.signal = 0
+        run.close()
+
+
+def test_a_run_gives_the_signals_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run = opened(tmp_path)
+    assert signal.getsignal(signal.SIGINT) not in before
+    run.close()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        run = opened(tmp_path)
+        os.kill(os.getpid(), signal.SIGTERM)  # while the phase is scored, say
+        assert heard == []
+        run.close()
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_forked_loader_outlives_ctrl_c_and_ends_at_sigterm(tmp_path):
+    run = opened(tmp_path)
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    run.close()
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM

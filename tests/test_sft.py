@@ -1,0 +1,448 @@
+"""sft.py: what the filter drops, what the loop does in each step, and the command as a user starts it."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import sft
+from common.questions import read_questions
+from common.rollout import Prompt
+from common.rollout import Response
+from common.rollout import Rollout
+from conftest import toy_processor
+from data import Processor
+from phases import FakeRun
+from phases import Loaded
+from phases import Loop
+from phases import Phase
+from phases import change
+from phases import first_model
+from phases import flags
+from phases import read
+from phases import run_script
+from phases import sums
+from phases import talk
+from phases import world
+from phases import write
+
+TOKENIZER = toy_processor().tokenizer
+
+
+def lines_of(path):
+    return [record["messages"][0]["content"] for record in read(path)]
+
+
+# ----------------------------------------------------------------------------------------------
+# the filter: questions are asked
+
+
+class Sampler:
+    """Stands for sample_groups: each question gets the responses that `says` returns for it."""
+
+    def __init__(self, monkeypatch, says):
+        self.says = says
+        self.prompts = []
+        self.calls = []
+        self.loaded = Loaded(SimpleNamespace(processor=SimpleNamespace(tokenizer=TOKENIZER)))
+        monkeypatch.setattr(sft, "Generator", self.loaded)
+        monkeypatch.setattr(sft, "sample_groups", self.sample_groups)
+
+    def sample_groups(self, generator, prompts, group, max_tokens, temperature=1.0, **how):
+        self.prompts += prompts
+        self.calls.append((generator, group, list(max_tokens), temperature, how))
+        return [[self.rollout(prompt, text) for text in self.says(prompt)] for prompt in prompts]
+
+    def rollout(self, prompt, text):
+        ids = TOKENIZER.encode(text)
+        response = Response(ids=[*ids, 0], finished=not text.endswith(".."))
+        return Rollout(prompt, {}, response, [{"type": "text", "text": text, "loss": True}])
+
+
+def test_questions_are_asked_bare_several_times_each_from_its_own_seed(tmp_path, monkeypatch):
+    questions = read_questions(sums(tmp_path / "q.jsonl", 3))
+    sampler = Sampler(monkeypatch, lambda prompt: ["1", "2", "3", "4"])
+    sft.attempts(FakeRun(tmp_path), tmp_path / "model", questions, samples=4, seed=7)
+    assert sampler.loaded.folders == [tmp_path / "model"]
+    assert sampler.prompts == [
+        Prompt(question.record, tmp_path, "plain", f"7/{i}") for i, question in enumerate(questions)
+    ]
+    ((generator, group, max_tokens, temperature, how),) = sampler.calls
+    assert generator is sampler.loaded.thing
+    assert (group, temperature, how) == (4, 1.0, {"keep_pixels": False})
+    # Twice the true answer, and a little: enough to see that an answer is longer.
+    assert max_tokens == [2 * len(TOKENIZER.encode(str(i))) + 4 for i in range(3)]
+
+
+def test_ranks_share_the_questions_and_all_know_all_answers(tmp_path, monkeypatch):
+    questions = read_questions(sums(tmp_path / "q.jsonl", 5))
+    sampler = Sampler(monkeypatch, lambda prompt: [prompt.seed])
+    local = {}
+    one = FakeRun(tmp_path, rank=1, world=2, local=local)
+    monkeypatch.setattr(sft, "MAX_UNREADABLE", 1.0)
+    with pytest.raises(KeyError):  # the other rank's answers are not there yet
+        sft.attempts(one, tmp_path, questions, 1, 0)
+    assert [prompt.seed for prompt in sampler.prompts] == ["0/1", "0/3"]
+    zero = FakeRun(tmp_path, rank=0, world=2, local=local)
+    answers = sft.attempts(zero, tmp_path, questions, 1, 0)
+    assert [tries[0].text for tries in answers] == [f"0/{i}" for i in range(5)]
+
+
+def test_an_attempt_is_judged_by_its_words_and_knows_its_length(tmp_path, monkeypatch):
+    questions = read_questions(sums(tmp_path / "q.jsonl", 2))
+    Sampler(monkeypatch, lambda prompt: ["1", "0", "2 or .."])
+    zero, one = sft.attempts(FakeRun(tmp_path), tmp_path, questions, 3, 0)
+    assert [attempt.right for attempt in zero] == [0.0, 1.0, 0.0]
+    assert [attempt.right for attempt in one] == [1.0, 0.0, 0.0]
+    assert [attempt.outcome for attempt in one] == [1.0, 0.0, 0.0]
+    assert [attempt.text for attempt in one] == ["1", "0", "2 or .."]
+    assert [attempt.finished for attempt in one] == [True, True, False]
+    assert one[0].tokens == len(TOKENIZER.encode("1")) + 1
+    assert one[1].tokens == len(TOKENIZER.encode("0")) + 1
+
+
+def test_questions_that_cannot_be_asked_are_few_or_the_run_ends(tmp_path, monkeypatch):
+    questions = read_questions(sums(tmp_path / "q.jsonl", 40))
+    broken = {"0/7", "0/9"}
+    Sampler(monkeypatch, lambda prompt: [] if prompt.seed in broken else ["1"])
+    answers = sft.attempts(FakeRun(tmp_path), tmp_path, questions, 1, 0)
+    assert [i for i, tries in enumerate(answers) if not tries] == [7, 9]
+    broken.add("0/11")
+    with pytest.raises(SystemExit, match=r"3 of 40 questions .*q.jsonl:8"):
+        sft.attempts(FakeRun(tmp_path), tmp_path, questions, 1, 0)
+
+
+def test_a_models_attempts_differ_from_each_other(tmp_path):
+    questions = read_questions(sums(tmp_path / "q.jsonl", 2))
+    run = FakeRun(tmp_path)
+    answers = sft.attempts(run, first_model(), questions, 3, 0)
+    texts = [[attempt.text for attempt in tries] for tries in answers]
+    assert len({text for of_one in texts for text in of_one}) == 6
+    again = sft.attempts(run, first_model(), questions, 3, 0)
+    assert [[attempt.text for attempt in tries] for tries in again] == texts
+
+
+# ----------------------------------------------------------------------------------------------
+# the filter: what is easy goes
+
+
+def attempt(right, tokens):
+    return sft.Attempt("x", right, right, tokens, True)
+
+
+def drop_easy(monkeypatch, tmp_path, source, answers, filtered=100):
+    """drop_easy with these answers -> (the lines that stay, the questions asked, what was said)."""
+    asked = []
+
+    def attempts(run, folder, questions, samples, seed):
+        assert (folder, samples, seed) == (first_model(), 2, 5)
+        asked.extend(question.record["messages"][0]["content"] for question in questions)
+        return answers[: len(questions)]
+
+    monkeypatch.setattr(sft, "attempts", attempts)
+    run = FakeRun(tmp_path)
+    target = tmp_path / "kept" / "kept.jsonl"
+    plan = {"filtered": filtered, "samples": 2}
+    sft.drop_easy(run, first_model(), source, target, plan, 5)
+    return lines_of(target), asked, " ".join(run.said)
+
+
+def test_easy_is_what_is_always_right_and_no_longer_than_the_reference(tmp_path, monkeypatch):
+    source = sums(tmp_path / "q.jsonl", 6)
+    lines = lines_of(source)
+    end = len(TOKENIZER.encode("1")) + 1  # of the reference, with the end of turn
+    answers = [
+        [attempt(1.0, end), attempt(1.0, end)],  # easy
+        [attempt(1.0, end), attempt(1.0, end + 1)],  # longer on the whole
+        [attempt(1.0, end - 1), attempt(1.0, end + 1)],  # not longer on the whole
+        [attempt(0.0, end), attempt(1.0, end)],  # not always right
+        [],  # unreadable
+        [attempt(0.0, 1), attempt(0.0, 1)],
+    ]
+    kept, _, said = drop_easy(monkeypatch, tmp_path, source, answers)
+    assert kept == [lines[1], lines[3], lines[5]]
+    assert "6 of 6 lines were asked, 70% of the answers are right" in said
+    assert "2 lines are easy and dropped, 1 cannot be read" in said
+
+
+def test_lines_that_were_not_asked_stay(tmp_path, monkeypatch):
+    """What limits the filter does not limit what is trained on; its choice is even."""
+    source = sums(tmp_path / "q.jsonl", 9)
+    lines = lines_of(source)
+    easy = [[attempt(1.0, 1)] * 2] * 3
+    kept, asked, said = drop_easy(monkeypatch, tmp_path, source, easy, filtered=3)
+    assert asked == [lines[0], lines[3], lines[6]]
+    assert kept == [lines[i] for i in (1, 2, 4, 5, 7, 8)]
+    assert "3 of 9 lines were asked" in said and "3 lines are easy" in said
+
+
+def test_a_file_may_be_easy_altogether(tmp_path, monkeypatch):
+    source = sums(tmp_path / "q.jsonl", 2)
+    assert drop_easy(monkeypatch, tmp_path, source, [[attempt(1.0, 1)]] * 2)[0] == []
+
+
+def with_pictures(folder, count, missing=()):
+    """Questions about pictures, some of which are not there."""
+    lines = []
+    for i in range(count):
+        item = {"type": "image", "image": f"pictures/{i}.png"}
+        meta = {"answer": str(i), "verifier": "number"}
+        lines.append(talk([item, {"type": "text", "text": f"Which {i}?"}], str(i), meta=meta))
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        if i not in missing:
+            Image.new("RGB", (56, 56), (i, 0, 0)).save(folder / f"pictures/{i}.png")
+    return write(folder / "q.jsonl", lines)
+
+
+def test_pictures_come_along_and_few_may_be_missing(tmp_path, monkeypatch):
+    """Also those of lines that nobody has asked."""
+    source = with_pictures(tmp_path / "data", 40, missing=(3, 21))
+    wrong = [[attempt(0.0, 1)] * 2]
+    kept, _, said = drop_easy(monkeypatch, tmp_path, source, wrong, filtered=1)
+    assert len(kept) == 38
+    assert "skipped: pictures/3.png: missing" in said and "skipped: pictures/21.png" in said
+    for content in kept:
+        assert (tmp_path / "kept" / content[0]["image"]).is_file()
+    assert kept[0][0]["image"] == "media/pictures/0.png"
+
+    (tmp_path / "data/pictures/5.png").unlink()
+    with pytest.raises(ValueError, match="3 of 40 lines have media that cannot be read"):
+        drop_easy(monkeypatch, tmp_path, source, wrong, filtered=1)
+
+
+def test_a_line_that_is_no_question_is_named(tmp_path):
+    write(tmp_path / "q.jsonl", [talk("1 + 1?", "2")])
+    with pytest.raises(SystemExit, match="q.jsonl:1: meta"):
+        sft.drop_easy(FakeRun(tmp_path), first_model(), tmp_path / "q.jsonl", tmp_path, {}, 0)
+
+
+# ----------------------------------------------------------------------------------------------
+# the mixture
+
+
+def test_the_filter_asks_its_files_once_and_the_others_are_trained_on_as_they_are(
+    tmp_path, monkeypatch
+):
+    train = tmp_path / "data" / "train"
+    for name in (*sft.MIX, "pairs", "think"):
+        sums(train / f"{name}.jsonl", 1)
+    filtered = []
+
+    def drop_easy(run, init, source, target, plan, seed):
+        assert (init, plan, seed) == ("init", "plan", 0)
+        filtered.append(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+
+    monkeypatch.setattr(sft, "drop_easy", drop_easy)
+    run = FakeRun(tmp_path / "run")
+    mix = sft.build_mixture(run, "init", tmp_path / "data", "plan")
+    data = tmp_path / "run" / "data"
+    assert dict(mix) == {
+        train / "caption.jsonl": 0.5,
+        train / "grounding.jsonl": 0.1,
+        data / "instruct.jsonl": 4,
+        data / "questions.jsonl": 2,
+        train / "text.jsonl": 0.1,
+        train / "video.jsonl": 0.5,
+        train / "vqa.jsonl": 2,
+    }
+    assert filtered == [train / "instruct.jsonl", train / "questions.jsonl"]
+
+    # Killed in training, it goes on with what was kept. Where all was easy, a file is left out.
+    (data / "questions.jsonl").write_text("")
+    again = sft.build_mixture(run, "init", tmp_path / "data", "plan")
+    assert again == [pair for pair in mix if pair[0] != data / "questions.jsonl"]
+    assert len(filtered) == 2
+
+
+def test_a_folder_without_any_file_of_the_mixture_is_said(tmp_path):
+    sums(tmp_path / "data" / "train" / "pairs.jsonl", 1)
+    with pytest.raises(SystemExit, match="one of instruct, questions, vqa, .*.jsonl in .*train"):
+        sft.build_mixture(FakeRun(tmp_path), tmp_path, tmp_path / "data", {})
+
+
+# ----------------------------------------------------------------------------------------------
+# the loop
+
+
+def finetune(monkeypatch, tmp_path, steps, begin=0, world=1, lr=3.0, size="toy"):
+    loop = Loop(monkeypatch, sft, FakeRun(tmp_path, world=world), begin)
+    loop.models = Loaded(loop.model)
+    loop.processors = Loaded("the processor")
+    monkeypatch.setattr(sft, "KeyeVL", loop.models)
+    monkeypatch.setattr(sft, "Processor", loop.processors)
+    loop.run.args.size = size
+    sft.finetune(loop.run, Path("init"), "the mixture", lr, steps)
+    return loop
+
+
+def test_a_step_adds_up_its_micro_batches_before_the_weights_move(tmp_path, monkeypatch):
+    loop = finetune(monkeypatch, tmp_path, steps=2, world=2)
+    loop.check_order(steps=2)
+    loop.check_numbers()
+
+
+def test_the_rate_rises_stays_and_falls_in_the_last_part(tmp_path, monkeypatch):
+    loop = finetune(monkeypatch, tmp_path, steps=40, lr=3.0)
+    rates = [step.lr for step in loop.steps]
+    falling = [3.0 * (12 - i) / 12 for i in range(12)]  # 30 % of the steps
+    assert rates == pytest.approx([1.5, 3.0, *[3.0] * 26, *falling])
+    assert [record["lr"] for record in loop.run.logged] == rates
+    assert min(rates) > 0
+
+
+def test_everything_learns_and_starts_from_init(tmp_path, monkeypatch):
+    loop = finetune(monkeypatch, tmp_path, steps=1, lr=3.0)
+    assert loop.models.folders == loop.processors.folders == [Path("init")]
+    (model, rates), named = loop.made["make_optimizer"]
+    assert model is loop.model and named == {"muon": 2}
+    assert rates == {"vit": 3.0, "projector": 3.0, "decoder": 3.0}
+    assert loop.made["step_work"] == ((loop.model.config, loop.BATCHES), {})
+    assert loop.made["export"] == ((loop.run, loop.model, "the processor"), {})
+    assert loop.model.decoder.activation_checkpointing is False
+
+
+def test_released_sizes_recompute_and_step_by_adamw(tmp_path, monkeypatch):
+    loop = finetune(monkeypatch, tmp_path, steps=1, size="8b")
+    assert loop.model.decoder.activation_checkpointing is True
+    assert loop.made["make_optimizer"][1] == {"muon": 0}
+    assert loop.made["Loader"][0][2:4] == (8192, 64)
+
+
+def test_the_loader_gives_each_rank_its_packs(tmp_path, monkeypatch):
+    loop = finetune(monkeypatch, tmp_path, steps=1, world=3)
+    args, named = loop.made["Loader"]
+    flops = named.pop("flops")
+    assert args == ("the mixture", "the processor", 4096 // 3, 3, 0, 3, 0)
+    assert named == {"workers": 3, "state": {"place": 0}}
+    assert flops.func is sft.sample_flops and flops.args == (loop.model.config,)
+
+
+def test_a_resumed_loop_goes_on_with_the_next_step_and_the_next_sample(tmp_path, monkeypatch):
+    loop = finetune(monkeypatch, tmp_path, steps=20, begin=17)
+    assert [record["step"] for record in loop.run.logged] == [17, 18, 19]
+    assert [step.lr for step in loop.steps] == pytest.approx([3 * 3 / 6, 3 * 2 / 6, 3 * 1 / 6])
+    assert loop.made["Loader"][1]["state"] == {"place": 17}
+    assert loop.made["save"][0] == (loop.run, 20, 20, loop.model, loop, {"place": 20})
+    assert loop.events.count("draw") == 3, "a sample that no step took would be lost"
+
+
+def test_a_loop_that_was_done_only_exports(tmp_path, monkeypatch):
+    loop = finetune(monkeypatch, tmp_path, steps=5, begin=5)
+    assert loop.events == ["shard", "make_optimizer", "resume", "Loader", "export"]
+
+
+# ----------------------------------------------------------------------------------------------
+# the command
+
+
+class Sft(Phase):
+    """The command with doubles for the mixture, the loop and the score."""
+
+    def __init__(self, monkeypatch, tmp_path):
+        super().__init__(monkeypatch, tmp_path, sft)
+        monkeypatch.setattr(sft, "build_mixture", self.build_mixture)
+
+    def build_mixture(self, run, init, folder, plan):
+        self.done.append(("mixture", run.folder, init, folder, plan["lr"]))
+        return "the mixture"
+
+
+@pytest.fixture
+def phase(monkeypatch, tmp_path):
+    return Sft(monkeypatch, tmp_path)
+
+
+def test_it_trains_on_the_mixture_then_scores(phase):
+    shutil.copytree(phase.init, phase.out / "toy" / "pretrain" / "model")
+    phase("--eval-limit", 3)
+    before = phase.out / "toy" / "pretrain" / "model"
+    assert phase.done == [
+        ("mixture", phase.out / "toy" / "sft", before, phase.data, 6e-4),
+        ("finetune", phase.out / "toy" / "sft", before, "the mixture", 6e-4, 200),
+        ("score", phase.data / "heldout", ["plain"], 3),
+    ]
+    phase()
+    assert phase.done == [], "what is trained and scored is passed over"
+
+
+def test_steps_and_plan_follow_the_flags(phase):
+    phase("--init", phase.init, "--steps", 7)
+    assert phase.done[1][-2:] == (6e-4, 7)
+    phase("--init", phase.init, "--size", "8b")
+    assert phase.done[1][-2:] == (1e-5, 2000)
+
+
+def test_without_a_model_to_start_from_it_says_so(phase):
+    with pytest.raises(SystemExit, match="pretrain/model holds no model; run pretrain first"):
+        phase()
+    assert phase.done == []
+
+
+def test_another_init_is_refused_where_a_run_has_begun(phase):
+    phase.failing = "finetune"
+    with pytest.raises(RuntimeError, match="out of disk"):
+        phase("--init", phase.init)
+    phase.failing = None
+    other = phase.init.with_name("other")
+    shutil.copytree(phase.init, other)
+    with pytest.raises(SystemExit, match="sft was made with init .*init, not with .*other; --fres"):
+        phase("--init", other)
+    assert phase.done == []
+    phase("--init", phase.init)
+    assert len(phase.done) == 3
+    with pytest.raises(SystemExit, match="--fresh starts over"):
+        phase("--init", other)
+    phase("--init", other, "--fresh")
+    assert [what for what, *_ in phase.done] == ["mixture", "finetune", "score"]
+    assert phase.done[1][2] == other
+
+
+def test_a_changed_model_of_the_same_name_counts_as_another(phase):
+    phase("--init", phase.init)
+    change(phase.init)
+    with pytest.raises(SystemExit, match="was made with weights "):
+        phase("--init", phase.init)
+
+
+def test_a_failing_scorer_does_not_undo_the_training(phase, capsys):
+    phase.failing = "score"
+    phase("--init", phase.init)
+    said = capsys.readouterr().err
+    assert "no memory left" in said and "WARNING: sft is trained and saved, but scoring" in said
+    assert (phase.out / "toy/sft/done.json").exists()
+    assert not (phase.out / "toy/sft/score.json").exists()
+    phase.failing = None
+    phase("--init", phase.init)
+    assert [what for what, *_ in phase.done] == ["score"]
+    assert json.loads((phase.out / "toy/sft/score.json").read_text()) == {"plain": {}}
+
+
+def test_an_unreadable_heldout_line_ends_the_run_before_it_begins(phase):
+    with open(phase.data / "heldout" / "q.jsonl", "a") as file:
+        file.write('{"messages": [\n')
+    with pytest.raises(SystemExit, match="heldout/q.jsonl:2: "):
+        phase("--init", phase.init)
+    assert phase.done == [] and not (phase.out / "toy" / "sft").exists()
+
+
+def test_the_whole_command(tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(world(), data)
+    broken = read(data / "heldout" / "vqa.jsonl")[0]["messages"][0]["content"][0]["image"]
+    (data / "heldout" / broken).write_bytes(b"no picture")
+    args = flags(tmp_path, "--data", data, "--init", first_model(), "--steps", 3)
+    said = run_script("sft.py", *args)
+    folder = tmp_path / "toy" / "sft"
+    assert "lines were asked" in said and f"the model is in {folder / 'model'}" in said
+    assert [record["step"] for record in read(folder / "metrics.jsonl")] == [0, 1, 2]
+    kept = read(folder / "data" / "instruct.jsonl")
+    assert len(kept) == len(read(data / "train" / "instruct.jsonl"))
+    Processor.from_pretrained(folder / "model")
+    score = json.loads((folder / "score.json").read_text())["plain"]
+    assert [failure["reason"] for failure in score["failed"]]
+    assert "answers to held-out questions" in (folder / "samples.md").read_text()
