@@ -36,7 +36,7 @@ smoke: .venv/run
 	$(BIN)python generate.py --init runs-smoke/toy/align/model --max-new-tokens 8 "What is this?"
 
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)python -m pytest -n 2 --dist loadfile
 
 setup: .venv/test
 

@@ -393,7 +393,7 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
 def respond(run: Run, model_folder: Path, prompts: list[Prompt], group: int, judge=None):
     """A group of scored responses to each of this rank's share of the prompts.
 
-    The last one is greedy (ours: an endless loop that sampling breaks by chance is met there alone).
+    The last one is greedy (ours: an endless loop that sampling breaks by chance is only met there).
     """
     generator = Generator.from_pretrained(model_folder, run.device)
     max_answer = SCALE[run.args.size].max_answer

@@ -14,7 +14,8 @@ in the sandbox, and what they return is context, never trained on. A response ea
 
     A_i   = (r_i - mean r) / (std r + 1e-4)              over its group; std unbiased
     rho_t = p(y_t) / p_old(y_t)
-    L_t   = -min(rho_t A_i, clip(rho_t, 1 - low, 1 + high) A_i) + beta k3_t, at most -3 A_i if A_i < 0
+    L_t   = -min(rho_t A_i, clip(rho_t, 1 - low, 1 + high) A_i) + beta k3_t
+            (where A_i < 0 the first term is at most -3 A_i)
     k3_t  = exp(d) - d - 1,  d = log p_ref(y_t) - log p(y_t)
 
     --algo    weight of a token (N responses of T_i tokens)   what differs
@@ -161,7 +162,10 @@ def charge_length(groups: list[list[Rollout]], max_tokens: int):
 
 
 def teaches(group: list[Rollout]) -> bool:
-    """Whether some scored responses are right, and in form (else they earn nothing), and some not."""
+    """Whether some scored responses are right and some not.
+
+    One out of form counts as wrong: it earns nothing.
+    """
     scored = [rollout.reward for rollout in group if rollout.reward.total is not None]
     return len({reward.format and reward.right for reward in scored}) > 1
 

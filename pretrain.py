@@ -360,7 +360,7 @@ def retrieval(run: Run, embed, processor: Processor, path: Path, packs: int = 4)
         return None
     loader = Loader(
         [(path, 1)], processor, SCALE[run.args.size].pack, run.world, run.rank, run.world,
-        run.args.seed,
+        run.args.seed, check=check_pair,
     )
     right = pictures = counted = 0
     for _, (batches, _) in zip(range(packs), loader):

@@ -1,4 +1,4 @@
-"""What tests of the stage scripts share: a small world, a first model, and doubles for a loop's edges.
+"""What tests of the stage scripts share: a small world, a first model, doubles for a loop's edges.
 
     said = run_script("sft.py", *flags(out), ranks=2)       whole processes, as a user's
     sft.main(arguments_of(sft, *flags(out)))                 in this process, for doubles
@@ -13,7 +13,6 @@ import signal
 import sys
 import tempfile
 from contextlib import contextmanager
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -145,6 +144,8 @@ class FakeRun:
         self.said = []
         self.logged = []
         self.events = []
+        self.computing = False  # within autocast
+        self.moved = 0  # batches on the device
         self.local = {} if local is None else local  # what the other ranks merge
 
     def say(self, text):
@@ -163,10 +164,14 @@ class FakeRun:
     def attempt(self, doing, work):
         return work()
 
+    @contextmanager
     def autocast(self):
-        return nullcontext()
+        self.computing = True
+        yield
+        self.computing = False
 
     def to(self, batch):
+        self.moved += 1
         return batch
 
     def log(self, step, steps, **values):
@@ -179,14 +184,15 @@ class Weights(nn.Module):
 
     config = "the config"
 
-    def __init__(self):
+    def __init__(self, run):
         super().__init__()
+        self.run = run
         for part in ("vit", "projector", "decoder"):
             setattr(self, part, nn.Linear(1, 1, bias=False))
             nn.init.ones_(getattr(self, part).weight)
 
     def loss(self, batch):
-        assert torch.is_grad_enabled()
+        assert self.run.computing and torch.is_grad_enabled()
         weight = self.vit.weight + self.projector.weight + self.decoder.weight
         return (weight * batch["x"]).sum(), int((batch["labels"] != -100).sum())
 
@@ -210,7 +216,7 @@ class Loop:
         self.events = run.events
         self.made = {}
         self.steps = []
-        self.model = Weights()
+        self.model = Weights(run)
         for name in (
             "shard", "make_optimizer", "resume", "Loader", "clip_gradients", "step_work",
             "save_if_due", "export",
@@ -226,6 +232,7 @@ class Loop:
     def check_numbers(self):
         """The mean over the 4 targets of each rank, whichever micro-batch they are in."""
         world = self.run.world
+        assert self.run.moved == 2 * len(self.steps)
         targets = 4 * world
         for step, record in zip(self.steps, self.run.logged, strict=True):
             gradient = (2.0 + 6.0) / targets

@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,18 @@ def by_length(rewards):
         return scored
 
     return changed
+
+
+@contextmanager
+def as_before():
+    """What a script's start changes in its process is as it was: pytest keeps its signals."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        torch.use_deterministic_algorithms(False)
 
 
 def be_killed(step: int):

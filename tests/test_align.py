@@ -20,14 +20,22 @@ from common.checkpoint import Progress
 from common.conversation import conversations_of
 from common.loader import Loader
 from common.parallel import whole
-from common.questions import Question
 from common.rewards import Reward, parse
 from common.rollout import Prompt, Response, Rollout
 from common.run import add_judge_arguments, arguments, start
 from conftest import write_toy_model
 from data import Processor, pack
 from model import PRESETS, KeyeVL
-from scripts import curve, question, read_jsonl, run_script, weights, write_jsonl, write_questions
+from scripts import (
+    as_before,
+    curve,
+    question,
+    read_jsonl,
+    run_script,
+    weights,
+    write_jsonl,
+    write_questions,
+)
 from sft import Attempt
 from stage import in_processes
 from test_grpo import Table
@@ -123,10 +131,8 @@ def start_model(tmp_path_factory):
 
 def open_run(out, *flags):
     argv = ["--out", str(out), "--device", "cpu", "--threads", "1", "--seed", "4", *flags]
-    run = start(arguments(align.__doc__).parse_args(argv), "mpo")
-    run.close()  # pytest keeps its signals
-    torch.use_deterministic_algorithms(False)
-    return run
+    with as_before():
+        return start(arguments(align.__doc__).parse_args(argv), "mpo")
 
 
 @pytest.fixture
@@ -942,10 +948,8 @@ class Phase:
     def main(self, *flags):
         self.events.clear()
         argv = [str(flag) for flag in (*self.flags, "--threads", "1", *flags)]
-        try:
+        with as_before():
             align.main(parser().parse_args(argv))
-        finally:
-            torch.use_deterministic_algorithms(False)
         return [event for event in self.events if event[0] != "score"]
 
 

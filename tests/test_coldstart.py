@@ -226,6 +226,14 @@ def test_several_turns_teach_that_the_last_switch_wins():
     assert seen == {"one switch", "two switches", "holds on", "switched"}
 
 
+def test_two_turns_are_two_questions():
+    examples = [example_of(str(i), str(i), "think") for i in range(16)]
+    for seed in range(50):
+        for conversation in coldstart.several_turns(examples, random.Random(seed)):
+            answers = [message["content"] for message in conversation["messages"][1::2]]
+            assert len(set(answers)) == len(answers)
+
+
 def test_kept_lines_are_an_even_choice(tmp_path):
     lines = [talk(f"Q{i}", str(i)) for i in range(10)]
     path = write(tmp_path / "vqa.jsonl", lines)
@@ -306,6 +314,14 @@ def test_equally_many_of_each_kind_are_asked():
     assert sorted(coldstart.evenly_by_kind(kinds, 100)) == list(range(9))
 
 
+def test_questions_of_one_task_and_difficulty_are_alike():
+    kinds = []
+    for meta in ({}, {"difficulty": 1}, {"difficulty": 2}, {"task": "product"}):
+        (answers,) = coldstart.answers_by_mode(kinds_of(("A", META | meta, None)))
+        kinds.append(coldstart.question_kind(answers))
+    assert kinds[0] == kinds[1] and len(set(kinds)) == 3
+
+
 class Sampler:
     """Stands for sample_groups: in each mode the given text, or [] for none."""
 
@@ -354,6 +370,13 @@ def test_an_answer_counts_by_what_is_in_its_box(tmp_path, monkeypatch):
     Sampler(monkeypatch, {"think": boxed, "no_think": None})
     right = coldstart.measure(FakeRun(tmp_path), tmp_path, questions_of("A"), 9)
     assert right == {(0, "think"): 1.0}, "media that cannot be read are no wrong answer"
+
+
+def test_half_an_answer_is_none(tmp_path, monkeypatch):
+    Sampler(monkeypatch, {"think": None, "no_think": "a red cross"})
+    meta = {"answer": "a red ring", "verifier": "text"}
+    right = coldstart.measure(FakeRun(tmp_path), tmp_path, questions_of("A", meta=meta), 9)
+    assert right == {(0, "no_think"): 0.0}
 
 
 def test_ranks_measure_their_share(tmp_path, monkeypatch):
@@ -430,7 +453,8 @@ def test_auto_think_is_taught_what_was_measured(tmp_path, monkeypatch):
     out, said = build_auto(monkeypatch, tmp_path, kinds_of(*questions), right)
     made = answers_in(out / "auto_think.jsonl")
     thinks = f"<analysis>Several steps /think.</analysis>{THOUGHT}"
-    assert [answer for _, answer in made] == [thinks] * 40 + ["<analysis>Easy /no_think.</analysis>4"]
+    plain = "<analysis>Easy /no_think.</analysis>4"
+    assert [answer for _, answer in made] == [thinks] * 40 + [plain]
     switched = [question.endswith("/auto_think") for question, _ in made]
     assert 10 < sum(switched) < 30
     assert all(question.endswith("/auto_think") or "/" not in question for question, _ in made)
@@ -502,6 +526,7 @@ class Coldstart(Phase):
         self.last = self.out / "toy" / "coldstart"
         write(self.data / "train" / "think.jsonl", [talk("2 + 2?", THOUGHT, meta=META)])
         write(self.data / "train" / "no_think.jsonl", [talk("2 + 2?", "4")])
+        write(self.data / "train" / "text.jsonl", [talk("Say 4.", "4")])
         self.build = coldstart.build
         monkeypatch.setattr(coldstart, "build", self.note_build)
         monkeypatch.setattr(coldstart, "measure", self.measure)
@@ -522,6 +547,8 @@ class Coldstart(Phase):
         self.resumed = run.args.resume
         mix = {path.stem: weight for path, weight in mix if path.parent == self.modes / "data"}
         super().finetune(run, init, mix, lr, steps)
+        if self.failing == "second" and run.folder == self.last:
+            raise RuntimeError("killed")
 
     def calls(self):
         return [what for what, *_ in self.done]
@@ -540,11 +567,12 @@ def test_the_second_pass_goes_on_from_the_first_with_auto_think(phase):
     phase("--eval-limit", 3)
     before = phase.out / "toy" / "mpo" / "model"
     modes = phase.modes / "model"
+    mix = {"think": 4, "no_think": 2, "keep": 4}
     assert phase.done == [
         ("build", phase.modes / "data", 3000),
-        ("finetune", phase.modes, before, {"think": 4, "no_think": 2}, 1e-3, 600),
+        ("finetune", phase.modes, before, mix, 1e-3, 600),
         ("measure", modes, 3000),
-        ("finetune", phase.last, modes, {"think": 4, "no_think": 2, "auto_think": 5}, 1e-3, 400),
+        ("finetune", phase.last, modes, mix | {"auto_think": 5}, 1e-3, 400),
         ("score", phase.data / "heldout", MODES, 3),
     ]
     phase()
@@ -564,6 +592,7 @@ def test_steps_and_plan_follow_the_flags(phase):
     ("build", WHOLE),
     ("finetune", WHOLE[1:]),  # the data are there, and the loop resumes
     ("measure", WHOLE[2:]),
+    ("second", WHOLE[3:]),
 ])
 def test_after_a_kill_it_goes_on_where_it_was(failing, again, phase):
     phase.failing = failing

@@ -1,9 +1,8 @@
-"""grpo.py: its loss by golden values, a step against its formulas, the loop around it, the command."""
+"""grpo.py: its loss by golden values, a step against its formulas, the loop, the command."""
 
 import copy
 import json
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +32,7 @@ from grpo import (
     training_sample,
 )
 from model import PRESETS, KeyeVL
-from scripts import curve, run_script, weights, write_questions
+from scripts import as_before, curve, run_script, weights, write_questions
 from stage import in_processes
 
 
@@ -299,7 +298,8 @@ def rollout_of(processor, text: str, total=0.0, right=0.0, form=1.0, mode="think
         finished=True,
     )
     parsed = parse(text, mode)
-    reward = Reward(right, right, form, 0.5, 0.25, -0.125, parsed, total)
+    outcome = None if right is None else 0.1 + 0.8 * right
+    reward = Reward(outcome, right, form, 0.5, 0.25, -0.125, parsed, total)
     return Rollout(prompt, sample, response, [{"type": "text", "text": text}], reward)
 
 
@@ -491,7 +491,7 @@ def written_out(policy, reference, groups, algo, beta, updates=2) -> SimpleNames
             responses.append((rollout.response.ids, a))
         kept.append(responses)
 
-    found = SimpleNamespace(loss=0.0, ratios=[], clipped=[])
+    found = SimpleNamespace(loss=0.0, ratios=[], clipped=[], kl=[])
     for u in range(updates):
         responses = sum(kept[u::updates], [])
         n = len(responses)
@@ -514,7 +514,9 @@ def written_out(policy, reference, groups, algo, beta, updates=2) -> SimpleNames
                 if a < 0:
                     gain = torch.max(gain, 3 * a)
                 d = p_reference[ids[t]] - logp[ids[t]]
-                loss += per_token * (beta * (d.exp() - d - 1) - gain)
+                kl = d.exp() - d - 1
+                loss += per_token * (beta * kl - gain)
+                found.kl.append(kl.item())
                 found.ratios.append(rho.item())
                 found.clipped.append(float(gain != rho * a))
         [gradient] = torch.autograd.grad(loss, logits)
@@ -528,10 +530,8 @@ def written_out(policy, reference, groups, algo, beta, updates=2) -> SimpleNames
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     flags = ["--out", str(tmp_path_factory.mktemp("run")), "--device", "cpu", "--threads", "1"]
-    opened = start(arguments(grpo.__doc__).parse_args(flags), "grpo")
-    opened.close()  # pytest keeps its signals
-    torch.use_deterministic_algorithms(False)
-    return opened
+    with as_before():
+        return start(arguments(grpo.__doc__).parse_args(flags), "grpo")
 
 
 class Step:
@@ -575,6 +575,8 @@ def test_a_step_is_its_formulas_written_out(monkeypatch, run, processor, algo, b
     assert values["loss"] == pytest.approx(expected.loss, abs=1e-5)
     assert float(values["norm"]) == pytest.approx(expected.norm, rel=1e-4)
     assert values["clipped"] == pytest.approx(sum(expected.clipped) / len(expected.clipped))
+    if beta:
+        assert values["kl"] == pytest.approx(sum(expected.kl) / len(expected.kl), rel=1e-4)
 
 
 def test_the_updates_of_a_rollout_are_real(monkeypatch, run, processor):
@@ -688,7 +690,7 @@ def test_the_numbers_of_a_step(monkeypatch, run, processor):
     expected = {
         "reward": sum(totals) / 11,
         "group_std": sum(stds) / 4,
-        "outcome": 8 / 12,
+        "outcome": 0.1 + 0.8 * 8 / 12,
         "right": 8 / 12,
         "format": 1,
         "consistency": 0.5,
@@ -720,7 +722,8 @@ def test_the_numbers_of_a_step(monkeypatch, run, processor):
     assert set(values) == {*expected, *work}
     for name, value in expected.items():
         assert values[name] == pytest.approx(float(value), abs=1e-5), name
-    assert values["tokens"] == sum(len(trajectory(r)["tokens"]) for g in (0, 2, 4) for r in groups[g])
+    read = [trajectory(rollout) for i in (0, 2, 4) for rollout in groups[i]]
+    assert values["tokens"] == sum(len(sample["tokens"]) for sample in read)
     assert values["flops"] > 0 and values["visual_tokens"] == 0
 
 
@@ -729,21 +732,26 @@ def test_the_numbers_of_a_step(monkeypatch, run, processor):
 
 
 def two_ranks(argv):
-    """Rank 0 has all groups, rank 1 none: the step is that of one process."""
+    """The step is that of one process, though one rank has nothing to train on."""
     out, folder = argv
     run = start(arguments("").parse_args(["--out", out, "--device", "cpu"]), "grpo")
     processor = Processor.from_pretrained(folder)
+    check_step(run, processor, "grpo", [slice(0, 5), slice(3, 4)], updates=2)
+    for algo in grpo.ALGORITHMS:
+        check_step(run, processor, algo, [slice(0, 2), slice(2, 5)], updates=1)
+    check_sampler(run, processor, folder)
+
+
+def check_step(run, processor, algo, shares, updates):
     with pytest.MonkeyPatch.context() as monkeypatch:
         groups = rollouts(processor)
         policy, reference = Table(1), Table(2)
-        expected = written_out(policy, reference, copy.deepcopy(groups), "grpo", BETA)
-        local = groups if run.main else groups[3:4]
-        step = Step(monkeypatch, run, processor, local)
-        values = step(shard(policy, run), shard(reference, run))
+        expected = written_out(policy, reference, copy.deepcopy(groups), algo, BETA, updates)
+        step = Step(monkeypatch, run, processor, groups[shares[run.rank]])
+        values = step(shard(policy, run), shard(reference, run), algo, updates=updates)
     assert close(whole(policy.scores).detach(), expected.logits, 1e-5)
     assert values["loss"] == pytest.approx(expected.loss, abs=1e-5)
     assert values["right"] == pytest.approx(8 / 12), "means are over all ranks"
-    check_sampler(run, processor, folder)
 
 
 def check_sampler(run, processor, folder):
@@ -982,8 +990,8 @@ class Phase:
     def main(self, *flags):
         self.events.clear()
         argv = [str(flag) for flag in (*self.flags, "--threads", "1", *flags)]
-        grpo.main(parser().parse_args(argv))
-        torch.use_deterministic_algorithms(False)
+        with as_before():
+            grpo.main(parser().parse_args(argv))
         return self.events
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from common import run as run_module
 from common.packing import even_packs
 from common.parallel import full_state, pass_around, ring_pass, shard
 from common.run import arguments, start
@@ -65,6 +66,15 @@ def test_ranks_gather_sum_and_merge(tmp_path):
     said = in_processes(talk, [tmp_path], ranks=3)
     assert "rank 0 speaks" in said
     assert "rank 1 speaks" not in said
+
+
+def measure_peak(argv):
+    run_module.measured_peak = lambda device, dtype: 2e12
+    assert join(argv).peak == 6e12
+
+
+def test_the_peak_is_that_of_all_ranks_together(tmp_path):
+    in_processes(measure_peak, [tmp_path], ranks=3)
 
 
 def average(argv):

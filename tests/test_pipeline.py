@@ -1,4 +1,4 @@
-"""All phases after pre-training, one after the other, on two ranks or on GPUs, as users start them."""
+"""All phases after pre-training, each from the one before, on two ranks or on GPUs."""
 
 import json
 import os
@@ -55,6 +55,9 @@ def torchrun(name: str, *flags, ranks: int) -> str:
 def test_all_phases(tmp_path, device, ranks):
     data = tmp_path / "world"
     make_world(data, pictures=100, clips=16, heldout=1, workers=1, progress=False)
+    for path in (data / "heldout").glob("*.jsonl"):
+        if path.stem not in ("vqa", "video", "text"):  # a few questions are enough
+            path.unlink()
     folder = tmp_path / "toy"
     write_toy_model(folder / "pretrain" / "model")
     flags = ["--data", data, "--out", tmp_path, "--device", device, "--steps", 2, "--eval-limit", 1]

@@ -1,4 +1,4 @@
-"""pretrain.py: its stages as users start them, kills and ranks; its two loops; its loss, first weights and mixtures."""
+"""pretrain.py: all stages, kills, ranks; its two loops; its loss, first weights and mixtures."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -299,8 +300,10 @@ def test_stage_0_survives_packs_all_of_whose_pictures_are_missing(tmp_path, shor
 TOY_PLAN = {"lr": {"text": 2.0, "1": 3.0, "2": 5.0}}
 
 
-def next_token(monkeypatch, tmp_path, stage, steps, begin=0, world=1, size="toy", plan=TOY_PLAN):
-    loop = Loop(monkeypatch, pretrain, FakeRun(tmp_path, world=world), begin)
+def next_token(
+    monkeypatch, tmp_path, stage, steps, begin=0, rank=0, world=1, size="toy", plan=TOY_PLAN
+):
+    loop = Loop(monkeypatch, pretrain, FakeRun(tmp_path, rank, world), begin)
     loop.run.args.size = size
     pretrain.next_token(loop.run, stage, loop.model, "processor", "the mixture", steps, plan)
     return loop
@@ -353,10 +356,10 @@ def test_each_stage_trains_its_parts(stage, peaks, work, tmp_path, monkeypatch):
 
 
 def test_the_loader_gives_each_rank_its_packs(tmp_path, monkeypatch):
-    loop = next_token(monkeypatch, tmp_path, "2", steps=1, world=3, size="8b")
+    loop = next_token(monkeypatch, tmp_path, "2", steps=1, rank=2, world=3, size="8b")
     args, named = loop.made["Loader"]
     flops = named.pop("flops")
-    assert args == ("the mixture", "processor", 8192 * 64 // 66, 66, 0, 3, 0)
+    assert args == ("the mixture", "processor", 8192 * 64 // 66, 66, 2, 3, 0)
     assert named == {"workers": 3, "state": {"place": 0}}
     assert flops.func is pretrain.sample_flops and flops.args == (loop.model.config,)
     assert loop.model.decoder.activation_checkpointing is True
@@ -379,15 +382,16 @@ def test_a_resumed_loop_goes_on_with_the_next_step_and_the_next_sample(tmp_path,
 class Pairs(nn.Module):
     """Stands for SigLIP: all of its vectors are one weight times one, so that gradients count."""
 
-    def __init__(self, vit, tower):
+    def __init__(self, run, vit, tower):
         super().__init__()
+        self.run = run
         self.vit = vit
         self.text = tower
         self.logit_scale = nn.Parameter(torch.ones(1))
         self.logit_bias = nn.Parameter(torch.ones(1))
 
     def forward(self, patches, grids, tokens):
-        assert len(patches) == len(grids) == len(tokens)
+        assert self.run.computing and len(patches) == len(grids) == len(tokens)
         images = self.vit.weight.expand(len(grids), 1)
         texts = self.text.weight.expand(len(grids), 1)
         return images, texts, self.logit_scale, self.logit_bias
@@ -408,8 +412,8 @@ class Ranks(FakeRun):
         self.scored = scorer()
 
 
-def contrastive(monkeypatch, tmp_path, steps, begin=0):
-    run = Ranks(tmp_path, world=2)
+def contrastive(monkeypatch, tmp_path, steps, begin=0, rank=0):
+    run = Ranks(tmp_path, rank, world=2)
     loop = Loop(monkeypatch, pretrain, run, begin)
     loop.BATCHES = [
         {"grids": torch.ones(n, 3), "patches": torch.zeros(n, 588)} for n in (3, 2)
@@ -434,7 +438,7 @@ def contrastive(monkeypatch, tmp_path, steps, begin=0):
 
     patches = {
         "text_tower": lambda args, cfg, processor: (tower, "encode"),
-        "SigLIP": Pairs,
+        "SigLIP": partial(Pairs, run),
         "sigmoid_loss": sigmoid_loss,
         "captions_of": captions_of,
         "write_model": write_model,
@@ -460,6 +464,7 @@ def test_stage_0_divides_by_the_pairs_of_the_step(tmp_path, monkeypatch):
     loop = contrastive(monkeypatch, tmp_path, steps=2)
     one = ["draw", "clip", "step", "zero", "log", "save"]
     begin = ["shard", "make_optimizer", "resume", "Loader"]
+    assert loop.run.moved == 4
     assert loop.events == [*begin, *one * 2, "export", "retrieval"]
     # pictures, captions, the most that any rank has in this micro-batch, ranks
     assert loop.losses == [(3, 3, 4, 2), (2, 2, 2, 2)] * 2
@@ -474,14 +479,14 @@ def test_stage_0_divides_by_the_pairs_of_the_step(tmp_path, monkeypatch):
 
 
 def test_stage_0_trains_the_vit_and_the_text_tower_with_one_rate(tmp_path, monkeypatch):
-    loop = contrastive(monkeypatch, tmp_path, steps=40)
+    loop = contrastive(monkeypatch, tmp_path, steps=40, rank=1)
     (siglip, peaks), named = loop.made["make_optimizer"]
     assert peaks == {"vit": 2.0, "text": 2.0, "logit_scale": 2.0, "logit_bias": 2.0}
     assert named == {"muon": 2}
     falling = [0.2 + 0.8 * (38 - i) / 38 for i in range(38)]
     assert rates(loop) == pytest.approx([2 * share for share in [0.5, 1.0, *falling]])
     args, named = loop.made["Loader"]
-    assert args == ((Path("data"), "0", "toy"), "processor", 2048, 2, 0, 2, 0)
+    assert args == ((Path("data"), "0", "toy"), "processor", 2048, 2, 1, 2, 0)
     assert named == {"workers": 3, "state": {"place": 0}, "check": pretrain.check_pair}
 
 
@@ -624,6 +629,12 @@ def test_one_vector_for_all_finds_captions_by_chance_alone(processor, tmp_path):
     path = world() / "heldout" / "caption.jsonl"
     score = pretrain.retrieval(FakeRun(tmp_path), reversed_captions, processor, path)
     assert score["accuracy"] < 0.5
+
+
+def test_a_heldout_caption_without_its_picture_is_named(processor, tmp_path):
+    path = write(tmp_path / "caption.jsonl", [talk("What?", "It.")])
+    with pytest.raises(ValueError, match="caption.jsonl:1: stage 0 needs one picture"):
+        pretrain.retrieval(FakeRun(tmp_path), one_hot, processor, path)
 
 
 def test_without_heldout_captions_nothing_is_scored(processor, tmp_path):
@@ -959,7 +970,7 @@ def test_another_init_is_refused_where_a_stage_has_begun(stages, tmp_path):
 def test_other_released_weights_are_refused_where_a_stage_has_begun(kind, name, stages, tmp_path):
     shutil.copytree(first_model(), tmp_path / "qwen3")
     stages(stage="0", **{kind: tmp_path / "qwen3"})
-    with pytest.raises(SystemExit, match=f"pretrain-0 was made with {name} .*qwen3, not with other"):
+    with pytest.raises(SystemExit, match=f"was made with {name} .*qwen3, not with other"):
         stages(stage="0", vocab=tmp_path / "qwen3/vocab.json", **{kind: "other"})
 
 

@@ -1,4 +1,4 @@
-"""sft.py: what the filter drops, what the loop does in each step, and the command as a user starts it."""
+"""sft.py: what the filter drops, what a step does, and the command as a user starts it."""
 
 import json
 import shutil
@@ -102,6 +102,15 @@ def test_an_attempt_is_judged_by_its_words_and_knows_its_length(tmp_path, monkey
     assert [attempt.finished for attempt in one] == [True, True, False]
     assert one[0].tokens == len(TOKENIZER.encode("1")) + 1
     assert one[1].tokens == len(TOKENIZER.encode("0")) + 1
+
+
+def test_an_answer_may_be_worth_something_and_yet_be_wrong(tmp_path, monkeypatch):
+    meta = {"answer": "a red ring", "verifier": "text"}
+    path = write(tmp_path / "q.jsonl", [talk("What?", "a red ring", meta=meta)])
+    questions = read_questions(path)
+    Sampler(monkeypatch, lambda prompt: ["a red cross"])
+    ((attempt,),) = sft.attempts(FakeRun(tmp_path), tmp_path, questions, 1, 0)
+    assert 0 < attempt.outcome < 1 and attempt.right == 0
 
 
 def test_questions_that_cannot_be_asked_are_few_or_the_run_ends(tmp_path, monkeypatch):
@@ -213,6 +222,14 @@ def test_pictures_come_along_and_few_may_be_missing(tmp_path, monkeypatch):
         drop_easy(monkeypatch, tmp_path, source, wrong, filtered=1)
 
 
+def test_one_rank_writes_for_all(tmp_path):
+    for rank in (1, 0):
+        target = tmp_path / "kept.jsonl"
+        assert not target.exists()
+        sft.write_linked(FakeRun(tmp_path, rank=rank, world=2), target, [talk("Q", "A")], tmp_path)
+    assert lines_of(target) == ["Q"]
+
+
 def test_a_line_that_is_no_question_is_named(tmp_path):
     write(tmp_path / "q.jsonl", [talk("1 + 1?", "2")])
     with pytest.raises(SystemExit, match="q.jsonl:1: meta"):
@@ -269,8 +286,8 @@ def test_a_folder_without_any_file_of_the_mixture_is_said(tmp_path):
 # the loop
 
 
-def finetune(monkeypatch, tmp_path, steps, begin=0, world=1, lr=3.0, size="toy"):
-    loop = Loop(monkeypatch, sft, FakeRun(tmp_path, world=world), begin)
+def finetune(monkeypatch, tmp_path, steps, begin=0, world=1, lr=3.0, size="toy", rank=0):
+    loop = Loop(monkeypatch, sft, FakeRun(tmp_path, rank, world), begin)
     loop.models = Loaded(loop.model)
     loop.processors = Loaded("the processor")
     monkeypatch.setattr(sft, "KeyeVL", loop.models)
@@ -314,10 +331,10 @@ def test_released_sizes_recompute_and_step_by_adamw(tmp_path, monkeypatch):
 
 
 def test_the_loader_gives_each_rank_its_packs(tmp_path, monkeypatch):
-    loop = finetune(monkeypatch, tmp_path, steps=1, world=3)
+    loop = finetune(monkeypatch, tmp_path, steps=1, rank=2, world=3)
     args, named = loop.made["Loader"]
     flops = named.pop("flops")
-    assert args == ("the mixture", "the processor", 4096 // 3, 3, 0, 3, 0)
+    assert args == ("the mixture", "the processor", 4096 // 3, 3, 2, 3, 0)
     assert named == {"workers": 3, "state": {"place": 0}}
     assert flops.func is sft.sample_flops and flops.args == (loop.model.config,)
 

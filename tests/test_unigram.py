@@ -60,6 +60,16 @@ def test_unigram_equals_the_tokenizers_library(text, trained):
     assert Unigram(path, CONTEXT)(text) == expected
 
 
+def test_an_unknown_letter_costs_more_than_any_piece(tmp_path):
+    """Where "a" is no piece, "ab" is one rare piece rather than an unknown and a frequent one."""
+    vocab = [["<pad>", 0], ["</s>", 0], ["<unk>", 0], ["▁", -2], ["ab", -25], ["b", -1]]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": {"type": "Unigram", "unk_id": 2, "vocab": vocab}}))
+    assert Unigram(path, 5)("ab") == [3, 4, 1, 1, 1]
+    assert Unigram(path, 5)("aab") == [3, 2, 4, 1, 1]
+    assert Unigram(path, 5)("b b b b") == [3, 5, 3, 5, 1], "the end stands even where it is cut"
+
+
 def test_another_kind_of_tokenizer_is_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"model": {"type": "BPE"}}))
