@@ -18,27 +18,31 @@ class Unigram:
             raise ValueError(f"{path}: a Unigram model was expected, not {model['type']}")
         self.context = context
         self.unknown = model["unk_id"]
-        self.ids = {piece: i for i, (piece, _) in enumerate(model["vocab"])}
         self.scores = dict(model["vocab"])
+        self.ids = {piece: i for i, (piece, _) in enumerate(model["vocab"])}
         self.longest = max(map(len, self.ids))
         # sentencepiece's penalty for an unknown letter
         self.unknown_score = min(self.scores.values()) - 10
 
     def __call__(self, text: str) -> list[int]:
         """Lower case, no ASCII punctuation, as SigLIP was trained."""
-        plain = text.lower().translate(DROPPED)
-        ids = self.split("".join("▁" + word for word in plain.split()))
+        words = text.lower().translate(DROPPED).split()
+        marked = ["▁" + word for word in words]
+        ids = self.split("".join(marked))
         ids = ids[: self.context - 1]
         return ids + [END] * (self.context - len(ids))
 
     def split(self, text: str) -> list[int]:
         """Viterbi: the best way to each place, from the best ways to the places before it."""
-        best_score = [0.0] + [-math.inf] * len(text)
-        best_start = [0] * (len(text) + 1)
-        for end in range(1, len(text) + 1):
+        places = len(text) + 1
+        best_score = [-math.inf] * places
+        best_score[0] = 0.0
+        best_start = [0] * places
+        for end in range(1, places):
             for start in range(max(0, end - self.longest), end):
-                missing = self.unknown_score if start == end - 1 else -math.inf
-                score = best_score[start] + self.scores.get(text[start:end], missing)
+                piece = text[start:end]
+                missing = self.unknown_score if len(piece) == 1 else -math.inf
+                score = best_score[start] + self.scores.get(piece, missing)
                 if score > best_score[end]:
                     best_score[end] = score
                     best_start[end] = start

@@ -1,10 +1,11 @@
-"""Shared by all tests: one thread, the project on the path, a toy model, a batch drawn from a seed."""
+"""Shared by all tests: one thread, the project on the path, a toy model and a batch from a seed."""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: spinning threads of several processes starve each other
+# before torch is imported: spinning threads of several processes starve each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -535,7 +535,10 @@ def run(tmp_path_factory):
 
 
 class Step:
-    """grpo_step on rollouts that are there already; `events` says in which order what happened."""
+    """grpo_step on rollouts that are there already; `events` says in which order what happened.
+
+    They have their rewards only once reward_groups is called.
+    """
 
     def __init__(self, monkeypatch, run, processor, groups):
         self.events = []
@@ -546,12 +549,21 @@ class Step:
             blank=grpo.blank_sample(processor),
         )
 
+        rewards = [(rollout, rollout.reward) for group in groups for rollout in group]
+        for rollout, _ in rewards:
+            rollout.reward = None
+
         def sample_groups(*asked):
             self.events.append(("sample", *asked))
             return groups
 
+        def reward_groups(*asked):
+            self.events.append(("reward", *asked))
+            for rollout, reward in rewards:
+                rollout.reward = reward
+
         monkeypatch.setattr(grpo, "sample_groups", sample_groups)
-        monkeypatch.setattr(grpo, "reward_groups", lambda *x: self.events.append(("reward", *x)))
+        monkeypatch.setattr(grpo, "reward_groups", reward_groups)
 
     def __call__(self, policy, reference, algo="grpo", beta=BETA, **plan):
         opt = torch.optim.SGD(policy.parameters(), RATE)
@@ -575,6 +587,8 @@ def test_a_step_is_its_formulas_written_out(monkeypatch, run, processor, algo, b
     assert values["loss"] == pytest.approx(expected.loss, abs=1e-5)
     assert float(values["norm"]) == pytest.approx(expected.norm, rel=1e-4)
     assert values["clipped"] == pytest.approx(sum(expected.clipped) / len(expected.clipped))
+    read = [trajectory(rollout) for i in (0, 2, 4) for rollout in groups[i]]
+    assert values["tokens"] == sum(len(sample["tokens"]) for sample in read)
     if beta:
         assert values["kl"] == pytest.approx(sum(expected.kl) / len(expected.kl), rel=1e-4)
 
