@@ -22,17 +22,17 @@ toy: .venv/run
 	$(BIN)python evaluate.py --board runs/$(SIZE)
 
 # the same road in miniature; its models have learned nothing
-FEW := --data data/smoke --out runs-smoke --steps 2 --eval-limit 1 --fresh
+FEW := --data data/smoke --out runs-smoke --steps 2 --eval-limit 0 --fresh
 
 smoke: .venv/run
-	$(BIN)python -m toyworld --out data/smoke --pictures 240 --clips 40 --heldout 5
+	$(BIN)python -m toyworld --out data/smoke --pictures 120 --clips 24 --heldout 1
 	$(BIN)python pretrain.py $(FEW)
-	$(BIN)python sft.py $(FEW)
-	$(BIN)python align.py --phase mpo $(FEW)
-	$(BIN)python coldstart.py $(FEW)
-	$(BIN)python grpo.py $(FEW)
-	$(BIN)python align.py --phase iterate $(FEW)
-	$(BIN)python evaluate.py --board runs-smoke/toy
+	$(BIN)python sft.py $(FEW) --plan filtered=8
+	$(BIN)python align.py --phase mpo $(FEW) --plan asked=16
+	$(BIN)python coldstart.py $(FEW) --plan measured=8 --plan kept=20
+	$(BIN)python grpo.py $(FEW) --plan prompts=8 --plan group=2 --plan max_tokens=24
+	$(BIN)python align.py --phase iterate $(FEW) --plan prompts=64 --plan group=3 --plan rounds=1
+	$(BIN)python evaluate.py --init runs-smoke/toy/align/model --data data/smoke/heldout
 	$(BIN)python generate.py --init runs-smoke/toy/align/model --max-new-tokens 8 "What is this?"
 
 test: .venv/test

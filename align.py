@@ -62,6 +62,7 @@ from common.run import (
     arguments,
     at_least,
     data_folder,
+    plan_of,
     previous_model,
     start,
 )
@@ -164,7 +165,7 @@ class Pair:
 
 def check_pair(record: dict):
     check_training(record)
-    if not {"chosen", "rejected"} <= record.keys():
+    if "chosen" not in record:
         raise ValueError('a preference has "messages", "chosen" and "rejected"')
 
 
@@ -350,14 +351,14 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
             reference = reference.to(run.device)
             with run.autocast():
                 sums, lengths = answer_logprobs(model, run.to(batch))
-            # chosen and rejected lie side by side; a pack whose pairs all failed has none
+            # Chosen and rejected lie side by side. A pack whose pairs all failed has none: its
+            # gradient is zero, and every rank runs as many backwards as the others.
             count = 2 * len(reference)
             policy = sums[:count].view(-1, 2)
             chosen_length = lengths[:count].view(-1, 2)[:, 0]
             nll = -policy[:, 0] / chosen_length.clamp(min=1)
             parts = mpo_loss(policy, reference, nll, shift.value())
-            # + 0: without pairs, too, every rank needs a gradient
-            (parts["total"].sum() / pairs + 0 * sums.sum()).backward()
+            (parts["total"].sum() / pairs).backward()
 
             parts["right"] = (parts["margin"] > 0).float()
             for name, values in parts.items():
@@ -511,7 +512,7 @@ def phase_iterate(args, folder: Path, plan: dict, judge: Judge | None) -> Run:
 def main(args):
     begin = time.time()
     folder = data_folder(args)
-    plan = PLAN.get(args.size, PLAN["released"])
+    plan = plan_of(args, PLAN)
     check_heldout(folder)
     if args.phase == "mpo":
         run = phase_mpo(args, folder, plan)

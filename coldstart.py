@@ -41,7 +41,7 @@ from common.jsonl import Lines
 from common.questions import check_heldout, check_question
 from common.rewards import parse
 from common.rollout import Prompt, sample_groups
-from common.run import Run, arguments, data_folder, previous_model, start
+from common.run import Run, arguments, data_folder, plan_of, previous_model, start
 from common.verifiers import verify
 from evaluate import score_phase
 from generate import Generator
@@ -378,7 +378,7 @@ def mixture(out: Path, weights: dict[str, float]) -> list[tuple[Path, float]]:
 def main(args):
     begin = time.time()
     folder = data_folder(args)
-    plan = PLAN.get(args.size, PLAN["released"])
+    plan = plan_of(args, PLAN)
     init = previous_model(args, "mpo")
     check_heldout(folder)
     kinds = read_kinds(folder)

@@ -47,7 +47,15 @@ from common.packing import even_packs, sample_of_label
 from common.parallel import shard, whole
 from common.questions import check_heldout, draw_prompts, question_pool
 from common.rollout import Rollout, reward_groups, sample_groups, trajectory
-from common.run import Run, add_judge_arguments, arguments, data_folder, previous_model, start
+from common.run import (
+    Run,
+    add_judge_arguments,
+    arguments,
+    data_folder,
+    plan_of,
+    previous_model,
+    start,
+)
 from data import Processor, pack
 from evaluate import score_phase
 from generate import Generator
@@ -390,7 +398,7 @@ def judge_failures(run: Run, judge: Judge | None) -> dict:
 def main(args):
     begin = time.time()
     folder = data_folder(args)
-    plan = PLAN.get(args.size, PLAN["released"])
+    plan = plan_of(args, PLAN)
     init = previous_model(args, "coldstart")
     check_heldout(folder)
     questions = question_pool(folder)

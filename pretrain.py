@@ -36,7 +36,7 @@ from common.loader import Loader, split_packs
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.parallel import full_state, pass_around, ring_pass, shard
 from common.questions import check_heldout
-from common.run import Run, arguments, data_folder, start
+from common.run import Run, arguments, data_folder, plan_of, start
 from common.unigram import Unigram
 from common.weights import (
     KEYE_NAMES,
@@ -491,7 +491,7 @@ def train_stage(run: Run, name: str, before: Path | None, processor: Processor, 
 def main(args):
     begin = time.time()
     folder = data_folder(args)
-    plan = PLAN.get(args.size, PLAN["released"])
+    plan = plan_of(args, PLAN)
     names = chosen_stages(args)
     processor = first_processor(args)
     before = model_before(args, names[0])

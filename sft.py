@@ -30,7 +30,7 @@ from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.parallel import shard
 from common.questions import Question, check_heldout, read_or_exit
 from common.rollout import Prompt, sample_groups
-from common.run import Run, arguments, data_folder, previous_model, start
+from common.run import Run, arguments, data_folder, plan_of, previous_model, start
 from common.verifiers import verify
 from data import Processor
 from evaluate import score_phase
@@ -239,7 +239,7 @@ def finetune(run: Run, init: Path, mix: list[tuple[Path, float]], lr: float, ste
 def main(args):
     begin = time.time()
     folder = data_folder(args)
-    plan = PLAN.get(args.size, PLAN["released"])
+    plan = plan_of(args, PLAN)
     init = previous_model(args, "pretrain")
     check_heldout(folder)
 

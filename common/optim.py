@@ -13,7 +13,6 @@ def make_optimizer(
     model: nn.Module,
     rates: dict[str, float],
     weight_decay: float = 0.05,
-    betas: tuple[float, float] = (0.9, 0.95),
     muon: float = 0.0,
 ) -> "Muon":
     """AdamW, and with muon > 0 Muon for matrices. Call after shard, before the first forward.
@@ -49,7 +48,7 @@ def make_optimizer(
             "weight_decay": weight_decay if is_matrix else 0.0,
             "muon": by_muon,
         })
-    return Muon(groups, betas=betas, fused=True)
+    return Muon(groups, betas=(0.9, 0.95), fused=True)
 
 
 class Muon(torch.optim.AdamW):

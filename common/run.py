@@ -80,7 +80,10 @@ def arguments(doc: str, eval_limit: int = 40) -> argparse.ArgumentParser:
     add("--init", help="model folder to start from (default: what the stage before left)")
     add("--seed", type=at_least(0), default=0)
     add("--steps", type=at_least(1), help="optimizer steps (default: by size)")
-    add("--eval-limit", type=at_least(1), default=eval_limit, help="held-out questions per task")
+    add("--eval-limit", type=at_least(0), default=eval_limit, metavar="N",
+        help="held-out questions per task after the phase; 0: none")
+    add("--plan", action="append", default=[], metavar="NAME=NUMBER",
+        help="another number than the script's PLAN has for the size, e.g. prompts=8")
     add("--save-every", type=at_least(1), default=100, help="steps between checkpoints")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="insist on a checkpoint to go on from")
@@ -98,6 +101,21 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "scores what rules cannot; may be repeated (default: rules alone). Key: JUDGE_KEY")
     add("--judge-model", default="", help="the judge's model")
     return parser
+
+
+def plan_of(args, plans: dict[str, dict]) -> dict:
+    """The size's numbers, changed by --plan. SystemExit where that names none of them."""
+    plan = dict(plans.get(args.size, plans["released"]))
+    for change in args.plan:
+        name, _, number = change.partition("=")
+        if not isinstance(plan.get(name), (int, float)):
+            names = [key for key, value in plan.items() if isinstance(value, (int, float))]
+            raise SystemExit(f"--plan {change}: the names are {', '.join(names) or 'none here'}")
+        try:
+            plan[name] = type(plan[name])(number)
+        except ValueError:
+            raise SystemExit(f"--plan {change}: {number!r} is no number for {name}") from None
+    return plan
 
 
 def data_folder(args) -> Path:
@@ -388,7 +406,7 @@ class Run:
         self.barrier()
 
     def score(self, scorer):
-        """Keeps scorer()'s result in score.json, unless it is there.
+        """Keeps scorer()'s result in score.json, unless it is there, or --eval-limit is 0.
 
         The model is saved by now, so a failing scorer is reported and the phase still counts:
         the same command scores again, and trains nothing.
@@ -396,7 +414,7 @@ class Run:
         gc.collect()  # the training's tensors would stand beside the model to be scored
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if not (self.folder / "score.json").exists():
+        if self.args.eval_limit and not (self.folder / "score.json").exists():
             try:
                 result = scorer()
                 if result:

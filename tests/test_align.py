@@ -518,6 +518,7 @@ class Loop:
 
     def __init__(self, monkeypatch, run, policy, steps, progress=None):
         self.run = copy.copy(run)
+        self.inits = []
         self.logged = []
         self.written = []
         self.said = []
@@ -549,8 +550,12 @@ class Loop:
         def export(run, model, processor):
             self.exported = model
 
+        def load(folder):
+            self.inits.append(folder)
+            return policy
+
         policy.decoder = SimpleNamespace(activation_checkpointing=None)
-        monkeypatch.setattr(align, "KeyeVL", SimpleNamespace(from_pretrained=lambda folder: policy))
+        monkeypatch.setattr(align, "KeyeVL", SimpleNamespace(from_pretrained=load))
         monkeypatch.setattr(align, "make_optimizer", make_optimizer)
         monkeypatch.setattr(align, "Loader", loader)
         monkeypatch.setattr(align, "resume", lambda *what: progress or Progress())
@@ -640,6 +645,7 @@ def test_mpo_trains_every_part_on_the_pairs(tmp_path, monkeypatch, run, processo
     loop = Loop(monkeypatch, run, policy, batches_of_steps(processor, policy))
     loop.run.args.workers = 3
     align.mpo(loop.run, start_model, tmp_path, RATE, STEPS)
+    assert loop.inits == [start_model]
     assert loop.rates == ({"vit": RATE, "projector": RATE, "decoder": RATE}, {"muon": 2})
     [(args, how)] = loop.loaders
     files, processor, *place = args
@@ -910,6 +916,9 @@ def questions(tmp_path_factory):
     return folder
 
 
+TOY = align.PLAN["toy"] | {"round_lr": 3e-4}  # another one than of the phase mpo
+
+
 class Phase:
     """main in this process: what makes pairs, trains and scores is recorded."""
 
@@ -938,6 +947,7 @@ class Phase:
 
             return recorder
 
+        monkeypatch.setitem(align.PLAN, "toy", TOY)
         monkeypatch.setattr(align, "prepare", prepare)
         monkeypatch.setattr(align, "mpo", mpo)
         monkeypatch.setattr(align, "given_pairs", lambda path: ("given", path))
@@ -960,7 +970,6 @@ def phase(monkeypatch, questions, start_model, tmp_path):
 
 MPO = ("--phase", "mpo")
 ITERATE = ("--phase", "iterate")
-TOY = align.PLAN["toy"]
 
 
 def test_mpo_answers_pairs_refers_trains_and_is_scored(phase, questions, start_model):

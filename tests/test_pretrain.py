@@ -121,18 +121,15 @@ def test_the_merged_model_is_the_mean_of_its_parents(whole):
 
 
 def test_finished_stages_are_passed_over(whole):
-    def files():
-        found = [path.stat() for path in sorted(whole.rglob("*")) if path.is_file()]
-        return [(stat.st_mtime_ns, stat.st_size) for stat in found if stat.st_size]
+    def times():
+        files = [path for path in whole.rglob("*") if path.is_file()]
+        return {path: path.stat().st_mtime_ns for path in files if path.name != "made.json"}
 
-    def models():
-        return {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
-
-    before = models(), len(files())
+    before = times()
     said = run_script("pretrain.py", *flags(whole, "--data", world(), "--steps", 2))
     assert said.count("is trained") == len(STAGES) + 1
     assert f"the model is in {whole / 'toy/pretrain/model'}" in said
-    assert (models(), len(files())) == before
+    assert times() == before
 
 
 # ----------------------------------------------------------------------------------------------
@@ -203,7 +200,7 @@ def test_two_ranks_equal_one(one_process, tmp_path):
     in_processes(as_two_packs, four_steps(tmp_path, stage), ranks=2)
     keys = ("loss", "norm", "lr", "tokens", "visual_tokens")
     for row, other in zip(curve(out, stage, *keys), curve(tmp_path, stage, *keys), strict=True):
-        assert row == pytest.approx(other, rel=1e-4)
+        assert row == pytest.approx(other, rel=1e-5)
 
 
 def test_the_toys_one_pack_becomes_two_smaller_ones_on_two_ranks(tmp_path):

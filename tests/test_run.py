@@ -17,6 +17,7 @@ from common.run import (
     arguments,
     data_folder,
     datasheet_peak,
+    plan_of,
     previous_model,
     seed_everything,
     share_cores,
@@ -42,7 +43,7 @@ def opened(out, *flags: str):
 
 @pytest.mark.parametrize("wrong", [
     ["--steps", "0"],
-    ["--eval-limit", "0"],
+    ["--eval-limit", "-1"],
     ["--save-every", "0"],
     ["--threads", "0"],
     ["--workers", "-1"],
@@ -55,6 +56,28 @@ def opened(out, *flags: str):
 def test_wrong_flags_are_refused(wrong):
     with pytest.raises(SystemExit):
         parse(*wrong)
+
+
+PLANS = {"toy": {"steps": (3, 4), "lr": 1e-3, "prompts": 32}, "released": {"lr": 1e-5}}
+
+
+def test_a_plan_follows_the_size_and_what_is_changed_by_name():
+    assert plan_of(parse(), PLANS) == PLANS["toy"]
+    assert plan_of(parse("--size", "8b"), PLANS) == {"lr": 1e-5}
+    changed = plan_of(parse("--plan", "prompts=8", "--plan", "lr=0.5"), PLANS)
+    assert changed == {"steps": (3, 4), "lr": 0.5, "prompts": 8}
+    assert PLANS["toy"]["prompts"] == 32  # the table itself stays
+
+
+@pytest.mark.parametrize("change, said", [
+    ("promts=8", "the names are lr, prompts"),
+    ("steps=8", "the names are lr, prompts"),
+    ("prompts=few", "'few' is no number for prompts"),
+    ("prompts", "'' is no number for prompts"),
+])
+def test_a_wrong_change_of_the_plan_is_refused(change, said):
+    with pytest.raises(SystemExit, match=said):
+        plan_of(parse("--plan", change), PLANS)
 
 
 def test_the_least_values_are_taken():
@@ -268,6 +291,12 @@ def test_a_scorer_that_fails_costs_no_training(tmp_path, capfd):
     assert not phase(tmp_path, lambda: {"plain": 0.5})
     assert "small is trained" in capfd.readouterr().err
     assert json.loads((folder / "score.json").read_text()) == {"plain": 0.5}
+
+
+def test_no_score_is_asked_for_with_no_questions(tmp_path, capfd):
+    assert phase(tmp_path, broken_scorer, "--eval-limit", "0")
+    assert "WARNING" not in capfd.readouterr().err
+    assert not (folder_of(tmp_path) / "score.json").exists()
 
 
 def test_a_phase_is_scored_once(tmp_path):
