@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import align
-import model as model_module
 from align import Pair, Shift, answer_logprobs, best_and_worst, mpo_loss, packing
 from common.checkpoint import Progress
 from common.conversation import conversations_of
@@ -23,19 +22,10 @@ from common.parallel import whole
 from common.rewards import Reward, parse
 from common.rollout import Prompt, Response, Rollout
 from common.run import add_judge_arguments, arguments, start
-from conftest import write_toy_model
 from data import Processor, pack
-from model import PRESETS, KeyeVL
-from scripts import (
-    as_before,
-    curve,
-    question,
-    read_jsonl,
-    run_script,
-    weights,
-    write_jsonl,
-    write_questions,
-)
+from miniature import curve, question, run_small, weights, write_questions
+from model import PRESETS, SCALE, KeyeVL
+from phases import first_model, kept_process, read, write
 from sft import Attempt
 from stage import in_processes
 from test_grpo import Table
@@ -123,15 +113,13 @@ def test_only_the_answer_counts_and_a_cut_one_has_no_end(processor):
 
 
 @pytest.fixture(scope="module")
-def start_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start") / "model"
-    write_toy_model(folder)
-    return folder
+def start_model():
+    return first_model()
 
 
 def open_run(out, *flags):
     argv = ["--out", str(out), "--device", "cpu", "--threads", "1", "--seed", "4", *flags]
-    with as_before():
+    with kept_process():
         return start(arguments(align.__doc__).parse_args(argv), "mpo")
 
 
@@ -154,7 +142,7 @@ def preferences(folder, n) -> list[dict]:
         messages = [{"role": "user", "content": [image, {"type": "text", "text": f"What is {i}?"}]}]
         chosen = "red" if i % 2 else "a red circle"
         pairs.append({"messages": messages, "chosen": chosen, "rejected": "blue " * (i % 5 + 1)})
-    write_jsonl(folder / "pairs.jsonl", pairs)
+    write(folder / "pairs.jsonl", pairs)
     return pairs
 
 
@@ -194,18 +182,18 @@ def test_given_pairs_know_their_place(tmp_path):
     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
 ])
 def test_half_a_preference_is_no_pair(tmp_path, bad):
-    write_jsonl(tmp_path / "x.jsonl", [{"messages": [{"role": "user", "content": "q"}]} | bad])
+    write(tmp_path / "x.jsonl", [{"messages": [{"role": "user", "content": "q"}]} | bad])
     with pytest.raises(SystemExit, match="x.jsonl:1"):
         align.given_pairs(tmp_path / "x.jsonl")
 
 
 def test_few_bad_lines_are_passed_over(tmp_path):
     records = preferences(tmp_path, 20)
-    write_jsonl(tmp_path / "pairs.jsonl", [{}, *records])
+    write(tmp_path / "pairs.jsonl", [{}, *records])
     pairs = align.given_pairs(tmp_path / "pairs.jsonl")
     assert len(pairs) == 20
     assert pairs[0].where.endswith("pairs.jsonl:2")
-    write_jsonl(tmp_path / "pairs.jsonl", [{}, {}, *records])
+    write(tmp_path / "pairs.jsonl", [{}, {}, *records])
     with pytest.raises(SystemExit, match="pairs.jsonl:1"):
         align.given_pairs(tmp_path / "pairs.jsonl")
 
@@ -228,7 +216,7 @@ def asked(monkeypatch, tmp_path):
     """own_pairs of questions.jsonl and instruct.jsonl; `answers` holds what each is answered."""
     write_questions(tmp_path)
     instruct = [question(f"Say {i}.", str(i), task="say") for i in range(10, 14)]
-    write_jsonl(tmp_path / "train" / "instruct.jsonl", instruct)
+    write(tmp_path / "train" / "instruct.jsonl", instruct)
     asked = SimpleNamespace(folder=tmp_path, calls=[], answers={})
 
     def attempts(run, init, questions, samples, seed):
@@ -294,7 +282,7 @@ def test_without_any_question_there_are_no_own_pairs(tmp_path, run):
 
 
 def test_a_line_that_is_no_question_is_named(asked, run):
-    write_jsonl(asked.folder / "train" / "instruct.jsonl", [{"messages": []}])
+    write(asked.folder / "train" / "instruct.jsonl", [{"messages": []}])
     with pytest.raises(SystemExit, match="instruct.jsonl:1"):
         align.own_pairs(run, "init", asked.folder, {"asked": 3, "samples": 2})
 
@@ -315,7 +303,7 @@ def test_references_are_those_of_the_start(tmp_path, run, model, processor, star
     records = preferences(tmp_path / "mine", 21)
     data = tmp_path / "data"
     align.prepare(run, start_model, given(tmp_path / "mine"), data)
-    train, held = read_jsonl(data / "train.jsonl"), read_jsonl(data / "held.jsonl")
+    train, held = read(data / "train.jsonl"), read(data / "held.jsonl")
     assert [prompt_text(record) for record in held] == [f"What is {i}?" for i in (0, 10, 20)]
     rest = [f"What is {i}?" for i in range(21) if i % 10]
     assert [prompt_text(record) for record in train] == rest, "no held-out pair is trained on"
@@ -339,13 +327,13 @@ def test_a_pair_that_cannot_be_read_is_named_and_left_out(
     """Its neighbours keep their own references, though its chosen answer can be read."""
     records = preferences(tmp_path / "mine", 20)
     records[3] = unreadable(records[3])
-    write_jsonl(tmp_path / "mine" / "pairs.jsonl", records)
+    write(tmp_path / "mine" / "pairs.jsonl", records)
     align.prepare(run, start_model, given(tmp_path / "mine"), tmp_path / "data")
     assert run.said[0].startswith(f"skipped {tmp_path}/mine/pairs.jsonl:4: ")
     assert "none.png" in run.said[0]
     assert run.said[1:] == ["1 of 20 pairs cannot be read"]
-    train = read_jsonl(tmp_path / "data" / "train.jsonl")
-    held = read_jsonl(tmp_path / "data" / "held.jsonl")
+    train = read(tmp_path / "data" / "train.jsonl")
+    held = read(tmp_path / "data" / "held.jsonl")
     left = [int(prompt_text(record).split()[-1][:-1]) for record in train + held]
     assert sorted(left) == [i for i in range(20) if i != 3]
     for i, record in zip(left, train + held):
@@ -357,7 +345,7 @@ def test_too_many_unreadable_pairs_end_the_run(tmp_path, run, start_model):
     records = preferences(tmp_path / "mine", 20)
     for i in (3, 7):
         records[i] = unreadable(records[i])
-    write_jsonl(tmp_path / "mine" / "pairs.jsonl", records)
+    write(tmp_path / "mine" / "pairs.jsonl", records)
     with pytest.raises(SystemExit, match="2 of 20 pairs cannot be read"):
         align.prepare(run, start_model, given(tmp_path / "mine"), tmp_path / "data")
     assert ["none.png: missing" in line for line in run.said] == [True, True]
@@ -373,8 +361,8 @@ def test_references_are_of_what_training_sees(
     tmp_path, monkeypatch, run, model, processor, start_model
 ):
     """Where two answers share a pack that is small, pictures shrink: before training as in it."""
-    small = replace(model_module.SCALE["toy"], pack=80)
-    monkeypatch.setitem(model_module.SCALE, "toy", small)
+    small = replace(SCALE["toy"], pack=80)
+    monkeypatch.setitem(SCALE, "toy", small)
     pairs = preferences(tmp_path / "mine", 3)
     for i in range(3):
         Image.effect_noise((112, 112), 60).convert("RGB").save(tmp_path / "mine" / f"{i}.png")
@@ -385,7 +373,7 @@ def test_references_are_of_what_training_sees(
         sums, _ = answer_logprobs(model, batch)
     assert sums.tolist() == pytest.approx(batch["reference"].flatten().tolist(), abs=1e-3)
     free = alone(model, processor, pairs[1], tmp_path / "mine")
-    assert read_jsonl(path)[0]["reference"] != pytest.approx(free, abs=1e-3), "none shrank"
+    assert read(path)[0]["reference"] != pytest.approx(free, abs=1e-3), "none shrank"
 
 
 def test_pairs_beyond_those_held_are_trained_on(tmp_path, monkeypatch):
@@ -393,8 +381,8 @@ def test_pairs_beyond_those_held_are_trained_on(tmp_path, monkeypatch):
     preferences(tmp_path / "mine", 31)
     pairs = given(tmp_path / "mine")
     align.write_pairs(pairs, {i: [0.0, 0.0] for i in range(31)}, tmp_path / "data")
-    held = read_jsonl(tmp_path / "data" / "held.jsonl")
-    train = read_jsonl(tmp_path / "data" / "train.jsonl")
+    held = read(tmp_path / "data" / "held.jsonl")
+    train = read(tmp_path / "data" / "train.jsonl")
     assert [prompt_text(record) for record in held] == ["What is 0?", "What is 10?"]
     assert [prompt_text(record) for record in train[-2:]] == ["What is 20?", "What is 30?"]
     assert len(train) == 29
@@ -404,7 +392,7 @@ def test_a_single_pair_is_trained_on_and_held(tmp_path):
     preferences(tmp_path / "mine", 1)
     align.write_pairs(given(tmp_path / "mine"), {0: [0.0, 0.0]}, tmp_path / "data")
     for name in ("train", "held"):
-        assert len(read_jsonl(tmp_path / "data" / f"{name}.jsonl")) == 1
+        assert len(read(tmp_path / "data" / f"{name}.jsonl")) == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -421,7 +409,7 @@ def held_pairs(folder, policy, processor):
         record["reference"] = [chosen - 7 + by, rejected - 7]
         right += chosen > rejected
         moved += by < 0
-    write_jsonl(folder / "held.jsonl", records)
+    write(folder / "held.jsonl", records)
     return right / 35, moved / 35
 
 
@@ -713,8 +701,8 @@ def test_two_ranks_equal_one(tmp_path, run, start_model):
     assert said.count("round 1: 4 answers") == 1
     align.prepare(run, start_model, given(tmp_path / "mine"), tmp_path / "one")
     for name in ("train.jsonl", "held.jsonl"):
-        one = read_jsonl(tmp_path / "one" / name)
-        two = read_jsonl(tmp_path / "two" / "toy" / "mpo" / "data" / name)
+        one = read(tmp_path / "one" / name)
+        two = read(tmp_path / "two" / "toy" / "mpo" / "data" / name)
         for record, other in zip(one, two, strict=True):
             assert record.pop("reference") == pytest.approx(other.pop("reference"), abs=1e-3)
             assert record == other
@@ -734,8 +722,8 @@ def number_prompts(folder) -> list[Prompt]:
 @pytest.fixture
 def short(monkeypatch):
     """Answers of eight tokens."""
-    scale = replace(model_module.SCALE["toy"], max_answer=8)
-    monkeypatch.setitem(model_module.SCALE, "toy", scale)
+    scale = replace(SCALE["toy"], max_answer=8)
+    monkeypatch.setitem(SCALE, "toy", scale)
 
 
 def test_a_group_ends_with_a_greedy_answer(short, run, start_model):
@@ -760,9 +748,11 @@ def test_a_group_ends_with_a_greedy_answer(short, run, start_model):
 
 def test_ranks_share_the_prompts_of_a_round(short, run, start_model):
     groups = {}
-    for rank in range(2):
+    for rank, share in enumerate((2, 1)):
         run.rank, run.world = rank, 2
-        for group in align.respond(run, start_model, number_prompts(start_model), 2):
+        local = align.respond(run, start_model, number_prompts(start_model), 2)
+        assert len(local) == share
+        for group in local:
             groups[group[0].prompt.seed] = group[0].response.ids
     run.rank, run.world = 0, 1
     for group in align.respond(run, start_model, number_prompts(start_model), 2):
@@ -776,7 +766,7 @@ def test_responses_are_scored_and_their_pixels_dropped(
     seen = []
     monkeypatch.setattr(align, "reward_groups", lambda *how: seen.append(how))
     write_questions(tmp_path)
-    record = read_jsonl(tmp_path / "train" / "questions.jsonl")[-1]
+    record = read(tmp_path / "train" / "questions.jsonl")[-1]
     prompts = [Prompt(record, tmp_path / "train", "think", "s")]
     groups = align.respond(run, start_model, prompts, 3, "judge")
     assert seen == [(groups, 8, "judge")]
@@ -930,7 +920,7 @@ class Phase:
 
         def prepare(run, init, pairs, data):
             self.events.append(("prepare", init, pairs, data))
-            write_jsonl(data / "train.jsonl", [{"from": str(init)}])
+            write(data / "train.jsonl", [{"from": str(init)}])
 
         def mpo(run, init, data, lr, steps):
             self.events.append(("mpo", init, data, lr, steps, run.args.resume))
@@ -958,7 +948,7 @@ class Phase:
     def main(self, *flags):
         self.events.clear()
         argv = [str(flag) for flag in (*self.flags, "--threads", "1", *flags)]
-        with as_before():
+        with kept_process():
             align.main(parser().parse_args(argv))
         return [event for event in self.events if event[0] != "score"]
 
@@ -1015,7 +1005,7 @@ def test_another_start_or_other_pairs_are_refused(phase, tmp_path, start_model):
     data = phase.out / "mpo" / "data"
     again = phase.main(*MPO, "--init", other, "--fresh")
     assert [event[0] for event in again] == ["own", "prepare", "mpo"]
-    assert read_jsonl(data / "train.jsonl") == [{"from": str(other)}]
+    assert read(data / "train.jsonl") == [{"from": str(other)}]
 
 
 def test_each_round_starts_where_the_one_before_ended(phase, questions, start_model):
@@ -1093,7 +1083,7 @@ def test_the_judge_has_its_addresses_its_model_and_its_key(monkeypatch, phase):
 
 def test_a_size_without_a_plan_of_its_own_has_that_of_released_weights(phase):
     found = phase.main(*MPO, "--size", "8b")
-    assert found[0][3] is align.PLAN["released"]
+    assert found[0][3] == align.PLAN["released"]
 
 
 def test_each_phase_looks_for_the_model_of_the_one_before(phase, tmp_path):
@@ -1121,7 +1111,7 @@ def test_held_out_questions_are_checked_before_anything_is_done(phase, tmp_path)
 
 def command(out, start_model, data, *flags, **how) -> str:
     place = ["--data", data, "--out", out, "--init", start_model, "--device", "cpu"]
-    return run_script("align.py", *place, "--eval-limit", 1, *flags, **how)
+    return run_small("align.py", *place, "--eval-limit", 1, *flags, **how)
 
 
 def test_a_killed_mpo_goes_on_bit_for_bit(tmp_path, start_model):
@@ -1149,7 +1139,7 @@ def test_a_killed_mpo_goes_on_bit_for_bit(tmp_path, start_model):
 def test_two_ranks_run_mpo_and_leave_out_what_they_cannot_read(tmp_path, start_model):
     records = preferences(tmp_path / "mine", 24)
     path = tmp_path / "mine" / "pairs.jsonl"
-    write_jsonl(path, [unreadable(records[0]), *records[1:]])
+    write(path, [unreadable(records[0]), *records[1:]])
     flags = ["--phase", "mpo", "--pairs", path, "--steps", 1]
     said = command(tmp_path, start_model, tmp_path, *flags, ranks=2)
     assert said.count("took") == 1, "rank 0 alone speaks"
@@ -1162,7 +1152,7 @@ def test_two_ranks_run_mpo_and_leave_out_what_they_cannot_read(tmp_path, start_m
 def test_pairs_that_cannot_be_read_end_the_run(tmp_path, start_model):
     records = preferences(tmp_path / "mine", 4)
     path = tmp_path / "mine" / "pairs.jsonl"
-    write_jsonl(path, [unreadable(records[0]), *records[1:]])
+    write(path, [unreadable(records[0]), *records[1:]])
     said = command(tmp_path, start_model, tmp_path, "--phase", "mpo", "--pairs", path, code=1)
     assert "1 of 4 pairs cannot be read" in said
     assert "Traceback" not in said
@@ -1171,7 +1161,7 @@ def test_pairs_that_cannot_be_read_end_the_run(tmp_path, start_model):
 
 def test_preferences_that_are_none_are_an_error(tmp_path, start_model):
     path = tmp_path / "bad.jsonl"
-    write_jsonl(path, [{"messages": [{"role": "user", "content": "q"}], "chosen": "a"}])
+    write(path, [{"messages": [{"role": "user", "content": "q"}], "chosen": "a"}])
     said = command(tmp_path, start_model, tmp_path, "--phase", "mpo", "--pairs", path, code=1)
     assert "bad.jsonl:1" in said and "rejected" in said
     assert "Traceback" not in said

@@ -18,7 +18,6 @@ from common.parallel import shard, whole
 from common.rewards import Reward, parse, turn_of
 from common.rollout import Prompt, Response, Rollout, converse, trajectory
 from common.run import add_judge_arguments, arguments, start
-from conftest import write_toy_model
 from data import Processor, pack
 from generate import Generator
 from grpo import (
@@ -31,8 +30,9 @@ from grpo import (
     token_weight,
     training_sample,
 )
+from miniature import curve, run_small, weights, write_questions
 from model import PRESETS, KeyeVL
-from scripts import as_before, curve, run_script, weights, write_questions
+from phases import first_model, kept_process
 from stage import in_processes
 
 
@@ -530,7 +530,7 @@ def written_out(policy, reference, groups, algo, beta, updates=2) -> SimpleNames
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     flags = ["--out", str(tmp_path_factory.mktemp("run")), "--device", "cpu", "--threads", "1"]
-    with as_before():
+    with kept_process():
         return start(arguments(grpo.__doc__).parse_args(flags), "grpo")
 
 
@@ -821,10 +821,8 @@ def test_one_process_samples_from_the_model_in_training(run, model, processor):
 
 
 @pytest.fixture(scope="module")
-def start_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start") / "model"
-    write_toy_model(folder)
-    return folder
+def start_model():
+    return first_model()
 
 
 class Loop:
@@ -1004,7 +1002,7 @@ class Phase:
     def main(self, *flags):
         self.events.clear()
         argv = [str(flag) for flag in (*self.flags, "--threads", "1", *flags)]
-        with as_before():
+        with kept_process():
             grpo.main(parser().parse_args(argv))
         return self.events
 
@@ -1059,10 +1057,14 @@ def test_the_judge_has_its_addresses_its_model_and_its_key(monkeypatch, phase):
     assert events[0][-1] == "the judge"
 
 
+def test_the_plan_can_be_changed(phase):
+    assert phase.main("--plan", "prompts=8")[0][3] == grpo.PLAN["toy"] | {"prompts": 8}
+
+
 def test_a_size_without_a_plan_of_its_own_has_that_of_released_weights(
     phase, monkeypatch, start_model
 ):
-    assert phase.main("--size", "8b")[0][3] is grpo.PLAN["released"]
+    assert phase.main("--size", "8b")[0][3] == grpo.PLAN["released"]
 
 
 def test_what_is_missing_or_wrong_is_named_before_anything_is_done(phase, tmp_path):
@@ -1085,21 +1087,24 @@ def test_what_is_missing_or_wrong_is_named_before_anything_is_done(phase, tmp_pa
 
 def command(out, questions, start_model, *flags, **how) -> str:
     place = ["--data", questions, "--out", out, "--init", start_model, "--device", "cpu"]
-    return run_script("grpo.py", *place, "--eval-limit", 1, "--steps", 3, *flags, **how)
+    return run_small("grpo.py", *place, "--eval-limit", 1, "--steps", 3, *flags, **how)
+
+
+ONE_UPDATE = ["--plan", "updates=1"]  # on two ranks the groups are dealt otherwise
 
 
 @pytest.fixture(scope="module")
 def one_run(tmp_path_factory, questions, start_model):
-    """Three steps of a process, whose groups all come in one update."""
+    """Three steps of one process."""
     out = tmp_path_factory.mktemp("one")
-    command(out, questions, start_model, updates=1)
+    command(out, questions, start_model, *ONE_UPDATE)
     return out / "toy" / "grpo"
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, questions, start_model, one_run):
-    how = dict(updates=1)
-    command(tmp_path, questions, start_model, "--save-every", 1, kill=2, code=-9, **how)
-    said = command(tmp_path, questions, start_model, **how)
+    flags = [*ONE_UPDATE, "--save-every", 1]
+    command(tmp_path, questions, start_model, *flags, kill=2, code=-9)
+    said = command(tmp_path, questions, start_model, *flags)
     assert "resumed from" in said and "step-1" in said
     folder = tmp_path / "toy" / "grpo"
     assert curve(folder) == curve(one_run)
@@ -1117,7 +1122,7 @@ def test_a_run_trains_and_its_sampler_agrees(one_run, start_model):
 
 
 def test_two_ranks_agree_with_one(tmp_path, questions, start_model, one_run):
-    said = command(tmp_path, questions, start_model, "--steps", 1, ranks=2, updates=1)
+    said = command(tmp_path, questions, start_model, *ONE_UPDATE, "--steps", 1, ranks=2)
     assert said.count("GRPO took") == 1, "rank 0 alone speaks"
     one, two = curve(one_run)[0], curve(tmp_path / "toy" / "grpo")[0]
     for key in ("reward", "right", "loss", "norm", "kl", "entropy", "dropped_groups"):

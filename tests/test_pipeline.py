@@ -10,7 +10,7 @@ import torch
 
 from common.conversation import MODES
 from conftest import write_toy_model
-from scripts import curve, run_script, weights
+from miniature import curve, made_json, run_small, weights
 from stage import ROOT, TESTS
 from toyworld import make_world
 
@@ -35,10 +35,10 @@ SCORED = {
 
 
 def torchrun(name: str, *flags, ranks: int) -> str:
-    """run_script, but by torchrun itself."""
+    """run_small, but by torchrun itself."""
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    words = [TESTS / "scripts.py", name, "{}", 0, *flags]
+    words = [TESTS / "miniature.py", 0, name, *flags]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [*launch, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True,
@@ -69,13 +69,12 @@ def test_all_phases(tmp_path, device, ranks):
         ["grpo.py"],
         ["align.py", "--phase", "iterate"],
     ):
-        said.append(run_script(*script, *flags, ranks=ranks))
+        said.append(run_small(*script, *flags, ranks=ranks))
     for lines in said:
         assert lines.count(" took ") == 1, "rank 0 alone speaks"
 
     for name, start in STARTS.items():
-        made = json.loads((folder / name / "made.json").read_text())
-        assert made["init"] == str(folder / start / "model")
+        assert made_json(folder / name)["init"] == str(folder / start / "model")
         same = weights(folder / name) == weights(folder / start)
         assert same == (name == "align"), "every phase trains, and the last is a copy"
         if name != "align":
