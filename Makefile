@@ -1,4 +1,4 @@
-# make smoke  sets up, and runs every script for a few steps: about a minute after installation
+# make smoke  sets up, and runs every script for a few steps: a minute or two after installation
 # make toy    sets up, draws the toy world and trains a small Keye-VL on it through all phases
 # make test   sets up and runs the tests
 #
