@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common.checkpoint import export, fingerprint, replace_folder, resume, save_if_due
+from common.checkpoint import export, replace_folder, save_if_due
 from common.conversation import (
     MODES,
     check_training,
@@ -46,14 +46,19 @@ from common.conversation import (
     link_media,
     prompt_of,
 )
-from common.judge import Judge
 from common.jsonl import Lines, write_lines
-from common.loader import Loader, split_packs
+from common.judge import Judge
+from common.loader import Loader
 from common.media import MediaError
-from common.optim import clip_gradients, make_optimizer, schedule, set_lr
-from common.packing import even_packs, group_into_packs, sum_per_sample
-from common.parallel import shard
-from common.questions import Question, check_heldout, draw_prompts, question_pool, read_or_exit
+from common.optim import clip_gradients, schedule, set_lr
+from common.packing import even_packs, sum_per_sample
+from common.questions import (
+    Question,
+    check_heldout,
+    draw_prompts,
+    question_pool,
+    read_or_exit,
+)
 from common.rewards import REPEATED
 from common.rollout import Prompt, Rollout, reward_groups, sample_groups
 from common.run import (
@@ -64,13 +69,12 @@ from common.run import (
     data_folder,
     plan_of,
     previous_model,
-    start,
 )
 from data import Processor, pack
 from evaluate import score_phase
 from generate import Generator
 from model import SCALE, KeyeVL, sample_flops, step_work
-from sft import attempts, mean
+from sft import attempts, evenly, mean, packing, start_from, trainable
 
 BETA = 0.1  # MPO's own, as are the weights; Keye states neither
 WEIGHTS = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
@@ -170,7 +174,10 @@ def check_pair(record: dict):
 
 
 def given_pairs(path: Path) -> list[Pair]:
-    """--pairs. SystemExit when more than MAX_BAD_SHARE of its lines are none, naming the first."""
+    """The pairs of a file, as --pairs is one.
+
+    SystemExit when more than MAX_BAD_SHARE of its lines are none, naming the first.
+    """
     try:
         lines = Lines(path, check_pair, MAX_BAD_SHARE)
     except (OSError, ValueError) as e:
@@ -180,37 +187,33 @@ def given_pairs(path: Path) -> list[Pair]:
 
 def own_pairs(run: Run, init: Path, folder: Path, plan: dict) -> list[Pair]:
     """The true answer and the worst of the model's wrong ones, for each question it gets wrong."""
-    sources = [folder / "train" / name for name in ("questions.jsonl", "instruct.jsonl")]
-    sources = [path for path in sources if path.exists()]
-    if not sources:
-        raise SystemExit(f"MPO needs --pairs, or questions or instruct.jsonl in {folder / 'train'}")
     pairs = []
     rights = []
-    for source in sources:
-        questions = evenly(read_or_exit(source), plan["asked"])
+    for name in ("questions.jsonl", "instruct.jsonl"):
+        path = folder / "train" / name
+        if not path.exists():
+            continue
+        questions = evenly(read_or_exit(path), plan["asked"])
         results = attempts(run, init, questions, plan["samples"], run.args.seed)
         for question, tries in zip(questions, results):
             rights += [attempt.right for attempt in tries]
             wrong = [attempt for attempt in tries if not attempt.right]
             if wrong:
                 worst = min(wrong, key=lambda attempt: attempt.outcome)
+                *asked, truth = question.record["messages"]
                 record = {
-                    "messages": question.record["messages"][:-1],
-                    "chosen": question.record["messages"][-1]["content"],
+                    "messages": asked,
+                    "chosen": truth["content"],
                     "rejected": worst.text,
                     "rejected_ended": worst.finished,
                     "task": question.task,
                 }
                 pairs.append(Pair(record, question.root, question.where))
+    if not rights:
+        raise SystemExit(f"MPO needs --pairs, or questions or instruct.jsonl in {folder / 'train'}")
     run.say(f"{mean(rights):.0%} of the answers are right; {len(pairs)} pairs")
     random.Random(run.args.seed).shuffle(pairs)
     return pairs
-
-
-def evenly(items: list, count: int) -> list:
-    """At most `count` of the items, evenly spread."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def pair_samples(processor: Processor, pair: Pair, max_tokens: int) -> list[dict]:
@@ -220,46 +223,31 @@ def pair_samples(processor: Processor, pair: Pair, max_tokens: int) -> list[dict
     return [processor.load(layout) for layout in layouts]
 
 
-def pair_logprobs(run: Run, model: KeyeVL, packs: list[list[dict]]) -> list[list[float]]:
-    """log p of [chosen, rejected] for each pair in the packs; what is left may be blanks."""
-    sums = []
-    for samples in packs:
-        with run.autocast():
-            sums += answer_logprobs(model, run.to(pack(samples)))[0].tolist()
-    return [sums[i : i + 2] for i in range(0, len(sums), 2)]
-
-
-def packing(run: Run) -> tuple[int, int]:
-    """Training's (tokens of a pack, packs of a step). Both answers of a pair share a pack."""
-    scale = SCALE[run.args.size]
-    return split_packs(scale.pack, scale.packs, run.world)
-
-
 @torch.no_grad()
-def prepare(run: Run, model_folder: Path, pairs: list[Pair], out: Path):
-    """Writes out/train.jsonl and out/held.jsonl: pairs with "reference", and their media.
+def pair_logprobs(run: Run, model, processor: Processor, pairs: list[Pair]) -> dict:
+    """(log p of chosen, of rejected) for each pair by its index, on all ranks.
 
-    reference: log-probabilities of chosen and rejected under the model in model_folder. Pairs that
-    cannot be read are named and left out; more than MAX_BAD_SHARE of them end the run.
+    Pairs that cannot be read are named and left out; more than MAX_BAD_SHARE of them end the run.
     """
-    if not pairs:
-        raise SystemExit("no pair: every answer scores the same")
-    model = KeyeVL.from_pretrained(model_folder, device=run.device)
-    processor = Processor.from_pretrained(model_folder)
     max_tokens, _ = packing(run)
-    references = {}
+    blank = processor({"messages": [{"role": "system", "content": ""}]})
+    found = {}
     failed = {}
-    for first in range(run.rank, len(pairs), 16 * run.world):  # few at a time: their pixels
+    for first in range(0, len(pairs), 16 * run.world):  # few at a time: their pixels
         ready = []
         samples = []
-        for i in range(first, len(pairs), run.world)[:16]:
+        for i in range(first + run.rank, len(pairs), run.world)[:16]:
             try:
                 samples += pair_samples(processor, pairs[i], max_tokens)
                 ready.append(i)
             except (MediaError, ValueError) as e:
                 failed[i] = e
-        packs = group_into_packs(samples, max_tokens)
-        references |= zip(ready, pair_logprobs(run, model, packs))
+        sums = []
+        for members in even_packs(run, samples, max_tokens, blank):
+            with run.autocast():
+                sums += answer_logprobs(model, run.to(pack(members)))[0].tolist()
+        # Chosen and rejected take turns; what is left at the end are blanks.
+        found |= zip(ready, zip(sums[::2], sums[1::2]))
 
     failed = run.merge(failed)
     for i in sorted(failed)[:3]:
@@ -269,7 +257,19 @@ def prepare(run: Run, model_folder: Path, pairs: list[Pair], out: Path):
         raise SystemExit(count)
     if failed:
         run.say(count)
-    references = run.merge(references)
+    return run.merge(found)
+
+
+def prepare(run: Run, model_folder: Path, pairs: list[Pair], out: Path):
+    """Writes out/train.jsonl and out/held.jsonl: pairs with "reference", and their media.
+
+    reference: log-probabilities of chosen and rejected under the model in model_folder.
+    """
+    if not pairs:
+        raise SystemExit("no pair: every answer scores the same")
+    model = KeyeVL.from_pretrained(model_folder, device=run.device)
+    processor = Processor.from_pretrained(model_folder)
+    references = pair_logprobs(run, model, processor, pairs)
 
     def write():
         if run.main:
@@ -278,40 +278,31 @@ def prepare(run: Run, model_folder: Path, pairs: list[Pair], out: Path):
     run.attempt(f"cannot write {out}", write)
 
 
-def write_pairs(pairs: list[Pair], references: dict[int, list[float]], out: Path):
+def write_pairs(pairs: list[Pair], references: dict, out: Path):
     """Those that have a reference; every HELD_EVERY-th is kept from training."""
     records = []
     for i in sorted(references):
         record = link_media(pairs[i].record, pairs[i].root, out)
         records.append(record | {"reference": references[i]})
     held = records[::HELD_EVERY]
-    train = [record for k, record in enumerate(records) if k % HELD_EVERY]
+    del records[::HELD_EVERY]
     write_lines(out / "held.jsonl", held[:HELD_MOST])
-    write_lines(out / "train.jsonl", (train + held[HELD_MOST:]) or held)
+    write_lines(out / "train.jsonl", (records + held[HELD_MOST:]) or held)
 
 
-@torch.no_grad()
 def preference_accuracy(run: Run, model, processor: Processor, path: Path) -> tuple[float, float]:
     """The share of pairs whose chosen answer is the likelier one, and of those that moved so.
 
     The second: by how much it is likelier grew beyond what the reference said.
     """
-    lines = Lines(path)
-    max_tokens, _ = packing(run)
-    blank = processor({"messages": [{"role": "system", "content": ""}]})
-    right = moved = 0
-    for first in range(0, len(lines), 16 * run.world):  # few at a time: their pixels
-        records = [lines[i] for i in range(first + run.rank, len(lines), run.world)[:16]]
-        samples = []
-        for record in records:
-            samples += pair_samples(processor, Pair(record, lines.root, ""), max_tokens)
-        packs = even_packs(run, samples, max_tokens, blank)
-        for record, logprobs in zip(records, pair_logprobs(run, model, packs)):
-            gap = logprobs[0] - logprobs[1]
-            before = record["reference"][0] - record["reference"][1]
-            right += gap > 0
-            moved += gap > before
-    return run.sum(right) / len(lines), run.sum(moved) / len(lines)
+    pairs = given_pairs(path)
+    right = []
+    moved = []
+    for i, (chosen, rejected) in pair_logprobs(run, model, processor, pairs).items():
+        before = pairs[i].record["reference"]
+        right.append(chosen > rejected)
+        moved.append(chosen - rejected > before[0] - before[1])
+    return mean(right), mean(moved)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -321,41 +312,34 @@ def preference_accuracy(run: Run, model, processor: Processor, path: Path) -> tu
 def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
     """MPO on data/train.jsonl, from the model in `init`; leaves run.folder/model."""
     args = run.args
-    scale = SCALE[args.size]
-    processor = Processor.from_pretrained(init)
-    model = KeyeVL.from_pretrained(init)
-    cfg = model.config
-    model.decoder.activation_checkpointing = scale.recompute
-    model = shard(model, run)
-    opt = make_optimizer(model, dict.fromkeys(("vit", "projector", "decoder"), lr), muon=scale.muon)
-    progress = resume(run, model, opt)
+    model, processor, opt, progress = trainable(run, init, lr)
     shift = Shift(*progress.extra.get("shift", ()))
+    held = data / "held.jsonl"
     if progress.step == 0:
-        right, _ = preference_accuracy(run, model, processor, data / "held.jsonl")
+        right, _ = preference_accuracy(run, model, processor, held)
         run.say(f"before: the chosen answer is the likelier one in {right:.1%} of held-out pairs")
         run.write({"preference_accuracy_before": right})
     loader = Loader(
         [(data / "train.jsonl", 1)], processor, *packing(run), run.rank, run.world, args.seed,
-        flops=partial(sample_flops, cfg), workers=args.workers, state=progress.loader,
+        flops=partial(sample_flops, model.config), workers=args.workers, state=progress.loader,
     )
 
     for step, (batches, info) in zip(range(progress.step, steps), loader):
         now = set_lr(opt, schedule(step, steps, WARMUP))
-        references = [batch.pop("reference", torch.zeros(0, 2)) for batch in batches]  # (P, 2) each
-        pairs = run.sum(sum(map(len, references)))
+        pairs = run.sum(sum(len(batch.get("reference", ())) for batch in batches))
         if not pairs:
             raise ValueError(f"step {step}: no pair in any pack; look at {data} and the log")
 
         log = defaultdict(list)
-        for batch, reference in zip(batches, references):
-            reference = reference.to(run.device)
+        for batch in batches:
+            batch = run.to(batch)
             with run.autocast():
-                sums, lengths = answer_logprobs(model, run.to(batch))
+                sums, lengths = answer_logprobs(model, batch)  # (S,) each
             # Chosen and rejected lie side by side. A pack whose pairs all failed has none: its
             # gradient is zero, and every rank runs as many backwards as the others.
-            count = 2 * len(reference)
-            policy = sums[:count].view(-1, 2)
-            chosen_length = lengths[:count].view(-1, 2)[:, 0]
+            reference = batch.get("reference", sums.new_zeros(0, 2))  # (P, 2)
+            policy = sums[: reference.numel()].view_as(reference)
+            chosen_length = lengths[: reference.numel() : 2]  # (P,)
             nll = -policy[:, 0] / chosen_length.clamp(min=1)
             parts = mpo_loss(policy, reference, nll, shift.value())
             (parts["total"].sum() / pairs).backward()
@@ -372,13 +356,13 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
         run.log(
             step, steps, loss=means.pop("total"), norm=norm, lr=now, pairs=pairs,
             shift=shift.value(), skipped=run.sum(sum(info["skipped"].values())), **means,
-            **step_work(cfg, batches),
+            **step_work(model.config, batches),
         )
         shift.add(rewards * 2 * pairs, 2 * pairs)
-        total = [shift.total, shift.count]
-        save_if_due(run, step + 1, steps, model, opt, info["state"], shift=total)
+        so_far = [shift.total, shift.count]
+        save_if_due(run, step + 1, steps, model, opt, info["state"], shift=so_far)
 
-    right, moved = preference_accuracy(run, model, processor, data / "held.jsonl")
+    right, moved = preference_accuracy(run, model, processor, held)
     run.say(
         f"after: the chosen answer is the likelier one in {right:.1%} of held-out pairs; "
         f"{moved:.1%} moved towards it"
@@ -398,9 +382,10 @@ def respond(run: Run, model_folder: Path, prompts: list[Prompt], group: int, jud
     """
     generator = Generator.from_pretrained(model_folder, run.device)
     max_answer = SCALE[run.args.size].max_answer
-    ask = partial(sample_groups, generator, prompts[run.rank :: run.world], keep_pixels=False)
-    sampled = ask(group=group - 1, max_tokens=max_answer)
-    greedy = ask(group=1, max_tokens=max_answer, temperature=0.0)
+    how = {"max_tokens": max_answer, "keep_pixels": False}
+    mine = prompts[run.rank :: run.world]
+    sampled = sample_groups(generator, mine, group - 1, **how)
+    greedy = sample_groups(generator, mine, 1, temperature=0.0, **how)
     groups = [some + last for some, last in zip(sampled, greedy)]
     reward_groups(groups, max_answer, judge)
     return groups
@@ -412,7 +397,7 @@ def best_and_worst(group: list[Rollout]) -> Pair | None:
     Where none is right, only what is worse than wrong, a loop or an endless answer, is so far away.
     """
     scored = [rollout for rollout in group if rollout.reward.total is not None]
-    if len(scored) < 2:
+    if not scored:
         return None
     # of equals the shorter one is the better
     scored.sort(key=lambda r: (r.reward.total, -sum(r.response.sampled)))
@@ -437,22 +422,23 @@ def round_pairs(run: Run, start_: Path, questions: list[Question], number: int, 
     data = run.folder / "data"
     prompts = draw_prompts(questions, plan["prompts"], ASKED, f"{run.args.seed}/{number}")
     groups = respond(run, start_, prompts, plan["group"], judge)
-    counts = {"right": [], "format": [], "consistency": [], "repetition": []}
     local = []
     for group in groups:
-        for rollout in group:
-            for name, values in counts.items():
-                value = getattr(rollout.reward, name)
-                if value is not None:
-                    values.append(value > REPEATED if name == "repetition" else value)
         pair = best_and_worst(group)
         if pair:
             local.append(Pair(link_media(pair.record, pair.root, data), data, pair.where))
-    pairs = sum(run.gather_objects(local), [])
-    shares = run.means(counts)
-    answers = run.sum(sum(map(len, groups)))
+    pairs = [pair for share in run.gather_objects(local) for pair in share]
+
+    rewards = [rollout.reward for group in groups for rollout in group]
+    shares = run.means({
+        "right": [reward.right for reward in rewards if reward.right is not None],
+        "format": [reward.format for reward in rewards],
+        "consistency": [r.consistency for r in rewards if r.consistency is not None],
+        "repetition": [reward.repetition > REPEATED for reward in rewards],
+    })
+    answers = run.sum(len(rewards))
     report = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-    run.say(f"round {number}: {answers:.0f} answers, {report}; {len(pairs)} pairs")
+    run.say(f"round {number}: {answers} answers, {report}; {len(pairs)} pairs")
     run.write_json("round.json", shares | {"pairs": len(pairs)})
     random.Random(run.args.seed).shuffle(pairs)
     return pairs
@@ -464,8 +450,7 @@ def round_pairs(run: Run, start_: Path, questions: list[Question], number: int, 
 
 def phase_mpo(args, folder: Path, plan: dict) -> Run:
     init = previous_model(args, "sft")
-    run = start(args, "mpo")
-    run.made_from(init=init, weights=fingerprint(init), pairs=args.pairs)
+    run = start_from(args, "mpo", init, pairs=args.pairs)
     data = run.folder / "data"
     if not run.trained():
         if not (data / "train.jsonl").exists():
@@ -476,8 +461,6 @@ def phase_mpo(args, folder: Path, plan: dict) -> Run:
             prepare(run, init, pairs, data)
         mpo(run, init, data, plan["lr"], args.steps or plan["steps"])
         run.mark_trained()
-    run.score(lambda: score_phase(run, folder / "heldout", ["plain"], args.eval_limit))
-    run.close()
     return run
 
 
@@ -485,8 +468,7 @@ def phase_iterate(args, folder: Path, plan: dict, judge: Judge | None) -> Run:
     model_folder = previous_model(args, "grpo")
     questions = question_pool(folder)
     for number in range(1, (args.rounds or plan["rounds"]) + 1):
-        run = start(args, f"align-{number}")
-        run.made_from(init=model_folder, weights=fingerprint(model_folder))
+        run = start_from(args, f"align-{number}", model_folder)
         data = run.folder / "data"
         if not run.trained():
             if not (data / "train.jsonl").exists():
@@ -495,17 +477,15 @@ def phase_iterate(args, folder: Path, plan: dict, judge: Judge | None) -> Run:
             mpo(run, model_folder, data, plan["round_lr"], args.steps or plan["round_steps"])
             run.mark_trained()
             args.resume = False  # it was for the round that had been interrupted
+            args.fresh = True  # what later rounds left is of a model that is no more
         run.close()
         model_folder = run.folder / "model"
 
-    run = start(args, "align")
-    run.made_from(init=model_folder, weights=fingerprint(model_folder))
+    run = start_from(args, "align", model_folder)
     if not run.trained():
         copy = partial(shutil.copytree, model_folder, dirs_exist_ok=True)
         replace_folder(run, run.folder / "model", copy)
         run.mark_trained()
-    run.score(lambda: score_phase(run, folder / "heldout", MODES, args.eval_limit))
-    run.close()
     return run
 
 
@@ -516,11 +496,15 @@ def main(args):
     check_heldout(folder)
     if args.phase == "mpo":
         run = phase_mpo(args, folder, plan)
+        modes = ["plain"]
     else:
         judge = None
         if args.judge:
             judge = Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", ""))
         run = phase_iterate(args, folder, plan, judge)
+        modes = MODES
+    run.score(lambda: score_phase(run, folder / "heldout", modes, args.eval_limit))
+    run.close()
     run.say(f"alignment ({args.phase}) took {time.time() - begin:.0f} s")
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import align
+import sft
 from align import Pair, Shift, answer_logprobs, best_and_worst, mpo_loss, packing
 from common.checkpoint import Progress
 from common.conversation import conversations_of
@@ -28,7 +29,7 @@ from model import PRESETS, SCALE, KeyeVL
 from phases import first_model, kept_process, read, write
 from sft import Attempt
 from stage import in_processes
-from test_grpo import Table
+from test_grpo import Placed, Table
 
 LN2 = math.log(2)
 
@@ -538,15 +539,16 @@ class Loop:
         def export(run, model, processor):
             self.exported = model
 
-        def load(folder):
+        def load(folder, device=None):
             self.inits.append(folder)
             return policy
 
         policy.decoder = SimpleNamespace(activation_checkpointing=None)
-        monkeypatch.setattr(align, "KeyeVL", SimpleNamespace(from_pretrained=load))
-        monkeypatch.setattr(align, "make_optimizer", make_optimizer)
+        for script in (align, sft):
+            monkeypatch.setattr(script, "KeyeVL", SimpleNamespace(from_pretrained=load))
+        monkeypatch.setattr(sft, "make_optimizer", make_optimizer)
         monkeypatch.setattr(align, "Loader", loader)
-        monkeypatch.setattr(align, "resume", lambda *what: progress or Progress())
+        monkeypatch.setattr(sft, "resume", lambda *what: progress or Progress())
         monkeypatch.setattr(align, "preference_accuracy", accuracy)
         monkeypatch.setattr(align, "save_if_due", save)
         monkeypatch.setattr(align, "export", export)
@@ -643,6 +645,21 @@ def test_mpo_trains_every_part_on_the_pairs(tmp_path, monkeypatch, run, processo
     assert how["flops"](100, []) > 0
     assert (how["workers"], how["state"]) == (3, None)
     assert policy.decoder.activation_checkpointing is False
+
+
+def test_every_forward_is_on_the_device_and_in_the_dtype_of_the_run(
+    tmp_path, monkeypatch, run, processor, start_model
+):
+    policy = Placed(1)
+    policy.seen = []
+    steps = batches_of_steps(processor, Table(1))
+    run = Placed.run(run)
+    held_pairs(tmp_path / "mine", Table(1), processor)
+    align.preference_accuracy(run, policy, processor, tmp_path / "mine" / "held.jsonl")
+    loop = Loop(monkeypatch, run, policy, steps)
+    align.prepare(run, start_model, given(tmp_path / "mine"), tmp_path / "data")
+    align.mpo(loop.run, start_model, tmp_path, RATE, STEPS)
+    assert len(policy.seen) > 4 * STEPS and set(policy.seen) == {(True, True)}
 
 
 def test_a_step_without_any_pair_is_an_error(tmp_path, monkeypatch, run, processor, start_model):
@@ -1039,6 +1056,35 @@ def test_the_number_of_rounds_and_their_steps_can_be_chosen(phase):
     assert found[-1][4] == 3
     assert (phase.out / "align" / "model").exists()
     assert not (phase.out / "align-2").exists()
+
+
+def test_a_further_round_goes_on_from_the_last(phase):
+    phase.main(*ITERATE, "--rounds", 1)
+    again = phase.main(*ITERATE, "--rounds", 2)
+    assert [event[0] for event in again] == ["round", "prepare", "mpo"]
+    assert phase.events[-1][0] == "score"
+    assert weights(phase.out / "align") == weights(phase.out / "align-2")
+    # but a round less would be another alignment
+    with pytest.raises(SystemExit, match="--fresh starts over"):
+        phase.main(*ITERATE, "--rounds", 1)
+
+
+def test_later_rounds_are_nothing_without_the_first(phase):
+    """A fresh start that was interrupted goes on, and past what older rounds have left."""
+    phase.main(*ITERATE)
+    old = weights(phase.out / "align-2")
+    phase.killed = "align-1"
+    with pytest.raises(KeyboardInterrupt):
+        phase.main(*ITERATE, "--fresh")
+    phase.killed = None
+    again = phase.main(*ITERATE)
+    assert [event[0] for event in again] == ["mpo", "round", "prepare", "mpo"]
+    assert weights(phase.out / "align") == weights(phase.out / "align-2") != old
+
+
+def test_the_plan_can_be_changed(phase):
+    found = phase.main(*ITERATE, "--plan", "rounds=1", "--plan", "round_steps=9")
+    assert [event[4] for event in found if event[0] == "mpo"] == [9]
 
 
 def test_an_interrupted_round_goes_on(phase):

@@ -266,6 +266,28 @@ def test_one_who_always_says_red(processor, world, answer_with):
     assert colour["accuracy"] == colour["blind"] == colour["chance"] == pytest.approx(1 / 3)
 
 
+def test_mixed_is_the_mean_of_categories_not_of_tasks(processor, world, answer_with):
+    more = [question(f"What is {i} + 1?", "77", f"sum{i}", "text", "number") for i in range(3)]
+    write(world / "more.jsonl", more)
+    answer_with(see)
+    result = evaluate(None, processor, world)
+    assert result["categories"]["text"]["accuracy"] == pytest.approx(1 / 7)  # 2 is 1 + 1
+    assert result["mixed"] == pytest.approx((1 + 1 / 7) / 2)
+
+
+def test_a_blind_score_is_that_of_the_same_question(processor, tmp_path, answer_with):
+    """A question without a picture, between two that have one, is not asked again."""
+    for name in ("red", "blue"):
+        Image.new("RGB", (60, 60), COLOURS[name]).save(tmp_path / f"{name}.png")
+    first, last = picture_question("red.png", "red"), picture_question("blue.png", "2")
+    last["meta"]["task"] = "sum"
+    write(tmp_path / "all.jsonl", [first, question("1 + 1?", "2", "sum", "text"), last])
+    answer_with(lambda pixel: "red" if pixel == [128.0] * 3 else "2")
+    tasks = evaluate(None, processor, tmp_path, blind=True)["tasks"]
+    assert (tasks["colour"]["accuracy"], tasks["colour"]["blind"]) == (0, 1)
+    assert (tasks["sum"]["accuracy"], tasks["sum"]["blind"]) == (1, 0)
+
+
 def test_limit_and_choice_of_tasks(processor, world, answer_with):
     answer_with(see)
     three = evaluate(None, processor, world, limit=3)["tasks"]
@@ -618,6 +640,14 @@ def test_tokens_of_an_answer(ask):
         assert (numbers["tokens"], numbers["format"], numbers["obeyed"]) == (tokens, 1, 1)
     result, _ = ask("1 " * 400, "plain", tasks=["sum"], limit=1)
     assert result["all"]["tokens"] == 2 * 1 + 4  # twice the truth's
+
+
+def test_the_longest_truth_of_a_task_gives_all_its_questions_room(ask, world, processor):
+    truths = ("1", "1 1 1 1 1 1", "1 1")
+    write(world / "text.jsonl", [question("What?", t, "sum", "text", "exact") for t in truths])
+    result, _ = ask("1 " * 400, "plain", tasks=["sum"])
+    longest = len(processor.tokenizer.encode(truths[1]))
+    assert result["all"]["tokens"] == 2 * longest + 4
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -12,6 +12,7 @@ from torch import nn
 
 import generate
 import grpo
+import sft
 from common.checkpoint import Progress
 from common.optim import make_optimizer
 from common.parallel import shard, whole
@@ -653,6 +654,28 @@ def test_where_no_group_teaches_nothing_moves(monkeypatch, run, processor):
     assert values["tokens"] == 0
 
 
+class Placed(Table):
+    """A Table that notes of each batch whether it is on the device and computed in bf16."""
+
+    def logprobs(self, batch):
+        self.seen.append(("moved" in batch, torch.is_autocast_enabled("cpu")))
+        return super().logprobs(batch)
+
+    @staticmethod
+    def run(run):
+        run = copy.copy(run)
+        run.dtype = torch.bfloat16
+        run.to = lambda batch: batch | {"moved": True}
+        return run
+
+
+def test_every_forward_is_on_the_device_and_in_the_dtype_of_the_run(monkeypatch, run, processor):
+    policy, reference = Placed(1), Placed(2)
+    policy.seen = reference.seen = []
+    Step(monkeypatch, Placed.run(run), processor, rollouts(processor))(policy, reference)
+    assert len(policy.seen) >= 6 and set(policy.seen) == {(True, True)}
+
+
 def test_fewer_groups_than_updates_are_fewer_updates(monkeypatch, run, processor):
     groups = rollouts(processor)[:1]
     policies = [Table(1), Table(1)]
@@ -860,8 +883,8 @@ class Loop:
             return {"loss": 0.5, "norm": 1.0, "tokens": 7}
 
         monkeypatch.setattr(KeyeVL, "from_pretrained", staticmethod(from_pretrained))
-        monkeypatch.setattr(grpo, "make_optimizer", optimizer)
-        monkeypatch.setattr(grpo, "resume", resume)
+        monkeypatch.setattr(sft, "make_optimizer", optimizer)
+        monkeypatch.setattr(sft, "resume", resume)
         monkeypatch.setattr(grpo, "grpo_step", step)
         monkeypatch.setattr(grpo, "draw_prompts", lambda *asked: [(asked, i) for i in range(5)])
         monkeypatch.setattr(grpo, "save_if_due", lambda run, *rest: self.saved.append(rest))

@@ -3,7 +3,10 @@
 import json
 import logging
 import math
+import multiprocessing
+import os
 import random
+import signal
 from collections import Counter
 from itertools import islice
 
@@ -124,6 +127,22 @@ def test_an_iteration_that_was_left_goes_on(world, processor):
     steps(loader, 4)  # the worker ran ahead of the last step that was handed out
     batches, _ = next(iter(loader))
     assert names(processor, batches) == names(processor, full[4][0])
+
+
+def test_workers_load_on_when_the_whole_process_group_is_told_to_stop(world, processor):
+    """As by Ctrl-C, timeout or Slurm: the run still has its step to finish and to save."""
+    full = steps(Loader(world, processor, 400, 2), 9)
+    iterator = iter(Loader(world, processor, 400, 2, workers=1))
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    for batches, _ in full[1:]:
+        again, _ = next(iterator)
+        assert names(processor, again) == names(processor, batches)
+    iterator.close()
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 def test_any_number_of_ranks_sees_the_same_steps(world, processor):

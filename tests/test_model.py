@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
@@ -20,6 +21,7 @@ from model import (
     cross_entropy_sum,
     rope_3d,
     sample_flops,
+    sincos_2d,
     step_work,
     token_logprobs,
     training_flops,
@@ -64,6 +66,16 @@ def gradients(keye, batches):
     return total.detach(), {name: p.grad.clone() for name, p in keye.named_parameters()}
 
 
+def test_the_fresh_position_table_tells_rows_and_columns_apart():
+    side, width = 6, 20
+    table = sincos_2d(side, width).unflatten(0, (side, side))  # (row, column, width)
+    near = (table[0, 0] - table[0, 1]).norm()
+    torch.testing.assert_close(near, (table[0, 0] - table[1, 0]).norm())
+    assert 0 < near < (table[0, 0] - table[1, 1]).norm() < (table[0, 0] - table[5, 5]).norm()
+    codes = table.flatten(0, 1)
+    assert torch.cdist(codes, codes).fill_diagonal_(1).min() > 0.05
+
+
 # -- against transformers --------------------------------------------------------------------------
 
 
@@ -82,7 +94,11 @@ def qwen3(cfg):
         rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
         initializer_range=0.2,
     )
-    return Qwen3ForCausalLM(facts).eval()
+    theirs = Qwen3ForCausalLM(facts).eval()
+    for name, p in theirs.named_parameters():
+        if "norm" in name:  # fresh ones are all 1, and then their place does not matter
+            nn.init.uniform_(p, 0.5, 2)
+    return theirs
 
 
 @pytest.mark.parametrize("tied", [False, True])

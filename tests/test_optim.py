@@ -129,6 +129,23 @@ def test_muon_equals_torchs():
         assert gap < (2e-2 if name in by_muon else 1e-5), (name, float(gap))
 
 
+@pytest.mark.parametrize("inputs, outputs", [(12, 48), (48, 12)])
+def test_muons_step_of_a_long_matrix_is_torchs(inputs, outputs):
+    ours, theirs = (nn.ModuleDict({"projector": nn.Linear(inputs, outputs)}) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    opt = make_optimizer(ours, {"projector": 1e-2}, weight_decay=0.0, muon=1)
+    weight = theirs["projector"].weight
+    muon = torch.optim.Muon(
+        [weight], lr=1e-2, weight_decay=0.0, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
+    )
+    start = weight.detach().clone()
+    set_gradients(ours, theirs, seed=0)
+    opt.step()
+    muon.step()
+    gap = (ours["projector"].weight - weight).norm() / (weight - start).norm()
+    assert gap < 2e-2
+
+
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (33, 33)], ids=str)
 def test_orthogonal_keeps_singular_vectors_and_sets_the_values_near_one(shape):
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))

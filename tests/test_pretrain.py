@@ -618,6 +618,19 @@ def test_perfect_vectors_find_every_caption(processor, tmp_path):
     assert f"the right caption among {score['among']:.0f} for 100.0%" in run.said[0]
 
 
+def test_retrieval_counts_the_pictures_of_all_ranks(processor, tmp_path):
+    seen = []
+
+    def embed(batch):
+        seen.append(len(batch["grids"]))
+        return one_hot(batch)
+
+    path = world() / "heldout" / "caption.jsonl"
+    score = pretrain.retrieval(FakeRun(tmp_path, world=2), embed, processor, path)
+    assert len(seen) == 4 and score["n"] == 2 * sum(seen)
+    assert score["accuracy"] == 1 and score["among"] == sum(seen) / 4
+
+
 def test_one_vector_for_all_finds_captions_by_chance_alone(processor, tmp_path):
     def reversed_captions(batch):
         images, texts, *rest = one_hot(batch)
@@ -626,6 +639,17 @@ def test_one_vector_for_all_finds_captions_by_chance_alone(processor, tmp_path):
     path = world() / "heldout" / "caption.jsonl"
     score = pretrain.retrieval(FakeRun(tmp_path), reversed_captions, processor, path)
     assert score["accuracy"] < 0.5
+
+
+def test_retrieval_is_from_the_picture_to_its_caption(processor, tmp_path):
+    def one_picture(batch):
+        """All pictures look like the first caption, and each caption is as near to them all."""
+        images, texts, *rest = one_hot(batch)
+        return texts[:1].expand_as(images), texts, *rest
+
+    path = world() / "heldout" / "caption.jsonl"
+    score = pretrain.retrieval(FakeRun(tmp_path), one_picture, processor, path)
+    assert 0 < score["accuracy"] < 0.5
 
 
 def test_a_heldout_caption_without_its_picture_is_named(processor, tmp_path):
@@ -736,6 +760,11 @@ def test_captions_for_siglips_tower_are_in_its_own_pieces(processor, tmp_path):
     assert encode(ids) == [3, 4] + [1] * 22, "without the end of the turn"
 
 
+def first_weights(**given):
+    none = {"size": "toy", "seed": 0, "init_llm": None, "init_vit": None}
+    return pretrain.fresh_model(SimpleNamespace(**none | given))
+
+
 @pytest.mark.parametrize("name, number", [
     ("hidden_size", 128), ("num_key_value_heads", 4), ("rms_norm_eps", 1e-5),
 ])
@@ -743,24 +772,25 @@ def test_qwen3_of_another_kind_is_refused(name, number, tmp_path):
     qwen3(tmp_path / "qwen3", **{name: number})
     ours = getattr(PRESETS["toy"], name)
     with pytest.raises(SystemExit, match=f"{name} is {number}, but --size toy has {ours}"):
-        pretrain.fresh_model(SimpleNamespace(
-            size="toy", seed=0, init_llm=tmp_path / "qwen3", init_vit=None
-        ))
+        first_weights(init_llm=tmp_path / "qwen3")
 
 
 def test_siglip_with_other_heads_is_refused(tmp_path):
     siglip(tmp_path / "siglip", num_attention_heads=1)
     with pytest.raises(SystemExit, match="num_attention_heads is 1, but --size toy has"):
-        pretrain.fresh_model(SimpleNamespace(
-            size="toy", seed=0, init_llm=None, init_vit=tmp_path / "siglip"
-        ))
+        first_weights(init_vit=tmp_path / "siglip")
+    path = tmp_path / "siglip" / "config.json"
+    config = json.loads(path.read_text())
+    del config["vision_config"]["num_attention_heads"]  # as released files leave out defaults
+    path.write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="num_attention_heads is 12, but --size toy has"):
+        first_weights(init_vit=tmp_path / "siglip")
 
 
 def test_fresh_weights_depend_on_the_seed_alone():
     def fresh(seed):
         torch.randn(3)
-        args = SimpleNamespace(size="toy", seed=seed, init_llm=None, init_vit=None)
-        return pretrain.fresh_model(args).state_dict()["decoder.embed_tokens.weight"]
+        return first_weights(seed=seed).state_dict()["decoder.embed_tokens.weight"]
 
     assert torch.equal(fresh(1), fresh(1)) and not torch.equal(fresh(1), fresh(2))
 
@@ -795,7 +825,7 @@ def test_the_vocabulary_comes_with_the_model_the_decoder_or_the_toy(tmp_path):
 
     toy = first()
     assert len(toy.tokenizer.encode("circle")) == 1
-    assert toy.image_min == SCALE["toy"].budget["image_min"]
+    assert toy.image_max == SCALE["toy"].budget["image_max"]
     with pytest.raises(SystemExit, match="--size 8b needs a vocabulary: --init-llm .* or --vocab"):
         first(size="8b")
     vocab = ROOT / "toyworld" / "vocab.json"
@@ -1007,13 +1037,14 @@ def test_a_failing_scorer_undoes_neither_a_stage_nor_the_merge(stages, capsys):
     assert stages.names() == ["score"] * 4
 
 
-def test_steps_follow_the_plan_or_the_flag(monkeypatch, tmp_path):
+def test_a_stage_gets_its_mixture_and_the_steps_of_the_plan_or_the_flag(monkeypatch, tmp_path):
     given = []
     for name in ("contrastive", "next_token"):
-        monkeypatch.setattr(pretrain, name, lambda *args: given.append(args[-2:]))
-    monkeypatch.setattr(pretrain, "mixture", lambda *args: None)
+        monkeypatch.setattr(pretrain, name, lambda run, *args: given.append(args))
+    monkeypatch.setattr(pretrain, "mixture", lambda *args: args)
     monkeypatch.setattr(pretrain, "weight_files", lambda folder: {})
-    monkeypatch.setattr(pretrain, "KeyeVL", SimpleNamespace(from_pretrained=lambda *a, **k: None))
+    load = SimpleNamespace(from_pretrained=lambda folder, pooling_head: "model")
+    monkeypatch.setattr(pretrain, "KeyeVL", load)
     run = FakeRun(tmp_path)
     run.args = SimpleNamespace(data="d", size="toy", steps=None, init_llm=None, init_vit=None)
     plan = {"steps": {"0": 10, "2": 20, "3": 30}}
@@ -1021,7 +1052,14 @@ def test_steps_follow_the_plan_or_the_flag(monkeypatch, tmp_path):
         pretrain.train_stage(run, stage, "before", "processor", plan)
     run.args.steps = 7
     pretrain.train_stage(run, "2", "before", "processor", plan)
-    assert given == [(10, plan), (20, plan), (30, plan), (7, plan)]
+    folder = Path("d")
+    assert given == [
+        ("model", "processor", folder, 10, plan),
+        ("2", "model", "processor", (folder, "2", "toy"), 20, plan),
+        ("3-video", "model", "processor", (folder, "3-video", "toy"), 30, plan),
+        ("2", "model", "processor", (folder, "2", "toy"), 7, plan),
+    ]
+    assert run.said[0] == "starting from before"
 
 
 def test_a_failing_scorer_does_not_undo_stage_0(tmp_path, monkeypatch, capsys, short_packs):

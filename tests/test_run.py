@@ -452,7 +452,7 @@ def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_forked_loader_outlives_ctrl_c_and_ends_at_sigterm(tmp_path):
+def test_a_forked_process_outlives_ctrl_c_and_ends_at_sigterm(tmp_path):
     run = opened(tmp_path)
     child = os.fork()
     if child == 0:
