@@ -18,6 +18,7 @@ size is known, and the worker lays the line out.
 import copy
 import logging
 import math
+import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -137,6 +138,15 @@ def unchanged(step):
     return step
 
 
+def hear_no_signal(worker: int):
+    """For a worker: who stops a run often tells its whole process group (Ctrl-C, timeout, Slurm).
+
+    The run still has a step to finish and to save; its workers end with it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @dataclass
 class Loader:
     """Iterator without end over (batches, info), one item for each optimizer step.
@@ -199,6 +209,7 @@ class Loader:
                 # fork: workers start at once. This process decodes nothing that could hold locks.
                 multiprocessing_context="fork" if sys.platform == "linux" else None,
                 collate_fn=unchanged,
+                worker_init_fn=hear_no_signal,
             )
         else:
             steps = map(self.decoder.__getitem__, self._plans())
