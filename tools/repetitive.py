@@ -1,6 +1,6 @@
 """Makes a deliberately repetitive model, to ask whether rounds of alignment cure it.
 
-    python tools/repetitive.py --init runs/toy/grpo/model --out runs-loop
+    python -m tools.repetitive --init runs/toy/grpo/model --out runs-loop
     python align.py --phase iterate --rounds 5 --init runs-loop/toy/repetitive/model --out runs-loop
 
 Trains on the cold start's conversations (runs/SIZE/coldstart-modes/data), but in a share of them
@@ -9,16 +9,13 @@ what came of it.
 """
 
 import random
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from common.conversation import MODES  # noqa: E402
-from common.jsonl import Lines, write_lines  # noqa: E402
-from common.run import arguments, data_folder, previous_model, start  # noqa: E402
-from evaluate import score_phase  # noqa: E402
-from sft import finetune  # noqa: E402
+from common.conversation import MODES
+from common.jsonl import Lines, write_lines
+from common.run import arguments, data_folder, previous_model, start
+from evaluate import score_phase
+from sft import finetune
 
 SHARE = 0.5  # of the answers that loop
 TIMES = 40
@@ -48,7 +45,7 @@ def looping_lines(folder: Path, rng: random.Random):
 def main(args):
     init = previous_model(args, "grpo")
     run = start(args, "repetitive")
-    folder = Path("runs") / args.size / "coldstart-modes" / "data"
+    folder = Path("runs", args.size, "coldstart-modes", "data")
     loops = folder / "loops.jsonl"  # beside the others: their media are there
     write_lines(loops, looping_lines(folder, random.Random(args.seed)))
     finetune(run, init, [(loops, 1)], LR, args.steps or STEPS)

@@ -1,6 +1,6 @@
 r"""Trains the vocabulary of the toy sizes: byte-level BPE over the toy world's texts.
 
-    python tools/train_vocab.py toyworld/vocab.json
+    python -m tools.train_vocab           writes toyworld/vocab.json
 
 In: texts of some units of every kind of pre-training (nothing is drawn), and words that later
 prompts and chains of thought need. Out: 992 tokens with their ranks, the 256 bytes first, written
@@ -9,17 +9,17 @@ as Qwen's vocab.json is. The same texts give the same file.
 
 import json
 import re
-import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import regex  # comes with tiktoken
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.tokenizer import PATTERN, byte_of_char
+from toyworld import SIZES, draw_unit, plan
+from toyworld.unit import text_item
 
-from common.tokenizer import PATTERN, byte_of_char  # noqa: E402
-from toyworld import SIZES, draw_unit, plan  # noqa: E402
-
+VOCAB = Path("toyworld/vocab.json")
 TOKENS = 992  # ours: with the 32 added tokens a table of 1,024 rows
 
 # What pre-training's texts lack: the chat template's own words and the forms of answers, which are
@@ -79,7 +79,7 @@ moving appear appears
 describe explain turn turned"""
 
 
-def corpus() -> Counter:
+def corpus():
     """{text: how often it occurs}."""
     texts = Counter(dict.fromkeys(CHAT, 1000)) + Counter(EXTRA.splitlines())
     for split, kind, n in plan(4000, 1500, 0):
@@ -90,19 +90,18 @@ def corpus() -> Counter:
     return texts
 
 
-def texts_of(record: dict) -> list[str]:
+def texts_of(record):
     """What is said in a line, and the steps towards it."""
-    texts = list(record["meta"]["steps"]) if "meta" in record else []
+    texts = record["meta"]["steps"] if "meta" in record else []
     for message in record["messages"]:
         content = message["content"]
         if isinstance(content, str):
-            texts.append(content)
-        else:
-            texts += [item["text"] for item in content if item["type"] == "text"]
+            content = [text_item(content)]
+        texts += [item["text"] for item in content if item["type"] == "text"]
     return texts
 
 
-def pieces_of(texts: Counter) -> Counter:
+def pieces_of(texts):
     """{piece as a tuple of single bytes: how often it occurs}; special tokens are left out."""
     pattern = regex.compile(PATTERN)
     pieces = Counter()
@@ -113,15 +112,15 @@ def pieces_of(texts: Counter) -> Counter:
     return pieces
 
 
-def merge(piece: tuple, pair: tuple) -> tuple:
+def merge(piece, pair):
     """The piece with every occurrence of the pair made one token, from the left."""
-    merged = []
-    i = 0
-    while i < len(piece):
-        step = 2 if piece[i : i + 2] == pair else 1
-        merged.append(b"".join(piece[i : i + step]))
-        i += step
-    return tuple(merged)
+    merged = [b""]  # which is in no pair
+    for token in piece:
+        if (merged[-1], token) == pair:
+            merged[-1] += token
+        else:
+            merged.append(token)
+    return tuple(merged[1:])
 
 
 def train_vocab(texts: Counter, n: int) -> dict[str, int]:
@@ -132,24 +131,19 @@ def train_vocab(texts: Counter, n: int) -> dict[str, int]:
     while len(tokens) < n:
         pairs = Counter()
         for piece, count in pieces.items():
-            for pair in zip(piece, piece[1:]):
+            for pair in pairwise(piece):
                 pairs[pair] += count
         if not pairs:
             raise ValueError(f"the texts give only {len(tokens)} of {n} tokens: add words to EXTRA")
         # The most frequent pair; of equals the last in order, so that the result is certain.
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        tokens.append(best[0] + best[1])
-        merged = Counter()
-        for piece, count in pieces.items():
-            merged[merge(piece, best)] += count
-        pieces = merged
+        tokens.append(b"".join(best))
+        pieces = {merge(piece, best): count for piece, count in pieces.items()}
     return {"".join(char_of[byte] for byte in token): i for i, token in enumerate(tokens)}
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
     vocab = train_vocab(corpus(), TOKENS)
     text = json.dumps(vocab, ensure_ascii=False, indent=0) + "\n"
-    Path(sys.argv[1]).write_text(text, encoding="utf-8")
-    print(f"{sys.argv[1]}: {len(vocab)} tokens, the longest {max(vocab, key=len)!r}")
+    VOCAB.write_text(text, encoding="utf-8")
+    print(f"{VOCAB}: {len(vocab)} tokens, the longest {max(vocab, key=len)!r}")

@@ -25,8 +25,7 @@ def main():
     args = parser.parse_args()
     world = make_world(**vars(args))
     done = "reused" if "reused" in world else f"drawn in {world['seconds']} s"
-    counts = [f"{name} {n}" for name, n in (world["files"] | world["lines"]).items()]
-    print(f"{args.out}: {done}; " + ", ".join(counts))
+    print(f"{args.out}: {done};", world["files"] | world["lines"])
 
 
 if __name__ == "__main__":

@@ -4,36 +4,34 @@ Truth lies on a grid of half seconds, as readers take two frames a second.
 """
 
 import itertools
-import math
 
 from toyworld.drawing import COLOUR_NAMES, SHAPES, Paper, Thing, fill_of
-from toyworld.unit import CHOICES, Film, Unit, article, ask, numbered, says, text_item
+from toyworld.unit import CHOICES, Film, Unit, article, ask, in_turn, numbered, says, text_item
 
-MOVES = CHOICES["motion"]
-ENDS = {  # of a motion: where it starts and where it ends
-    "left": ["right", "left"],
-    "right": ["left", "right"],
-    "up": ["bottom", "top"],
-    "down": ["top", "bottom"],
+MOTION_STEPS = {  # where a motion starts and where it ends
+    "left": ["first at the right", "last at the left"],
+    "right": ["first at the left", "last at the right"],
+    "up": ["first at the bottom", "last at the top"],
+    "down": ["first at the top", "last at the bottom"],
 }
 EARLY = 0.05  # seconds: frame 14 of a file of 29.97 fps, at 0.467 s, is read as the one at 0.5 s
 
 
-def draw_side(u):
-    return 2 * u.rng.randint(28, 42)
+def draw_size(u):
+    return 2 * u.rng.randint(28, 42), 2 * u.rng.randint(28, 42)
 
 
 def draw_film(u, cheap=False) -> Film:
     fps = u.rng.choice([8, 12] if cheap else [8, 8, 8, 12, 12, 12, 24, 29.97])
     duration = u.rng.choice([2.0, 2.5] if cheap else [2.0, 2.5, 3.0, 3.5, 4.0])
-    return Film(draw_side(u), draw_side(u), fps, duration)
+    return Film(draw_size(u), fps, duration)
 
 
-def draw_thing(u, side, least=0.2, most=0.25) -> Thing:
-    """Any thing; least and most: its radius as a share of the side."""
+def draw_thing(u, size, least=0.2, most=0.25) -> Thing:
+    """Any thing; least and most: its radius as a share of the shorter side."""
     rng = u.rng
     thing = Thing(rng.choice(COLOUR_NAMES), rng.choice(SHAPES))
-    thing.r = rng.uniform(least, most) * side
+    thing.r = rng.uniform(least, most) * min(size)
     thing.rgb = fill_of(rng, thing.colour)
     thing.turn = rng.uniform(-0.12, 0.12)
     return thing
@@ -42,13 +40,10 @@ def draw_thing(u, side, least=0.2, most=0.25) -> Thing:
 # ------------------------------------------------------------------------------ motion
 
 
-def moving(u, move, width, height):
+def moving(u, move, size):
     """A thing that moves that way, as a function: share of its path, 0 to 1 -> the thing there."""
-    side = min(width, height)
-    thing = u.until_split(
-        lambda: draw_thing(u, side),
-        lambda thing: f"motion:{thing.name} {move}",
-    )
+    width, height = size
+    thing = u.until_split(lambda: draw_thing(u, size), "motion:{0.name} " + move)
     lane = u.rng.uniform(0.38, 0.62)
     edge = thing.r + 1
 
@@ -62,21 +57,12 @@ def moving(u, move, width, height):
     return at
 
 
-def motion_clip(u: Unit, move: str, cheap=False) -> tuple[str, dict]:
+def motion_clip(u, move, cheap=False):
     """A clip of one thing that moves: the thing's name, and the clip's item."""
     film = draw_film(u, cheap)
-    at = moving(u, move, film.width, film.height)
+    at = moving(u, move, film.size)
     last = film.duration - 1 / film.fps
-
-    def shown(t):
-        return [at(min(1, t / last))]
-
-    return at(0).name, u.clip(film, shown)
-
-
-def motion_steps(move: str) -> list[str]:
-    first, last = ENDS[move]
-    return [f"first at the {first}", f"last at the {last}"]
+    return at(0).name, u.clip(film, lambda t: [at(min(1, t / last))])
 
 
 def moves(name, move):
@@ -84,9 +70,9 @@ def moves(name, move):
 
 
 def motion_unit(u: Unit):
-    move = MOVES[u.index % 4]
+    move = in_turn("motion", u.index)
     name, item = motion_clip(u, move)
-    steps = motion_steps(move)
+    steps = MOTION_STEPS[move]
     questions = [
         ask("motion", f"Which way does the {name} move?", move, steps=steps),
         ask("video_caption", "Describe the clip.", moves(name, move), steps=steps),
@@ -97,8 +83,8 @@ def motion_unit(u: Unit):
 
 def match_unit(u: Unit):
     """A reference and two clips, one of which moves like it."""
-    move = MOVES[u.index // 2 % 4]
-    ways = [move, u.rng.choice([other for other in MOVES if other != move])]
+    move = in_turn("motion", u.index // 2)
+    ways = [move, u.rng.choice([way for way in CHOICES["motion"] if way != move])]
     if u.index % 2:
         ways.reverse()
     names = []
@@ -110,7 +96,7 @@ def match_unit(u: Unit):
         media += [text_item(label), item]
     match = ask(
         "match",
-        " Which clip moves like the reference?",
+        "Which clip moves like the reference?",
         str(ways.index(move) + 1),
         steps=[f"reference: {move}", f"clip 1: {ways[0]}", f"clip 2: {ways[1]}"],
     )
@@ -120,25 +106,21 @@ def match_unit(u: Unit):
 
 def reorder_unit(u: Unit):
     """Three or four shuffled frames of one motion whose way is given: backwards is no answer."""
-    width = draw_side(u)
-    height = draw_side(u)
-    move = MOVES[u.index % 4]
+    size = draw_size(u)
+    move = in_turn("motion", u.index)
     n = u.index // 4 % 2 + 3
-    at = moving(u, move, width, height)
-    paper = Paper(u.rng, width, height)
+    at = moving(u, move, size)
+    paper = Paper(u.rng, *size)
     orders = list(itertools.permutations(range(n)))
     order = orders[u.index // 8 % len(orders)]  # order[k]: rank in time of picture k
-    items = []
-    for rank in order:
-        frame = at(rank / (n - 1))
-        items.append(u.picture(width, height, lambda: paper.draw([frame])))
     question = ask(
         "reorder",
-        f" {moves(frame.name, move)} Give the time order of the pictures.",
+        f"{moves(at(0).name, move)} Give the time order of the pictures.",
         " ".join(str(order.index(rank) + 1) for rank in range(n)),
-        chance=round(1 / math.factorial(n), 4),
+        chance=round(1 / len(orders), 4),
         steps=[f"picture {i}: {rank + 1}" for i, rank in enumerate(order, 1)],
     )
+    items = [u.picture(paper, [at(rank / (n - 1))]) for rank in order]
     u.line("video", numbered(items), [question])
 
 
@@ -149,12 +131,12 @@ def order_clip(u):
     """Two things appear one after the other, side by side or one above the other: names, item."""
     rng = u.rng
     film = draw_film(u)
-    side = min(film.width, film.height)
+    width, height = film.size
     names = []
     while len(set(names)) < 2:
         pair = u.until_split(
-            lambda: [draw_thing(u, side), draw_thing(u, side)],
-            lambda pair: f"order:{pair[0].name} {pair[1].name}",
+            lambda: [draw_thing(u, film.size), draw_thing(u, film.size)],
+            "order:{0[0].name} {0[1].name}",
         )
         names = [thing.name for thing in pair]
     spots = [0.27, 0.73]
@@ -163,8 +145,8 @@ def order_clip(u):
     middle = rng.uniform(0.4, 0.6)
     for thing, spot in zip(pair, spots):
         x, y = (spot, middle) if across else (middle, spot)
-        thing.cx = x * film.width
-        thing.cy = y * film.height
+        thing.cx = x * width
+        thing.cy = y * height
     starts = sorted(rng.sample(range(int(2 * film.duration)), 2))  # in half seconds
 
     def shown(t):
@@ -196,22 +178,19 @@ def event_unit(u: Unit):
     """A thing is there from one time to another."""
     rng = u.rng
     film = draw_film(u)
-    side = min(film.width, film.height)
+    width, height = film.size
 
     def draw():
         start, end = sorted(rng.sample(range(int(2 * film.duration) + 1), 2))
-        return draw_thing(u, side, 0.24, 0.32), start / 2, end / 2
+        return draw_thing(u, film.size, 0.24, 0.32), start / 2, end / 2
 
     start, end = 0, film.duration
     while end - start == film.duration:  # there all the time: no event
-        thing, start, end = u.until_split(draw, lambda v: f"event:{v[0].name} {v[1]} {v[2]}")
-    thing.cx = rng.uniform(0.4, 0.6) * film.width
-    thing.cy = rng.uniform(0.4, 0.6) * film.height
+        thing, start, end = u.until_split(draw, "event:{0[0].name} {0[1]} {0[2]}")
+    thing.cx = rng.uniform(0.4, 0.6) * width
+    thing.cy = rng.uniform(0.4, 0.6) * height
+    item = u.clip(film, lambda t: [thing] if start - EARLY <= t < end - EARLY else [])
 
-    def shown(t):
-        return [thing] if start - EARLY <= t < end - EARLY else []
-
-    item = u.clip(film, shown)
     span = f"[{start}, {end}]"
     when = ask(
         "event_time",

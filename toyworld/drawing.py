@@ -3,8 +3,7 @@
     paper = Paper(random.Random(0), 112, 84)
     thing = Thing("red", "circle", cx=30, cy=40, r=12, rgb=COLOURS["red"])
     array = paper.draw([thing])                                             # (84, 112, 3) uint8
-    frames = [paper.draw([thing.at(x, 40)]) for x in range(30, 60)]
-    write_clip("a.mp4", frames, Fraction(12), 112, 84)
+    write_clip("a.mp4", paper, Fraction(12), [[thing.at(x, 40)] for x in range(30, 60)])
 """
 
 import math
@@ -12,7 +11,7 @@ import random
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
+from itertools import groupby
 
 import av
 import numpy as np
@@ -41,7 +40,8 @@ def star():
     points = []
     for k in range(10):
         q = 0.42 if k % 2 else 1.0
-        points.append((q * math.sin(math.pi * k / 5), -q * math.cos(math.pi * k / 5)))
+        angle = math.pi * k / 5
+        points.append((q * math.sin(angle), -q * math.cos(angle)))
     return points
 
 
@@ -77,18 +77,18 @@ class Thing:
     turn: float = 0.0  # radians
 
     @property
-    def name(self) -> str:
+    def name(self):
         return f"{self.colour} {self.shape}"
 
     @property
-    def where(self) -> str:
+    def where(self):
         return PLACES[self.place]
 
     @property
-    def seen(self) -> str:
+    def seen(self):
         return f"{self.name} at the {self.where}"
 
-    def at(self, cx: float, cy: float) -> "Thing":
+    def at(self, cx, cy):
         return replace(self, cx=cx, cy=cy)
 
     def around(self, q):
@@ -123,9 +123,7 @@ class Thing:
             pen.ellipse(self.around(0.5 * self.r), fill=tint)
 
 
-@lru_cache(64)
-def font(size: int):
-    return ImageFont.load_default(size)
+font = lru_cache(64)(ImageFont.load_default)  # font(size), made once
 
 
 @dataclass
@@ -141,11 +139,11 @@ class Text:
     def draw(self, pen, tint):
         """With an ImageDraw; the background's tint plays no part."""
         size = int(self.r)
-        bold = {"stroke_width": max(1, size // 28), "stroke_fill": self.rgb}
-        pen.text((self.cx, self.cy), self.string, self.rgb, font(size), "mm", **bold)
+        bold = max(1, size // 28)
+        pen.text((self.cx, self.cy), self.string, self.rgb, font(size), "mm", stroke_width=bold)
 
 
-def fill_of(rng: random.Random, colour: str):
+def fill_of(rng, colour):
     """The colour's rgb, a little off."""
     return tuple(min(255, max(0, c + rng.randint(-10, 10))) for c in COLOURS[colour])
 
@@ -159,7 +157,7 @@ class Paper:
         self.width = width
         self.height = height
         noise = np.random.default_rng(rng.getrandbits(32)).integers(-3, 4, (height, width, 1))
-        across = rng.uniform(-10, 10) * np.linspace(-1, 1, width)[None, :, None]
+        across = rng.uniform(-10, 10) * np.linspace(-1, 1, width)[:, None]
         down = rng.uniform(-10, 10) * np.linspace(-1, 1, height)[:, None, None]
         self.veil = (noise + (across + down)).astype(np.int16)  # (H, W, 1)
 
@@ -174,14 +172,17 @@ class Paper:
         return np.clip(array, 0, 255).astype(np.uint8)
 
 
-def write_clip(path: Path, frames, rate: Fraction, width: int, height: int):
-    """An MP4 of (H, W, 3) uint8 arrays, H and W even, at `rate` frames a second."""
+def write_clip(path, paper: Paper, rate: Fraction, shots):
+    """An MP4 of `rate` frames a second: what lies on the paper, its sides even, in each of them."""
     # One thread: the bytes would depend on their number.
     options = {"preset": "ultrafast", "crf": "18", "threads": "1", "g": "12"}
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(
-            "libx264", rate, width=width, height=height, pix_fmt="yuv420p", options=options
-        )
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate, pix_fmt="yuv420p", options=options)
+        stream.width = paper.width
+        stream.height = paper.height
+        for things, same in groupby(shots):
+            array = paper.draw(things)  # once for all frames that are the same
+            for _ in same:
+                frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+                container.mux(stream.encode(frame))
         container.mux(stream.encode())

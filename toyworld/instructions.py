@@ -2,10 +2,10 @@
 
 import json
 
-from toyworld.clips import MOVES, motion_clip, motion_steps
+from toyworld.clips import MOTION_STEPS, motion_clip
 from toyworld.drawing import COLOUR_NAMES, SHAPES
 from toyworld.pictures import answered_scene
-from toyworld.unit import CHOICES, Question, Unit, article, ask, says
+from toyworld.unit import CHOICES, Unit, article, ask, in_turn, says
 
 # Task -> the scene questions that it asks in another form.
 BASES = {
@@ -18,7 +18,7 @@ INSTRUCT = (
 )
 
 
-def in_sentence(q: Question) -> str:
+def in_sentence(q):
     """The reply to a scene question as a whole sentence."""
     if q.task == "count":
         return "There is 1 object." if q.reply == "1" else f"There are {q.reply} objects."
@@ -60,28 +60,24 @@ def both_attributes(task, t):
     return ask(task, text, reply, chance=chance, steps=[t.seen])
 
 
-def say_motion_unit(u: Unit):
-    move = MOVES[u.index % 4]
-    name, item = motion_clip(u, move)
-    question = ask(
-        "say_motion",
-        f"Which way does the {name} move? Answer in a sentence.",
-        f"The {name} moves {move}.",
-        chance=0.25,
-        steps=motion_steps(move),
-    )
-    u.line("instruct", [item], [question])
-
-
 def instruct_unit(u: Unit):
     if u.task == "say_motion":
-        say_motion_unit(u)
+        move = in_turn("motion", u.index)
+        name, item = motion_clip(u, move)
+        question = ask(
+            "say_motion",
+            f"Which way does the {name} move? Answer in a sentence.",
+            f"The {name} moves {move}.",
+            chance=0.25,
+            steps=MOTION_STEPS[move],
+        )
+        u.line("instruct", [item], [question])
         return
     if u.task in BASES:  # the scene's questions take turns, and so do their answers
         turn, k = divmod(u.index, len(BASES[u.task]))
         scene, base = answered_scene(u, BASES[u.task][k], turn)
         question = in_other_words(u, base, turn)
     else:
-        scene = u.scene(u.rng.choice((1, 2, 3, 4, 5)))
+        scene = u.scene(u.rng.choice(range(1, 6)))
         question = both_attributes(u.task, u.rng.choice(scene.things))
     u.line("instruct", [u.scene_picture(scene)], [question])

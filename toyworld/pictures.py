@@ -5,22 +5,17 @@ questions; in exams one question stands alone, and its answers take turns.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
-
-import numpy as np
 
 from toyworld.drawing import COLOUR_NAMES, PLACES, SHAPES, Paper, Text, fill_of, font
 from toyworld.unit import (
-    Question,
-    Scene,
     Unit,
     article,
     ask,
     in_turn,
     numbered,
     sentence,
-    tally,
+    task_in_turn,
     text_item,
     thousandths,
 )
@@ -34,13 +29,9 @@ CHARACTERS = "0123456789ABCEFHKLMPRTXY"  # no pair of look-alikes such as O and 
 # ------------------------------------------------------------------- questions on a scene
 
 
-def caption_question(scene: Scene) -> Question:
-    return ask(
-        "caption",
-        "Describe the picture.",
-        sentence(scene.things),
-        steps=[f"objects: {len(scene.things)}"],
-    )
+def caption_question(scene, task="caption", text="Describe the picture."):
+    things = scene.things
+    return ask(task, text, sentence(things), steps=[f"objects: {len(things)}"])
 
 
 def look_at_all(scene, found):
@@ -52,16 +43,11 @@ def look_at_all(scene, found):
 def attribute_question(rng, scene, task):
     """The colour or shape of the thing at a place, or of the only one with the other attribute."""
     t = rng.choice(scene.things)
-    other = "shape" if task == "colour" else "colour"
-    what = f"object at the {t.where}"
-    if scene.unique(other, t) and rng.random() < 0.5:
-        what = t.shape if task == "colour" else f"{t.colour} object"
-    return ask(
-        task,
-        f"What {task} is the {what}?",
-        getattr(t, task),
-        steps=look_at_all(scene, t.seen),
-    )
+    other, what = ("shape", t.shape) if task == "colour" else ("colour", f"{t.colour} object")
+    if not (scene.unique(other, t) and rng.random() < 0.5):
+        what = f"object at the {t.where}"
+    steps = look_at_all(scene, t.seen)
+    return ask(task, f"What {task} is the {what}?", getattr(t, task), steps=steps)
 
 
 def exist_question(rng, scene):
@@ -78,7 +64,7 @@ def exist_question(rng, scene):
     return ask("exist", f"Is there {article(name)}?", reply, steps=look_at_all(scene, found))
 
 
-def scene_questions(rng, scene: Scene) -> Iterator[Question]:
+def scene_questions(rng, scene):
     """One question of every task that the scene can answer."""
     yield attribute_question(rng, scene, "colour")
     yield attribute_question(rng, scene, "shape")
@@ -86,64 +72,64 @@ def scene_questions(rng, scene: Scene) -> Iterator[Question]:
     yield ask("count", "How many objects are there?", str(len(steps)), steps=steps)
     theme = scene.theme
     if theme:
-        yield ask(
-            "count_of",
-            f"How many {theme.name} are there?",
-            str(theme.count),
-            steps=tally(scene.things, theme.attribute, [theme.value]),
-        )
+        number = str(len(theme.things))
+        yield ask("count_of", f"How many {theme.name} are there?", number, steps=theme.steps)
     single = scene.single()
     if single:
         t = rng.choice(single)
-        steps = look_at_all(scene, t.seen)
-        yield ask("position", f"Where is the {t.name}?", t.where, steps=steps)
+        text = f"Where is the {t.name}?"
+        yield ask("position", text, t.where, steps=look_at_all(scene, t.seen))
     yield exist_question(rng, scene)
 
 
 def grounded(name, kind, places):
-    """Keye's form of boxes and points (report, table 1)."""
-    return f"<|object_ref_start|>{name}<|object_ref_end|><|{kind}_start|>{places}<|{kind}_end|>"
+    """Keye's form of boxes and points (report, table 1), and these alone as JSON."""
+    found = json.dumps(places)
+    name = f"<|object_ref_start|>{name}<|object_ref_end|>"
+    return f"{name}<|{kind}_start|>{found}<|{kind}_end|>", found
 
 
-def grounding_questions(rng, scene: Scene) -> Iterator[Question]:
+def grounding_questions(rng, scene):
     """One question of every task that the scene can answer."""
     single = scene.single()
     if single:
         t = rng.choice(single)
-        box = json.dumps([scene.box(t)])
-        yield ask(
-            "box",
-            f"Give the box of the {t.name}.",
-            grounded(t.name, "box", box),
-            box,
-            steps=[t.seen],
-        )
+        reply, box = grounded(t.name, "box", [scene.box(t)])
+        yield ask("box", f"Give the box of the {t.name}.", reply, box, steps=[t.seen])
         t = rng.choice(single)
-        point = json.dumps([scene.point(t)])
+        reply, point = grounded(t.name, "point", [scene.point(t)])
         yield ask(
             "point",
             f"Point to the {t.name}.",
-            grounded(t.name, "point", point),
+            reply,
             point,
             box=scene.box(t),
             steps=[t.seen],
         )
     theme = scene.theme
     if theme:
-        hits = [t for t in scene.things if getattr(t, theme.attribute) == theme.value]
-        points = json.dumps([scene.point(t) for t in hits])
+        number = str(len(theme.things))
+        reply, points = grounded(theme.name, "point", [scene.point(t) for t in theme.things])
         yield ask(
             "count_point",
             f"Point to all {theme.name} and count them.",
-            f"{grounded(theme.name, 'point', points)} {theme.count}",
-            str(theme.count),
+            f"{reply} {number}",
+            number,
             points=points,
-            boxes=[scene.box(t) for t in hits],
-            steps=tally(scene.things, theme.attribute, [theme.value]),
+            boxes=[scene.box(t) for t in theme.things],
+            steps=theme.steps,
         )
 
 
 # ------------------------------------------------------------------------ single scenes
+
+
+def picked(rng, questions, n, caption, share):
+    """n of the questions, and in a share of cases the caption at any place among them."""
+    chosen = rng.sample(questions, n)
+    if rng.random() < share:
+        chosen.insert(rng.randint(0, n), caption)
+    return chosen
 
 
 def scene_unit(u: Unit):
@@ -153,30 +139,23 @@ def scene_unit(u: Unit):
     item = u.scene_picture(scene)
     caption = caption_question(scene)
     for _ in range(2):
-        pool = {}
-        for _ in range(2):
-            pool |= {q.text: q for q in scene_questions(rng, scene)}
-        questions = rng.sample(list(pool.values()), min(len(pool), 4))
-        # A caption may stand at any place: every question is also asked without one before it.
-        if rng.random() < 0.8:
-            questions.insert(rng.randint(0, len(questions)), caption)
-        u.line("vqa", [item], questions)
+        questions = [*scene_questions(rng, scene), *scene_questions(rng, scene)]
+        different = list({q.text: q for q in questions}.values())
+        # Not always with a caption: every question is also asked without one before it.
+        u.line("vqa", [item], picked(rng, different, 4, caption, 0.8))
     u.line("pairs", [item], [replace(caption, text="")])
     if rng.random() < 0.5:
         u.line("caption", [item], [caption])
     questions = list(grounding_questions(rng, scene))
     if questions and rng.random() < 0.55:
-        questions = rng.sample(questions, len(questions))
-        if rng.random() < 0.3:
-            questions.insert(rng.randint(0, len(questions)), caption)
-        u.line("grounding", [item], questions)
+        u.line("grounding", [item], picked(rng, questions, len(questions), caption, 0.3))
 
 
-def answered_scene(u: Unit, task: str, turn: int) -> tuple[Scene, Question]:
+def answered_scene(u, task, turn):
     """A scene, and its question of that task with the answer whose turn it is."""
     want = in_turn(task, turn)
     make = grounding_questions if task in GROUNDING else scene_questions
-    counts = (3, 4, 5) if task in ("count_of", *GROUNDING) else (1, 2, 3, 4, 5)
+    counts = range(3, 6) if task in ("count_of", *GROUNDING) else range(1, 6)
     while True:
         scene = u.scene(int(want) if task == "count" else u.rng.choice(counts))
         q = {q.task: q for q in make(u.rng, scene)}.get(task)
@@ -199,7 +178,7 @@ def caption_unit(u: Unit):
 # ------------------------------------------------------------------------- drawn texts
 
 
-def text_picture(u: Unit, string: str, colour: str) -> dict:
+def text_picture(u, string, colour):
     """A picture that the string fills. -> its item"""
     rng = u.rng
     width = rng.randint(*u.sides)
@@ -213,7 +192,7 @@ def text_picture(u: Unit, string: str, colour: str) -> dict:
     # The anchor "mm" centres ascender and descender, and capitals sit higher: shift by what
     # the bounding box shows.
     cy = height / 2 - (y1 + y2) / 2 * size / 64
-    return u.picture(width, height, lambda: paper.draw([Text(string, cx, cy, size, rgb)]))
+    return u.picture(paper, [Text(string, cx, cy, size, rgb)])
 
 
 def ocr_unit(u: Unit):
@@ -223,7 +202,7 @@ def ocr_unit(u: Unit):
     def draw():
         return "".join(rng.choice(CHARACTERS) for _ in range(n))
 
-    string = u.until_split(draw, "text:{}".format)
+    string = u.until_split(draw, "text:{}")
     colour = in_turn("text_colour", u.index) if u.exam else rng.choice(COLOUR_NAMES)
     reply = f"<|ocr_text_start|>{string}<|ocr_text_end|>"
     questions = [
@@ -250,7 +229,7 @@ def interleaved_unit(u: Unit):
     pictures = numbered([u.scene_picture(scene) for scene in scenes])
     which = ask(
         "which_picture",
-        f" Which picture shows {article(rng.choice(only))}?",
+        f"Which picture shows {article(rng.choice(only))}?",
         str(k + 1),
         choices=list("123"[:n]),
         steps=[f"picture {i}: {', '.join(seen)}" for i, seen in enumerate(names, 1)],
@@ -263,35 +242,31 @@ def interleaved_unit(u: Unit):
         caption = sentence(scene.things)
         captioned += [*pictures[2 * i : 2 * i + 2], text_item(f" {caption}\n")]
         describe.append(ask("describe_number", f"Describe picture {i + 1}.", caption))
-    steps = [f"objects: {len(names[-1])}"]
-    story = ask("story", " Describe it like the others.", caption, steps=steps)
+    story = caption_question(scene, "story", "Describe it like the others.")
 
-    if u.exam:
-        u.line("interleaved", pictures, [which])
-        u.line("interleaved", captioned[:-1], [story])
-        return
-    questions = [which, *rng.sample(describe, rng.randint(1, n))]
-    rng.shuffle(questions)
-    questions = [replace(q, text=q.text.strip()) for q in questions]
-    questions[0].text = f" {questions[0].text}"
+    questions = [which]
+    if not u.exam:
+        questions += rng.sample(describe, rng.randint(1, n))
+        rng.shuffle(questions)
     u.line("interleaved", pictures, questions)
     u.line("interleaved", captioned[:-1], [story])
-    u.line("interleaved", pictures, [which])
+    if not u.exam:
+        u.line("interleaved", pictures, [which])
 
 
 # ----------------------------------------------------------------------------- details
 
 
-def look_box(place: str) -> list[int]:
-    """[x1, y1, x2, y2] in thousandths: the middle of a place's cell. A dot lies inside it whole."""
-    middles = (166, 500, 833)  # of the cells, each 333 wide
+def look_box(place):
+    """(x1, y1, x2, y2) in thousandths: the middle of a place's cell. A dot lies inside it whole."""
     row, column = divmod(PLACES.index(place), 3)
+    middles = (166, 500, 833)  # of the cells, each 333 wide
     x = middles[column]
     y = middles[row]
-    return [x - 88, y - 88, x + 88, y + 88]
+    return x - 88, y - 88, x + 88, y + 88
 
 
-def draw_dots(u: Unit, answer: str, low_contrast: bool):
+def draw_dots(u, answer, low_contrast):
     """A scene of small dots, one of that shape with a colour of its own: scene, paper, that dot."""
     rng = u.rng
     targets = []
@@ -299,13 +274,14 @@ def draw_dots(u: Unit, answer: str, low_contrast: bool):
         scene = u.scene(rng.randint(2, 4), sides=(280, 336))
         targets = [t for t in scene.things if t.shape == answer and scene.unique("colour", t)]
     target = rng.choice(targets)
-    paper = Paper(rng, scene.width, scene.height)
+    width, height = scene.size
+    paper = Paper(rng, width, height)
     for t in scene.things:
         row, column = divmod(t.place, 3)
         t.r = 7.5
         t.turn = rng.uniform(-0.12, 0.12)
-        t.cx = (column + 0.5 + rng.uniform(-0.1, 0.1)) * scene.width / 3
-        t.cy = (row + 0.5 + rng.uniform(-0.1, 0.1)) * scene.height / 3
+        t.cx = (column + 0.5 + rng.uniform(-0.1, 0.1)) * width / 3
+        t.cy = (row + 0.5 + rng.uniform(-0.1, 0.1)) * height / 3
         if low_contrast:
             t.rgb = tuple(round(p + 0.2 * (c - p)) for c, p in zip(t.rgb, paper.tint))
     return scene, paper, target
@@ -317,21 +293,15 @@ def detail_unit(u: Unit):
     meta's crop (thousandths) and place are those of the stored picture; its rotate (degrees
     clockwise) and contrast make the shape readable.
     """
-    task = DETAIL[u.index % 3]
+    task, answer = task_in_turn(DETAIL, u.index)
     low_contrast = task == "detail_low_contrast"
-    answer = in_turn(task, u.index // 3)
     scene, paper, dot = draw_dots(u, answer, low_contrast)
-    width = scene.width
-    height = scene.height
     turns = u.rng.choice([1, 2, 3]) if task == "detail_rotated" else 0  # clockwise
+    item = u.picture(paper, scene.things, turns, quality=95)
+    width, height = scene.size
     for _ in range(turns):
         dot = dot.at(height - dot.cy, dot.cx)
         width, height = height, width
-
-    def draw():
-        return np.ascontiguousarray(np.rot90(paper.draw(scene.things), -turns))
-
-    item = u.picture(width, height, draw, quality=95)
     place = PLACES[3 * int(3 * dot.cy / height) + int(3 * dot.cx / width)]
     hint = f"The picture is turned right by {90 * turns} degrees. " if turns else ""
     what = f"{dot.colour} dot" if u.rng.random() < 0.5 else f"dot at the {place}"
@@ -339,7 +309,7 @@ def detail_unit(u: Unit):
         task,
         f"{hint}What shape is the {what}?",
         answer,
-        crop=thousandths(dot.around(22), width, height),
+        crop=thousandths(dot.around(22), (width, height)),
         rotate=-90 * turns % 360,
         contrast=4.0 if low_contrast else 1.0,
         difficulty=2 if task == "detail" else 3,

@@ -2,13 +2,22 @@
 
 import itertools
 import re
-from functools import partial
 
 from toyworld.drawing import COLOUR_NAMES, PLACES, SHAPES, Thing
 from toyworld.pictures import text_picture
-from toyworld.unit import PLURAL, Unit, ask, in_turn, sentence, tally
+from toyworld.unit import PLURAL, Scene, Unit, ask, count_off, sentence, tally, task_in_turn
 
 # ------------------------------------------------------------------------------- texts
+
+
+def add_up(parts):
+    """The sums, and the steps towards them: ["3", "+4", "-2"] -> "3 + 4 = 7", "7 - 2 = 5"."""
+    sums = list(itertools.accumulate(map(int, parts)))
+    steps = []
+    for before, part, after in zip(sums, parts[1:], sums[1:]):
+        steps.append(f"{before} {part[0]} {part[1:]} = {after}")
+    return sums, steps
+
 
 def arithmetic_question(rng, task, want):
     """Plus or minus, in steps: tens, then ones."""
@@ -16,24 +25,17 @@ def arithmetic_question(rng, task, want):
     b = rng.randint(0, 30)
     sign = "+" if rng.random() < 0.5 else "-"
     if sign == "-":
-        a, b = max(a, b), min(a, b)
-    now = a
-    steps = []
-    for part in [part for part in (b - b % 10, b % 10) if part] or [0]:
-        then = now + part if sign == "+" else now - part
-        steps.append(f"{now} {sign} {part} = {then}")
-        now = then
-    return ask(
-        task, f"What is {a} {sign} {b}?", str(now), steps=steps, sign=sign, second=b
-    )
+        b, a = sorted([a, b])
+    parts = [part for part in (b - b % 10, b % 10) if part] or [0]
+    sums, steps = add_up([str(a), *[f"{sign}{part}" for part in parts]])
+    text = f"What is {a} {sign} {b}?"
+    return ask(task, text, str(sums[-1]), steps=steps, sign=sign, second=b)
 
 
 def sort_question(rng, task, want):
     values = rng.sample("0123456789", rng.randint(3, 4))
     first, *others = sorted(values)
-    steps = [f"smallest: {first}"]
-    for value in others:
-        steps.append(f"then: {value}")
+    steps = [f"smallest: {first}", *[f"then: {value}" for value in others]]
     return ask(task, f"Sort {' '.join(values)}.", " ".join(sorted(values)), steps=steps)
 
 
@@ -46,33 +48,26 @@ def copy_question(rng, task, want):
 def count_words_question(rng, task, want):
     n = int(want or rng.randint(1, 4))
     word, *others = rng.sample(SHAPES, 3)
-    words = [word] * n
-    for _ in range(rng.randint(0, 3)):
-        words.append(rng.choice(others))
+    words = [word] * n + [rng.choice(others) for _ in range(rng.randint(0, 3))]
     rng.shuffle(words)
-    steps = []
-    for i, w in enumerate(words, 1):
-        steps.append(f"{w} {words[:i].count(word)}" if w == word else w)
+    steps = count_off(words, [word])
     return ask(task, f"{' '.join(words)}. How often is {word}?", str(n), steps=steps)
 
 
 def described_question(rng, task, want):
     """Place or colour of a thing in a scene that is put in words, with no place or colour twice."""
-    places = []
-    colours = []
-    while not places or len(set(places)) + len(set(colours)) < 2 * len(places):
-        n = rng.randint(2, 3)
-        places = sorted(rng.sample(range(9), n))
-        colours = rng.sample(COLOUR_NAMES, 3)
-        shapes = rng.sample(SHAPES, 3)
-        things = [Thing(colours[i], shapes[i], places[i]) for i in range(n)]
+    clear = False
+    while not clear:
+        places = sorted(rng.sample(range(9), rng.randint(2, 3)))
+        truths = zip(rng.sample(COLOUR_NAMES, 3), rng.sample(SHAPES, 3), places)
+        things = [Thing(*truth) for truth in truths]
         t = rng.choice(things)
         if want and task == "text_position":
             t.place = PLACES.index(want)
         elif want:
             t.colour = want
-        places = [thing.place for thing in things]
-        colours = [thing.colour for thing in things]
+        scene = Scene(things)
+        clear = scene.unique("place", t) and scene.unique("colour", t)
     if task == "text_position":
         text, reply = f"Where is the {t.name}?", t.where
     else:
@@ -98,12 +93,11 @@ def text_unit(u: Unit):
     """An exam asks its tasks in turn; a train line has two to four questions."""
 
     def draw(task, want):
-        make = partial(TEXT_QUESTIONS[task], u.rng, task, want)
-        return u.until_split(make, "text:{0.text}".format)
+        make = TEXT_QUESTIONS[task]
+        return u.until_split(lambda: make(u.rng, task, want), "text:{0.text}")
 
     if u.exam:
-        turn, k = divmod(u.index, len(TEXT_TASKS))
-        questions = [draw(TEXT_TASKS[k], in_turn(TEXT_TASKS[k], turn))]
+        questions = [draw(*task_in_turn(TEXT_TASKS, u.index))]
     else:
         n = u.rng.randint(2, 4)
         questions = [draw(u.rng.choice(TEXT_TASKS), None) for _ in range(n)]
@@ -163,7 +157,7 @@ def two_counts_question(rng, scene, task):
     else:
         text = f"Are there more {first} than {second}?"
         reply = "yes" if a > b else "no"
-        sign = "<=>"[(a > b) - (a < b) + 1]
+        sign = "<" if a < b else ">" if a > b else "="
         result = f"{a} {sign} {b}"
     return ask(
         task,
@@ -178,13 +172,12 @@ def two_counts_question(rng, scene, task):
 def reasoning_unit(u: Unit):
     """The tasks in turn. Answers take turns in train too: most sums would be 2 otherwise."""
     rng = u.rng
-    turn, k = divmod(u.index, len(REASONING))
-    task = REASONING[k]
+    task, want = task_in_turn(REASONING, u.index)
     if task == "drawn_arithmetic":
         drawn_sum_unit(u)
         return
     question = None
-    while not question or question.reply != in_turn(task, turn):
+    while not question or question.reply != want:
         shapes = None if task == "relation" else rng.sample(SHAPES, 3)
         scene = u.scene(rng.randint(4, 7), shapes)
         if task == "relation":
@@ -209,18 +202,14 @@ def drawn_sum_unit(u: Unit):
 
     sums = [-1]
     while min(sums) < 0:
-        string = u.until_split(draw, "text:{}".format)
-        parts = re.findall(r"[+-]?\d", string)
-        sums = list(itertools.accumulate(map(int, parts)))
-    steps = [f"text: {string}"]
-    for before, part, after in zip(sums, parts[1:], sums[1:]):
-        steps.append(f"{before} {part[0]} {part[1]} = {after}")
+        string = u.until_split(draw, "text:{}")
+        sums, steps = add_up(re.findall(r"[+-]?\d", string))
     question = ask(
         "drawn_arithmetic",
         "What is the result?",
         str(sums[-1]),
         chance=0.1,
-        steps=steps,
+        steps=[f"text: {string}", *steps],
         difficulty=len(sums),
     )
     item = text_picture(u, string, rng.choice(COLOUR_NAMES))

@@ -12,11 +12,9 @@ answers can be judged. What the tool showed is the sandbox's, and has "loss": fa
 
 import json
 import random
-from pathlib import Path
-
-from PIL import Image
 
 from common import sandbox
+from common.conversation import pictures_of
 from toyworld.pictures import look_box
 from toyworld.unit import text_item
 
@@ -29,14 +27,14 @@ def boxed(reply):
     return f"</think><answer>\\boxed{{{reply}}}</answer>"
 
 
-def tool_code(meta: dict) -> str | None:
+def tool_code(meta):
     """What to run for a question: a look at a detail, or a sum; None: a tool is of no use."""
     if meta["task"] == "arithmetic":
         first = meta["steps"][0].split()[0]
         return f"print({first} {meta['sign']} {meta['second']})"
     if meta["category"] != "detail":
         return None
-    code = f"crop{tuple(look_box(meta['place']))}\nzoom(2)"
+    code = f"crop{look_box(meta['place'])}\nzoom(2)"
     if meta["rotate"]:
         code += f"\nrotate({meta['rotate']})"
     if meta["contrast"] != 1:
@@ -44,29 +42,28 @@ def tool_code(meta: dict) -> str | None:
     return code
 
 
-def looking(code: str, items: list[dict], meta: dict, folder: Path, name: str) -> list[dict]:
+def looking(code, record, folder, name):
     """The content of an answer that runs code on a question's pictures, files in folder.
 
-    items: the question's media. A picture that the code shows is written to folder as `name`.
+    A picture that the code shows is written to folder as `name`.
     """
+    meta = record["meta"]
     # The pictures as any reader finds them in the files, not as they were drawn.
-    pictures = [Image.open(folder / item["image"]).convert("RGB") for item in items]
+    pictures = pictures_of(record, folder)
     shown = sandbox.run(code, pictures).content()
     for item in shown:
         if item["type"] == "image":
             picture = item["image"]
             picture.save(folder / name, compress_level=1)
-            item["image"] = name
-            item["width"] = picture.width
-            item["height"] = picture.height
+            item |= {"image": name, "width": picture.width, "height": picture.height}
 
     # One finds the place, then looks at it; a sum is given to the tool at once.
-    steps = "".join(f"{step}\n" for step in meta["steps"] if items)
+    steps = "".join(f"{step}\n" for step in meta["steps"] if pictures)
     call = text_item(f"<think>{steps}<tool_call>{code}</tool_call>")
     return [call, *shown, text_item(meta["answer"] + boxed(meta["answer"]))]
 
 
-def conversations(folder: Path, seed: int, numbered: tuple[int, str]) -> list[tuple[str, str]]:
+def conversations(folder, seed, numbered):
     """numbered: a number of its own, and a line with one question, from a file in folder.
 
     -> [("train/think", line of that file), ...]
@@ -76,20 +73,17 @@ def conversations(folder: Path, seed: int, numbered: tuple[int, str]) -> list[tu
     meta = record["meta"]
     question, answer = record["messages"]
     reply = answer["content"]
-    items = []
-    if isinstance(question["content"], list):
-        items = [item for item in question["content"] if item["type"] != "text"]
     steps = "\n".join(meta["steps"])
     thought = f"<think>{steps}\nthe answer is {reply}{boxed(reply)}"
     rng = random.Random(f"{seed}/thinking/{number}")
     code = tool_code(meta)
 
     answers = [("think", thought), ("no_think", reply)]
-    if any(item["type"] == "video" for item in items):
+    if '"type": "video"' in line:
         answers = [("clips", thought), ("clips", reply)]
     elif code:
         name = f"pictures/tool-{number:06d}.png"
-        answers.append(("agentic", looking(code, items, meta, folder, name)))
+        answers.append(("agentic", looking(code, record, folder, name)))
     elif rng.random() < WITHOUT_TOOL:
         answers.append(("agentic", thought))
     lines = []

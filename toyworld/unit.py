@@ -12,14 +12,14 @@ processes writes the same bytes.
 """
 
 import hashlib
-import itertools
 import json
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from toyworld.drawing import COLOUR_NAMES, PLACES, SHAPES, Paper, Thing, fill_of, write_clip
@@ -27,54 +27,56 @@ from toyworld.drawing import COLOUR_NAMES, PLACES, SHAPES, Paper, Thing, fill_of
 # Name of a file -> category of its questions; of the others the two are the same.
 CATEGORY = {"vqa": "ocr_vqa", "ocr": "ocr_vqa", "instruct": "instruction"}
 
-# Verifier -> the tasks whose responses it judges. All others are judged by "choice".
-VERIFIERS = {
-    "text": "caption read story describe_number video_caption moving_object copy".split(),
-    "number": "count count_of count_point text_length event_start arithmetic count_words "
-    "sum_count drawn_arithmetic".split(),
-    "yesno": ["exist", "compare_count"],
-    "box": ["box"],
-    "point": ["point"],
-    "interval": ["event_time"],
-    "order": ["reorder", "sort"],
-    "exact": "in_sentence in_capitals as_json colour_and_shape twice_asked say_motion".split(),
-}
 
-# Task -> its answers, where they are few. They take turns, so that blind guessing is chance.
-CHOICES = {
-    "colour": COLOUR_NAMES,
-    "shape": SHAPES,
-    "count": list("12345"),
-    "count_of": list("123"),
-    "position": PLACES,
-    "exist": ["yes", "no"],
-    "count_point": list("123"),
-    "text_colour": COLOUR_NAMES,
-    "text_length": list("1234"),
+def by_task(table):
+    """{"a b": value} -> {"a": value, "b": value}."""
+    return {task: value for tasks, value in table.items() for task in tasks.split()}
+
+
+# Tasks -> the verifier that judges their responses. All others are judged by "choice".
+VERIFIERS = by_task({
+    "caption read story describe_number video_caption moving_object copy": "text",
+    "count count_of count_point text_length event_start arithmetic count_words "
+    "sum_count drawn_arithmetic": "number",
+    "exist compare_count": "yesno",
+    "box": "box",
+    "point": "point",
+    "event_time": "interval",
+    "reorder sort": "order",
+    "in_sentence in_capitals as_json colour_and_shape twice_asked say_motion": "exact",
+})
+
+# Tasks -> their answers, where they are few. They take turns, so that blind guessing is chance.
+CHOICES = by_task({
+    "colour text_colour text_colour_of": COLOUR_NAMES,
+    "shape relation detail detail_rotated detail_low_contrast": SHAPES,
+    "position text_position": PLACES,
+    "exist compare_count": ["yes", "no"],
     "motion": ["left", "right", "up", "down"],
-    "match": ["1", "2"],
-    "count_words": list("1234"),
-    "text_position": PLACES,
-    "text_colour_of": COLOUR_NAMES,
-    "sum_count": list("23456"),
-    "compare_count": ["yes", "no"],
-    "relation": SHAPES,
-    "detail": SHAPES,
-    "detail_rotated": SHAPES,
-    "detail_low_contrast": SHAPES,
     "option": ["A", "B", "C"],
-}
+    "match": ["1", "2"],
+    "count_of count_point": ["1", "2", "3"],
+    "text_length count_words": list("1234"),
+    "count": list("12345"),
+    "sum_count": list("23456"),
+})
 
 
-def in_turn(task: str, turn: int) -> str | None:
+def in_turn(task, turn):
     """The answer whose turn it is; None for a task whose answers are many."""
     choices = CHOICES.get(task)
     return choices[turn % len(choices)] if choices else None
 
 
+def task_in_turn(tasks, index):
+    """The task whose turn it is, and its answer whose turn it is."""
+    turn, k = divmod(index, len(tasks))
+    return tasks[k], in_turn(tasks[k], turn)
+
+
 # ------------------------------------------------------------------------------- words
 
-PLURAL = {shape: shape + "s" for shape in SHAPES} | {"cross": "crosses"}
+PLURAL = dict(zip(SHAPES, "circles squares triangles stars crosses rings".split()))
 
 
 def article(name):
@@ -113,27 +115,26 @@ class Question:
 
 def ask(task, text, reply, answer=None, choices=None, chance=0.0, **more) -> Question:
     """answer: if it is not the whole reply. choices: if they are not the task's. more: for meta."""
-    choices = choices or CHOICES.get(task)
-    verifier = "choice"
-    for name, tasks in VERIFIERS.items():
-        if task in tasks:
-            verifier = name
+    verifier = VERIFIERS.get(task, "choice")
     meta = {"answer": answer or reply, "verifier": verifier, "chance": chance}
+    choices = choices or CHOICES.get(task)
     if choices:
         meta |= {"chance": round(1 / len(choices), 4), "choices": choices}
     return Question(task, text, reply, meta | more)
 
 
-def tally(things, attribute, values):
-    """Steps of counting: what each thing is, the counted values with a running number."""
-    found = []
-    steps = []
-    for t in things:
-        value = getattr(t, attribute)
-        found.append(value)
-        number = f" {found.count(value)}" if value in values else ""
-        steps.append(f"{t.where}: {value}{number}")
-    return steps
+def count_off(values, counted):
+    """The values, those that are counted with a running number: star, ring 1, star, ring 2."""
+    said = []
+    for i, value in enumerate(values, 1):
+        said.append(f"{value} {values[:i].count(value)}" if value in counted else value)
+    return said
+
+
+def tally(things, attribute, counted):
+    """Steps of counting things by "colour" or "shape"."""
+    values = [getattr(t, attribute) for t in things]
+    return [f"{t.where}: {said}" for t, said in zip(things, count_off(values, counted))]
 
 
 # ------------------------------------------------------------------------------ scenes
@@ -141,25 +142,24 @@ def tally(things, attribute, values):
 
 @dataclass
 class Theme:
-    """What can be counted in a scene: things with this value of "colour" or "shape"."""
+    """What can be counted in a scene: its things of one colour or shape."""
 
-    attribute: str
-    value: str
-    count: int
-
-    @property
-    def name(self):
-        return PLURAL.get(self.value, f"{self.value} objects")
+    name: str  # in the plural
+    things: list[Thing]
+    steps: list[str]  # of counting them
 
 
 @dataclass
 class Scene:
-    """Things on a picture of width x height pixels."""
+    """Things on a picture of size (width, height) in pixels."""
 
     things: list[Thing]
     theme: Theme | None = None
-    width: int = 0
-    height: int = 0
+    size: tuple = ()
+
+    @property
+    def key(self):
+        return "|".join(sorted(f"{t.name} {t.where}" for t in self.things))
 
     def unique(self, attribute, t):
         """Whether no other thing has the same colour, shape or name as t."""
@@ -171,17 +171,16 @@ class Scene:
         return [t for t in self.things if self.unique("name", t)]
 
     def box(self, t):
-        return thousandths(t.box(), self.width, self.height)
+        return thousandths(t.box(), self.size)
 
     def point(self, t):
         x1, y1, x2, y2 = self.box(t)
         return [(x1 + x2) // 2, (y1 + y2) // 2]
 
 
-def thousandths(box, width, height):
+def thousandths(box, size):
     """(x1, y1, x2, y2) in pixels -> integers in [0, 1000), Keye's boxes (report, table 1)."""
-    sides = (width, height, width, height)
-    return [min(999, max(0, int(1000 * v / side))) for v, side in zip(box, sides)]
+    return [min(999, max(0, int(1000 * v / side))) for v, side in zip(box, size + size)]
 
 
 def draw_scene(rng, n, shapes, places) -> Scene:
@@ -195,32 +194,29 @@ def draw_scene(rng, n, shapes, places) -> Scene:
     # The count is drawn before the things' values, so that 1, 2 and 3 are equally likely.
     attribute = rng.choice(["colour", "shape"])
     values = CHOICES[attribute]
-    theme = Theme(attribute, rng.choice(values), rng.randint(1, 3))
-    chosen = rng.sample(range(n), theme.count)
-    others = [value for value in values if value != theme.value]
+    theme = rng.choice(values)
+    chosen = rng.sample(range(n), rng.randint(1, 3))
+    others = [value for value in values if value != theme]
     for i, t in enumerate(things):
-        setattr(t, attribute, theme.value if i in chosen else rng.choice(others))
-    return Scene(things, theme)
+        setattr(t, attribute, theme if i in chosen else rng.choice(others))
+    name = PLURAL.get(theme, f"{theme} objects")
+    counted = [things[i] for i in sorted(chosen)]
+    return Scene(things, Theme(name, counted, tally(things, attribute, [theme])))
 
 
 # ------------------------------------------------------------------------------- units
 
 
-def is_heldout(key: str) -> bool:
+def is_heldout(key):
     """The split: a tenth of all contents, by hash of the canonical truth, never occurs in train."""
     return hashlib.blake2b(key.encode(), digest_size=4).digest()[0] % 10 == 0
 
 
-def scene_key(scene):
-    return "scene:" + "|".join(sorted(f"{t.name} {t.where}" for t in scene.things))
-
-
 @dataclass
 class Film:
-    """The form of a clip: width and height even, frames per second of the file, seconds."""
+    """The form of a clip: width and height, both even, frames per second of the file, seconds."""
 
-    width: int
-    height: int
+    size: tuple
     fps: float
     duration: float
 
@@ -241,33 +237,31 @@ class Unit:
     seed: int
     sides: tuple
     dry: bool = False
-    lines: list = field(default_factory=list)
 
     def __post_init__(self):
-        self.numbers = itertools.count()  # of its files
+        self.lines = []
+        self.numbers = count()  # of its files
         self.rng = random.Random(f"{self.seed}/{self.split}/{self.kind}/{self.index}")
         self.practice = self.kind.startswith("ask.")
         self.name, _, self.task = self.kind.removeprefix("ask.").partition(".")
         self.heldout = self.split == "heldout"
         self.exam = self.heldout or self.practice  # one question a line
 
-    def until_split(self, draw: Callable, key: Callable):
-        """The first value of draw() whose key belongs to the unit's split."""
+    def until_split(self, draw, form):
+        """The first value of draw() that, put into the form, is a key of the unit's split."""
         while True:
             value = draw()
-            if is_heldout(key(value)) == self.heldout:
+            if is_heldout(form.format(value)) == self.heldout:
                 return value
 
     def scene(self, n: int, shapes=None, sides=None, grid=3) -> Scene:
         """n things at different places of a raster of grid x grid cells (grid 2: the corners)."""
         rng = self.rng
         places = range(9) if grid == 3 else (0, 2, 6, 8)
-        scene = self.until_split(lambda: draw_scene(rng, n, shapes, places), scene_key)
+        scene = self.until_split(lambda: draw_scene(rng, n, shapes, places), "scene:{0.key}")
         sides = sides or self.sides
-        scene.width = rng.randint(*sides)
-        scene.height = rng.randint(*sides)
-        width = scene.width / grid
-        height = scene.height / grid
+        scene.size = (rng.randint(*sides), rng.randint(*sides))
+        width, height = [side / grid for side in scene.size]  # of a cell
         for t in scene.things:
             row, column = divmod(places.index(t.place), grid)
             t.r = rng.uniform(0.42, 0.48) * min(width, height)
@@ -280,66 +274,65 @@ class Unit:
     def new_file(self, folder, ending):
         return f"{folder}/{self.kind}-{self.index:06d}-{next(self.numbers)}.{ending}"
 
-    def picture(self, width: int, height: int, draw: Callable, quality=None) -> dict:
-        """Writes draw(), an array (H, W, 3): a quarter as PNG, unless quality is given. -> item"""
+    def picture(self, paper: Paper, things: list, turns=0, quality=None) -> dict:
+        """Writes things on paper, turned right by quarters. -> its item
+
+        A quarter of the files are PNG, unless a quality is given.
+        """
         png = quality is None and self.rng.random() < 0.25
         name = self.new_file("pictures", "png" if png else "jpg")
         if not self.dry:
             if not png:
                 quality = quality or self.rng.randint(85, 95)
-            path = Path(self.folder, self.split, name)
+            image = Image.fromarray(np.rot90(paper.draw(things), -turns))
             # Each format takes the options that it knows.
-            Image.fromarray(draw()).save(path, quality=quality, subsampling=0, compress_level=1)
+            path = Path(self.folder, self.split, name)
+            image.save(path, quality=quality, subsampling=0, compress_level=1)
+        height, width, _ = np.rot90(paper.veil, -turns).shape
         return {"type": "image", "image": name, "width": width, "height": height}
 
     def scene_picture(self, scene: Scene) -> dict:
-        paper = Paper(self.rng, scene.width, scene.height)
-        return self.picture(scene.width, scene.height, lambda: paper.draw(scene.things))
+        paper = Paper(self.rng, *scene.size)
+        return self.picture(paper, scene.things)
 
-    def clip(self, film: Film, shown: Callable) -> dict:
+    def clip(self, film: Film, shown) -> dict:
         """Writes a clip of what shown(t in seconds) lists: things at their places. -> its item"""
         rate = Fraction(30000, 1001) if film.fps == 29.97 else Fraction(film.fps)
         n = round(film.duration * rate)
         name = self.new_file("clips", "mp4")
-        paper = Paper(self.rng, film.width, film.height)
-
-        def frames():
-            last = None
-            for k in range(n):
-                things = shown(k / float(rate))
-                if things != last:  # else the frame before is this one too
-                    frame = paper.draw(things)
-                    last = things
-                yield frame
-
+        paper = Paper(self.rng, *film.size)
         if not self.dry:
             path = Path(self.folder, self.split, name)
-            write_clip(path, frames(), rate, film.width, film.height)
+            write_clip(path, paper, rate, (shown(k / float(rate)) for k in range(n)))
         return {
             "type": "video",
             "video": name,
-            "width": film.width,
-            "height": film.height,
+            "width": paper.width,
+            "height": paper.height,
             "duration": round(float(n / rate), 4),
             "fps_source": film.fps,
         }
 
-    def line(self, name: str, media: list[dict], questions: list[Question]):
+    def line(self, name: str, media: list, questions: list):
         """A conversation for name.jsonl. media: what stands before the first question."""
-        first = questions[0]
         messages = []
         for q in questions:
-            messages.append({"role": "user", "content": q.text})
-            messages.append({"role": "assistant", "content": q.reply})
+            messages += [
+                {"role": "user", "content": q.text},
+                {"role": "assistant", "content": q.reply},
+            ]
+        first = questions[0]
         if media:
-            messages[0]["content"] = media + ([text_item(first.text)] if first.text else [])
+            space = " " if media[0]["type"] == "text" else ""  # behind pictures with labels
+            text = [text_item(space + first.text)] if first.text else []
+            messages[0]["content"] = media + text
         record = {"messages": messages}
         if len(questions) == 1 and first.text:
             category = CATEGORY.get(name, name)
             record["meta"] = {"task": first.task, "category": category} | first.meta
         self.lines.append(("questions" if self.practice else name, json.dumps(record)))
 
-    def lines_of(self, name: str, item: dict, questions: list[Question], more=(), lines=2):
+    def lines_of(self, name: str, item: dict, questions: list, more=(), lines=2):
         """An exam asks each question in a line of its own, train some of these and of more."""
         if self.exam:
             for question in questions:

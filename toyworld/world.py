@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -86,7 +85,7 @@ KINDS = {
     "text": Kind(text_unit, 0.2, 300, len(TEXT_TASKS)),
     "instruct": Kind(instruct_unit, 0, 258, tasks=INSTRUCT),
 }
-CLIPS = "motion order event match reorder say_motion".split()
+CLIPS = set("motion order event match reorder say_motion".split())
 
 
 def plan(pictures: int, clips: int, heldout: int, size: str | None = None) -> Iterator[tuple]:
@@ -101,52 +100,56 @@ def plan(pictures: int, clips: int, heldout: int, size: str | None = None) -> It
             full_name = f"{name}.{task}" if task else name
             yield "heldout", full_name, int(kind.exam * heldout)
             if size:
-                share = Fraction(pictures, SIZES[size].pictures)
-                if name in CLIPS or task in CLIPS:
-                    share = Fraction(clips, SIZES[size].clips)
                 practice = full_name if name == "instruct" else f"ask.{full_name}"
-                yield "train", practice, math.ceil(share * kind.practice * SIZES[size].practice)
+                full = SIZES[size]
+                n = kind.practice * full.practice
+                if CLIPS & {name, task}:
+                    yield "train", practice, math.ceil(n * clips / full.clips)
+                else:
+                    yield "train", practice, math.ceil(n * pictures / full.pictures)
 
 
 # ---------------------------------------------------------------------------- drawing
 
+MEDIA = ["heldout/clips", "heldout/pictures", "train/clips", "train/pictures"]
 
-def draw_unit(folder, split, kind, index, seed, sides, dry=False) -> Unit:
-    unit = Unit(folder, split, kind, index, seed, sides, dry)
+
+def draw_unit(*which, dry=False) -> Unit:
+    """which: folder, split, kind, index, seed and sides, as Unit has them."""
+    unit = Unit(*which, dry)
     KINDS[unit.name].draw(unit)
     return unit
 
 
-def unit_lines(folder: Path, seed: int, sides: tuple, which: tuple) -> list[tuple[str, str]]:
+def unit_lines(folder, seed, sides, which):
     """which: (split, kind, index). -> [("train/vqa", line of that file), ...]"""
     unit = draw_unit(folder, *which, seed, sides)
     return [(f"{unit.split}/{name}", line) for name, line in unit.lines]
 
 
-def draw_all(folder: Path, counts, size: str, seed: int, workers: int, progress: bool) -> dict:
+def draw_all(folder, counts, size, seed, workers, progress):
     """Draws what a plan counts, then what the cold start reads. -> {"train/vqa": lines of it}"""
-    for media in ("train/pictures", "train/clips", "heldout/pictures", "heldout/clips"):
+    for media in MEDIA:
         (folder / media).mkdir(parents=True)
-    units = []
-    for split, kind, n in counts:
-        units += [(split, kind, i) for i in range(n)]
+    units = [(split, kind, i) for split, kind, n in counts for i in range(n)]
     texts = defaultdict(list)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers) if workers > 1 else nullcontext() as pool:
-        # Results come in the order of the units: files are the same for any number of workers.
-        imap = partial(pool.imap, chunksize=25) if pool else map
-        drawn = imap(partial(unit_lines, folder, seed, SIZES[size].sides), units)
-        for lines in tqdm(drawn, "drawing", len(units), unit="unit", disable=not progress):
+
+    def collect(results):
+        for lines in results:
             for name, line in lines:
                 texts[name].append(line)
 
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(workers) if workers > 1 else nullcontext() as pool:
+        # Results come in the order of the units: files are the same for any number of workers.
+        imap = partial(pool.imap, chunksize=25) if pool else map
+        drawn = imap(partial(unit_lines, folder, seed, SIZES[size].sides), units)
+        collect(tqdm(drawn, "drawing", len(units), unit="unit", disable=not progress))
+
         questions = texts["train/questions"] + texts["train/detail"] + texts["train/instruct"]
-        numbered = list(enumerate(questions))
-        n = min(len(numbered), SIZES[size].questions)
-        chosen = sorted(random.Random(f"{seed}/thinking").sample(numbered, n))
-        for lines in imap(partial(conversations, folder / "train", seed), chosen):
-            for name, line in lines:
-                texts[name].append(line)
+        n = min(len(questions), SIZES[size].questions)
+        chosen = random.Random(f"{seed}/thinking").sample(list(enumerate(questions)), n)
+        collect(imap(partial(conversations, folder / "train", seed), sorted(chosen)))
     return texts
 
 
@@ -157,26 +160,26 @@ def code_hash() -> str:
     return hashlib.sha256(code).hexdigest()[:16]
 
 
-def finished(out: Path, settings: dict) -> dict | None:
+def finished(out, settings):
     """world.json's content where `out` holds this very world. FileExistsError where it is none."""
-    if (out / "world.json").is_file():
-        world = json.loads((out / "world.json").read_text())
+    path = out / "world.json"
+    if path.is_file():
+        world = json.loads(path.read_text())
         return world if world["settings"] == settings else None
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(
             f"{out}: exists and is no toy world (no world.json); remove it or choose another --out"
         )
-    return None
 
 
-def write_world(part: Path, settings: dict, texts: dict) -> dict:
+def write_world(part, settings, texts):
     """Writes the JSONL files and world.json into a folder that has the media. -> its content"""
-    world = {"settings": settings, "files": {}, "lines": {}}
+    counts = {}
     for name, lines in sorted(texts.items()):
-        world["lines"][f"{name}.jsonl"] = len(lines)
+        counts[f"{name}.jsonl"] = len(lines)
         (part / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for folder in sorted(part.glob("*/*/")):
-        world["files"][str(folder.relative_to(part))] = len(os.listdir(folder))
+    files = {media: len(os.listdir(part / media)) for media in MEDIA}
+    world = {"settings": settings, "files": files, "lines": counts}
     (part / "world.json").write_text(json.dumps(world, indent=1) + "\n")
     return world
 
