@@ -37,6 +37,16 @@ from generate import Generator, load, max_answer
 from model import KeyeVL
 
 HEADLINE = ["colour", "shape", "count", "position", "motion"]  # tasks of the headline
+# Columns of the board: a number of a whole result, as it is shown.
+FACTS = {
+    "tokens": "{tokens:.1f}",
+    "obeyed": "{obeyed:.1%}",
+    "format errors": "{format:.1%}",
+    "repetitive": "{repetitive:.1%}",
+    "calls": "{calls:.2f}",
+    "failed calls": "{failed_calls:.2f}",
+}
+SAMPLE = "- [{task}] {question} **{output}** (truth: {answer})\n"  # a line of samples.md
 PHASES = ["pretrain", "sft", "mpo", "coldstart", "grpo", "align"]  # folders of a run, in order
 
 # --------------------------------------------------------------------------------------------------
@@ -48,8 +58,8 @@ class Answer:
     """What the model answered to a question, and what is counted of it."""
 
     question: Question
-    response: str  # all of it, with what tools showed
     numbers: dict  # see judged; None: does not apply
+    example: dict  # for the reader, all of the response with what tools showed
     failure: str = ""  # why its media could not be read
 
 
@@ -91,7 +101,7 @@ def evaluate(
     return result_of(answers, mode) | {"seconds": round(time.time() - begin, 2)}
 
 
-def token_limits(questions: list[Question], tokenizer, max_tokens: int | None) -> dict:
+def token_limits(questions, tokenizer, max_tokens):
     """Tokens of an answer, by task: max_tokens, or twice those of its longest true answer and 4."""
     limits = defaultdict(int)
     for question in questions:
@@ -100,7 +110,7 @@ def token_limits(questions: list[Question], tokenizer, max_tokens: int | None) -
     return limits
 
 
-def ask(generator: Generator, questions: list, limits: dict, mode: str) -> list[Answer]:
+def ask(generator, questions, limits, mode) -> list[Answer]:
     """One greedy answer to each question, in order. limits: see token_limits."""
     prompts = [Prompt(q.record, q.root, mode, seed=q.where) for q in questions]
     max_tokens = [limits[q.task] for q in questions]
@@ -108,8 +118,7 @@ def ask(generator: Generator, questions: list, limits: dict, mode: str) -> list[
     answers = []
     for question, prompt, group in zip(questions, prompts, groups):
         # Where media could not be read nothing is said, which is wrong.
-        rollout = group[0] if group else Rollout(prompt, {}, Response(), [])
-        answer = judged(question, rollout)
+        answer = judged(question, group[0] if group else Rollout(prompt, {}))
         if not group:
             answer.failure = why_unread(generator.processor, prompt)
         answers.append(answer)
@@ -135,7 +144,15 @@ def judged(question: Question, rollout: Rollout) -> Answer:
         "cer": grade(text, meta) if meta["verifier"] == "text" else None,
         **facts_of(parsed, mode, rollout.response),
     }
-    return Answer(question, text_of({"content": rollout.content}), numbers)
+    example = {
+        "task": question.task,
+        "question": text_of(question.record["messages"][-2]),
+        "output": text_of({"content": rollout.content}),
+        "answer": meta["answer"],
+        "right": bool(numbers["accuracy"]),
+        "where": question.where,
+    }
+    return Answer(question, numbers, example)
 
 
 def facts_of(parsed: Parsed, mode: str, response: Response) -> dict:
@@ -148,10 +165,9 @@ def facts_of(parsed: Parsed, mode: str, response: Response) -> dict:
     """
     thought = "<think>" in parsed.own
     analysed = "<analysis>" in parsed.own
-    should_think = parsed.chose != "no_think"
-    obeyed = thought == should_think and analysed == (mode == "auto_think")
-    if parsed.chose is None or not parsed.own:
-        obeyed = False
+    obeyed = bool(parsed.chose and parsed.own)
+    obeyed &= thought == (parsed.chose != "no_think")
+    obeyed &= analysed == (mode == "auto_think")
     return {
         "tokens": sum(response.sampled),
         "thought": thought,
@@ -163,7 +179,7 @@ def facts_of(parsed: Parsed, mode: str, response: Response) -> dict:
     }
 
 
-def why_unread(processor: Processor, prompt: Prompt) -> str:
+def why_unread(processor, prompt):
     """The reason why a prompt got no response, found by reading it once more."""
     try:
         messages = prompt_of(prompt.record, prompt.mode)
@@ -176,11 +192,11 @@ def why_unread(processor: Processor, prompt: Prompt) -> str:
 class Blindfold:
     """A processor to whom every pixel is mid-grey. The words and all sizes stay."""
 
-    def __init__(self, processor: Processor):
+    def __init__(self, processor):
         self.processor = processor
         self.tokenizer = processor.tokenizer
 
-    def __call__(self, conversation: dict, root: Path, generate: bool) -> dict:
+    def __call__(self, conversation, root, generate):
         sample = self.processor(conversation, root, generate=generate)
         return sample | {"patches": torch.full_like(sample["patches"], 128)}
 
@@ -192,26 +208,24 @@ class Blindfold:
 def wilson(hits: float, n: int) -> tuple[float, float]:
     """95 % interval of a share: Wilson's, which holds at 0 and 1 too."""
     z = 1.96
-    share = hits / n
-    q = z * z / n
-    middle = (share + q / 2) / (1 + q)
-    half = z * math.sqrt(share * (1 - share) / n + q / n / 4) / (1 + q)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    middle = hits + z**2 / 2
+    half = z * math.sqrt(hits * (n - hits) / n + z**2 / 4)
+    return max(0.0, (middle - half) / (n + z**2)), min(1.0, (middle + half) / (n + z**2))
 
 
-def mean(values) -> float | None:
+def mean(values):
     """Of those values that are not None; None where none is left."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
-def means(answers: list[Answer]) -> dict:
+def means(answers):
     """The mean of each of the answers' numbers."""
     names = answers[0].numbers
     return {name: mean(answer.numbers[name] for answer in answers) for name in names}
 
 
-def summary(answers: list[Answer]) -> dict:
+def summary(answers):
     """Of a task or a category: n, failed, mean numbers, and the accuracy's 95 % interval low..high.
 
     blind is None where nothing was to be seen. failed: questions whose media could not be read.
@@ -219,55 +233,50 @@ def summary(answers: list[Answer]) -> dict:
     n = len(answers)
     numbers = means(answers)
     low, high = wilson(numbers["accuracy"] * n, n)
-    failed = sum(bool(answer.failure) for answer in answers)
-    category = answers[0].question.category
-    return {"category": category, "n": n, "low": low, "high": high, "failed": failed, **numbers}
+    return {
+        "category": answers[0].question.category,
+        "n": n,
+        "low": low,
+        "high": high,
+        "failed": sum(bool(answer.failure) for answer in answers),
+        **numbers,
+    }
 
 
-def grouped(answers: list[Answer], name_of) -> dict:
-    """{name_of(question): its answers}, names in order."""
+def summaries(answers, key):
+    """{value: summary} of the answers whose question's meta has this value; values in order."""
     groups = defaultdict(list)
     for answer in answers:
-        groups[name_of(answer.question)].append(answer)
-    return dict(sorted(groups.items()))
+        value = answer.question.meta.get(key, 1)  # 1: a difficulty that is not given
+        groups[str(value)].append(answer)
+    return {value: summary(groups[value]) for value in sorted(groups)}
 
 
-def result_of(answers: list[Answer], mode: str) -> dict:
+def result_of(answers, mode):
     """What `evaluate` returns."""
-    by_task = grouped(answers, lambda question: question.task)
-    by_category = grouped(answers, lambda question: question.category)
-    by_difficulty = grouped(answers, lambda question: str(question.meta.get("difficulty", 1)))
-    tasks = {task: summary(group) for task, group in by_task.items()}
-    categories = {category: summary(group) for category, group in by_category.items()}
+    tasks = summaries(answers, "task")
+    categories = summaries(answers, "category")
+    levels = summaries(answers, "difficulty")
     headline = [tasks[task] for task in HEADLINE if task in tasks]
-    three = ("accuracy", "blind", "chance")
     examples = []
-    for group in by_task.values():
-        examples += [example(answer) for answer in group[:3]]
-    unread = [answer for answer in answers if answer.failure]
+    for task in tasks:
+        examples += [a.example for a in answers if a.question.task == task][:3]
     return {
         "mode": mode,
         "questions": len(answers),
         "tasks": tasks,
         "categories": categories,
-        "headline": {name: mean(numbers[name] for numbers in headline) for name in three},
+        "headline": {
+            name: mean(numbers[name] for numbers in headline)
+            for name in ("accuracy", "blind", "chance")
+        },
         "mixed": mean(numbers["accuracy"] for numbers in categories.values()),
         "all": means(answers),
-        "thinking": {level: means(group)["thought"] for level, group in by_difficulty.items()},
-        "failed": [{"where": a.question.where, "reason": a.failure} for a in unread],
+        "thinking": {level: numbers["thought"] for level, numbers in levels.items()},
+        "failed": [
+            {"where": a.question.where, "reason": a.failure} for a in answers if a.failure
+        ],
         "examples": examples,
-    }
-
-
-def example(answer: Answer) -> dict:
-    question = answer.question
-    return {
-        "task": question.task,
-        "question": text_of(question.record["messages"][-2]),
-        "output": answer.response,
-        "answer": question.meta["answer"],
-        "right": bool(answer.numbers["accuracy"]),
-        "where": question.where,
     }
 
 
@@ -275,7 +284,7 @@ def example(answer: Answer) -> dict:
 # tables
 
 
-def percent(value: float | None) -> str:
+def percent(value):
     return "" if value is None else f"{100 * value:.1f}"
 
 
@@ -288,22 +297,15 @@ def board(rows: list[tuple[str, dict]]) -> str:
     """
     categories = sorted(set().union(*(result["categories"] for _, result in rows)))
     levels = sorted(set().union(*(result["thinking"] for _, result in rows)))
-    facts = ["tokens", "obeyed", "format errors", "repetitive", "calls", "failed calls"]
     thinks = [f"thinks at {level}" for level in levels]
-    table = [["phase and mode", *categories, "mixed", *facts, *thinks, "failed"]]
+    table = [["phase and mode", *categories, "mixed", *FACTS, *thinks, "failed"]]
     for name, result in rows:
         by_category = [result["categories"].get(category, {}) for category in categories]
-        numbers = result["all"]
         table.append([
             name,
             *(percent(found.get("accuracy")) for found in by_category),
             percent(result["mixed"]),
-            f"{numbers['tokens']:.1f}",
-            percent(numbers["obeyed"]),
-            percent(numbers["format"]),
-            percent(numbers["repetitive"]),
-            f"{numbers['calls']:.2f}",
-            f"{numbers['failed_calls']:.2f}",
+            *(form.format_map(result["all"]).rstrip("%") for form in FACTS.values()),
             *(percent(result["thinking"].get(level)) for level in levels),
             str(len(result["failed"])),
         ])
@@ -328,16 +330,21 @@ def task_table(result: dict) -> str:
     return markdown(table)
 
 
-def task_line(label: str, numbers: dict) -> list:
-    accuracy, blind, chance = (percent(numbers[key]) for key in ("accuracy", "blind", "chance"))
+def task_line(label, numbers):
     half = percent((numbers["high"] - numbers["low"]) / 2)
-    return [label, str(numbers["n"]), f"{accuracy} ± {half}", blind, chance]
+    return [
+        label,
+        str(numbers["n"]),
+        f"{percent(numbers['accuracy'])} ± {half}",
+        percent(numbers["blind"]),
+        percent(numbers["chance"]),
+    ]
 
 
-def markdown(table: list) -> str:
+def markdown(table):
     """A table that can be read without a renderer: the first column left, the others right."""
     widths = [max(map(len, column)) for column in zip(*table)]
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    rule = ["-" * widths[0], *(":".rjust(width, "-") for width in widths[1:])]
     lines = []
     for first, *others in [table[0], rule, *table[1:]]:
         cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
@@ -368,8 +375,8 @@ def score_phase(run, heldout: Path, modes: list[str], limit: int, blind: bool = 
     for mode in modes:
         results[mode] = evaluate(model, processor, heldout, limit, mode, blind)
         page += f"\n## {mode}\n\n"
-        for e in results[mode].pop("examples"):
-            page += f"- [{e['task']}] {e['question']} **{e['output']}** (truth: {e['answer']})\n"
+        for example in results[mode].pop("examples"):
+            page += SAMPLE.format_map(example)
         if blind:
             run.say(task_table(results[mode]))
     (run.folder / "samples.md").write_text(page, encoding="utf-8")
@@ -377,7 +384,7 @@ def score_phase(run, heldout: Path, modes: list[str], limit: int, blind: bool = 
     return results
 
 
-def phases(folder: Path) -> list:
+def phases(folder):
     """The board's rows for a run's finished phases, in each mode."""
     rows = []
     for phase in PHASES:
@@ -392,7 +399,7 @@ def phases(folder: Path) -> list:
 # command line
 
 
-def arguments() -> argparse.ArgumentParser:
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--init", help="folder of a model, ours or official")
@@ -420,8 +427,9 @@ def main(argv=None):
         rows = phases(Path(args.board))
         if not rows:
             raise SystemExit(f"{args.board}: no finished phase ({', '.join(PHASES)}) here")
-        Path(args.board, "scoreboard.md").write_text(board(rows) + "\n")
-        print(board(rows))
+        table = board(rows)
+        Path(args.board, "scoreboard.md").write_text(table + "\n")
+        print(table)
         return
     blind = not args.mode if args.blind is None else args.blind
     model, processor = load(args.init, args.device)
@@ -437,7 +445,7 @@ def main(argv=None):
         print(f"{mode}:\n\n{task_table(results[mode])}\n")
     print(board(list(results.items())))
     for failure in results[mode]["failed"]:  # the same in every mode
-        print(f"failed, counted as wrong: {failure['where']}: {failure['reason']}")
+        print("failed, counted as wrong: {where}: {reason}".format_map(failure))
     if args.out:
         Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
 

@@ -13,8 +13,7 @@ The task defaults to the file's name, the category to the task.
 """
 
 import random
-from collections import Counter
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -29,23 +28,19 @@ POOL = ("questions.jsonl", "detail.jsonl", "instruct.jsonl")  # files that post-
 
 @dataclass
 class Question:
-    """A record of a JSONL file. root: the folder of its media. where: "path:12", for messages."""
+    """A record of a JSONL file. root: the folder of its media. where: "path:12", for messages.
+
+    meta, task and category are the record's.
+    """
 
     record: dict
     root: Path
     where: str
 
-    @property
-    def meta(self) -> dict:
-        return self.record["meta"]
-
-    @property
-    def task(self) -> str:
-        return self.meta["task"]
-
-    @property
-    def category(self) -> str:
-        return self.meta["category"]
+    def __post_init__(self):
+        self.meta = self.record["meta"]
+        self.task = self.meta["task"]
+        self.category = self.meta["category"]
 
 
 def check_question(record: dict):
@@ -80,8 +75,15 @@ def read_questions(
             meta.setdefault("task", file.stem)
             meta.setdefault("category", meta["task"])
             questions.append(Question(record, lines.root, lines.where(i)))
+
     if tasks:
-        questions = only(questions, tasks)
+        names = {name for q in questions for name in (q.task, q.category)}
+        unknown = set(tasks) - names
+        if unknown:
+            there = ", ".join(sorted(names))
+            raise ValueError(f"no task or category {min(unknown)!r} here; there are {there}")
+        questions = [q for q in questions if q.task in tasks or q.category in tasks]
+
     seen = Counter()
     kept = []
     for question in questions:
@@ -89,16 +91,6 @@ def read_questions(
         if limit_per_task is None or seen[question.task] <= limit_per_task:
             kept.append(question)
     return kept
-
-
-def only(questions: list[Question], names: list[str]) -> list[Question]:
-    """The questions of these tasks or categories. ValueError for a name that is none."""
-    known = {q.task for q in questions} | {q.category for q in questions}
-    unknown = sorted(set(names) - known)
-    if unknown:
-        there = ", ".join(sorted(known))
-        raise ValueError(f"no task or category {unknown[0]!r} here; there are {there}")
-    return [q for q in questions if {q.task, q.category} & set(names)]
 
 
 def question_pool(folder: Path) -> list[Question]:
@@ -147,20 +139,19 @@ def draw_prompts(
         by_task[question.task].append(question)
     share = -(-n // len(by_task))  # rounded up
     drawn = []
-    for task in rng.sample(list(by_task), len(by_task)):
-        of_task = by_task[task]
+    for of_task in rng.sample(list(by_task.values()), len(by_task)):
         drawn.append(rng.sample(of_task, min(share, len(of_task))))
 
     # One question of each task in turn, so that a cut at n takes from all tasks alike.
     in_turn = []
     for turn in zip_longest(*drawn):
-        in_turn += [question for question in turn if question]
+        in_turn += filter(None, turn)
 
     prompts = []
     for i, question in enumerate(in_turn[:n]):
         weights = dict(modes)
         if any(kind == "video" for _, kind in media_items(question.record)):
             weights.pop("agentic_think", None)
-        mode = rng.choices(list(weights), list(weights.values()))[0]
+        mode = rng.choices(list(weights), weights.values())[0]
         prompts.append(Prompt(question.record, question.root, mode, f"{seed}/{i}"))
     return prompts

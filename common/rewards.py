@@ -62,12 +62,12 @@ def reward(
     final = parsed.final or ""
     outcome, right = verify(final, meta)
     kind = meta["verifier"]
-    unread = kind not in COORDINATES and read(final, meta) is None
-    undecided = not right and (unread or kind in ("exact", "text"))
-    if judge and undecided and 0 < len(final) < JUDGED:
+    words = kind in ("exact", "text")
+    undecided = words or (kind not in COORDINATES and read(final, meta) is None)
+    if judge and undecided and not right and 0 < len(final) < JUDGED:
         outcome = judge("outcome", question=question, reference=meta["answer"], candidate=final)
         right = None if outcome is None else float(outcome >= 0.5)
-    follows = consistent(parsed, meta)
+    follows = float(consistent(parsed, meta))
     if judge and outcome and not follows and parsed.thinking:
         thinking = parsed.thinking[-TAIL:]
         follows = judge("consistency", question=question, thinking=thinking, answer=final[-TAIL:])
@@ -87,7 +87,7 @@ def total(parts: Reward) -> float | None:
     earned = 0.0
     if parts.format and parts.outcome != 0:
         # A wrong answer gains nothing by consistency: there it does not matter if a judge failed.
-        if parts.outcome is None or parts.consistency is None:
+        if None in (parts.outcome, parts.consistency):
             return None
         earned = parts.outcome * (1 + CONSISTENCY * parts.consistency)
     if parts.repetition > REPEATED:
@@ -106,7 +106,7 @@ def rewards(responses: list[dict]) -> list[Reward]:
 
 ANALYSIS = ["<analysis>", "</analysis>"]
 THINK = ["<think>", "</think>", "<answer>", "</answer>"]
-TAG = re.compile("|".join(ANALYSIS + THINK))
+TAG = "|".join(ANALYSIS + THINK)
 OUTPUT = "<sandbox_output>"
 FENCE = "```python"
 # What may hold other tags, and how it ends. Keye leaves the marks of code open.
@@ -116,16 +116,16 @@ CLOSING = {
     "<tool_call>": "</tool_call>",
     FENCE: "```",
 }
-OPENING = re.compile("|".join(CLOSING))
 # While tags are looked for, TOOL stands for what a tool returned, and two more signs for the marks
 # < and ` in code.
 TOOL = "\0"
 HIDE = str.maketrans("<`", "\1\2")
 SHOW = str.maketrans("\1\2", "<`", TOOL)
-HIDDEN = re.compile("[\0\1\2]")
-SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n")  # between sentences: "Easy. Use /think"
-MODE = re.compile(r"(?<![\w/])/(no_think|agentic_think|think)(?!\w)")  # "/think", not "a/think"
-BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.S)  # "\boxed{", "{", "}"; "\{" is none of them
+HIDDEN = "[\0\1\2]"
+SENTENCE = r"(?<=[.!?。！？])\s+|\n"  # between sentences: "Easy. Use /think"
+MODE = r"(?<![\w/])/(no_think|agentic_think|think)(?!\w)"  # "/think", not "a/think"
+ANSWER = r"(?s)<answer>((?:(?!<answer>).)*?)</answer>"  # the inner one of two
+BRACES = r"(?s)(?P<open>(\\boxed\s*)?\{)|(?P<close>\})|\\."  # "\{" is neither
 
 
 @dataclass
@@ -158,65 +158,65 @@ def parse(completion: str | list[dict], mode: str = "auto_think", finished: bool
         raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}, plain")
     parsed = Parsed(mode, "", [] if finished else ["not finished"])
     text, runs_tools = hide(completion, parsed)
-    parsed.own = show(text)
     if mode == "plain":
         return Parsed("no_think", parsed.own, [], answer=parsed.own, final=parsed.own)
 
     if mode == "auto_think":
-        rest = text.partition("<analysis>")[2]
-        parsed.analysis = show(rest.rpartition("</analysis>")[0])
+        parsed.analysis = show(text.partition("<analysis>")[2].rpartition("</analysis>")[0])
         parsed.chose = mode_named(parsed.analysis)
-        if parsed.chose is None:
-            parsed.errors.append("the analysis names no single mode")
     form = parsed.chose or ("think" if "<think>" in text else "no_think")
-    thinking, outside = split_thinking(text)
+    agentic = form == "agentic_think"
+    thinking = find_thinking(text)
     parsed.thinking = show(thinking)
-    parsed.answer = parsed.final = find_answer(text)
+    parsed.answer = find_answer(text)
     boxes = boxed(parsed.answer or "")
-    if boxes:
-        parsed.final = boxes[-1].strip()
-
-    parsed.errors += tag_errors(text, form, mode)
-    parsed.errors += tool_errors(parsed, form, outside, runs_tools)
-    if form != "no_think" and parsed.answer is not None and len(boxes) != 1:
-        parsed.errors.append(f"{len(boxes)} times \\boxed{{}}")
-    if not parsed.final:
-        parsed.errors.append("no answer")
+    parsed.final = boxes[-1].strip() if boxes else parsed.answer
+    unboxed = form != "no_think" and parsed.answer is not None and len(boxes) != 1
+    errors = {
+        "the analysis names no single mode": parsed.chose is None,
+        **dict.fromkeys(tag_errors(text, form, mode), True),
+        f"tool use in {form}": runs_tools and not agentic,
+        "tool use outside <think>": agentic and re.search(HIDDEN, text.replace(thinking, "", 1)),
+        "tool output without a call": agentic and parsed.outputs > parsed.calls,
+        f"{len(boxes)} times \\boxed{{}}": unboxed,
+        "no answer": not parsed.final,
+    }
+    parsed.errors += [error for error, found in errors.items() if found]
     return parsed
 
 
 def hide(completion, parsed):
     """(the text with code and tool outputs hidden, whether tools are used).
 
-    Notes calls, outputs and errors in `parsed`. Code in ```python is counted as a call, but is no
-    sure use of tools: it may be what a question about code is answered with.
+    Notes own words, calls, outputs and errors in `parsed`. Code in ```python counts as a call, but
+    is no sure use of tools: it may be what a question about code is answered with.
     """
     proven = not isinstance(completion, str)
     given = joined(completion if proven else [{"type": "text", "text": completion}])
     last = {tag: given.rfind(closing) for tag, closing in CLOSING.items()}
-    pieces = []
+    text = ""
     at = 0
     runs_tools = False
-    for opening in OPENING.finditer(given):
-        tag = opening[0]
-        closed = opening.end() <= last[tag]
-        if opening.start() < at or not (closed or tag == OUTPUT):
+    for opening in re.finditer("|".join(CLOSING), given):
+        tag, start, inner = opening[0], opening.start(), opening.end()
+        closed = inner <= last[tag]
+        if start < at or not (closed or tag == OUTPUT):
             continue  # in something hidden, or code without an end
-        end = given.find(CLOSING[tag], opening.end()) if closed else len(given)
-        inside = given[opening.end() : end]
-        pieces.append(given[at : opening.start()])
+        end = given.find(CLOSING[tag], inner) if closed else len(given)
+        text += given[at:start]
         at = end + len(CLOSING[tag])
-        if tag != OUTPUT:
-            pieces.append(given[opening.start() : at].translate(HIDE))
+        if tag == OUTPUT:
+            text += TOOL
+            if not closed:
+                parsed.errors.append(f"open {OUTPUT}")
+            if proven and given[inner:end].strip(TOOL + " \n"):
+                parsed.errors.append("forged tool output")
+        else:
+            text += given[start:at].translate(HIDE)
             parsed.calls += 1
-            runs_tools = runs_tools or tag != FENCE
-            continue
-        pieces.append(TOOL)
-        if not closed:
-            parsed.errors.append(f"open {OUTPUT}")
-        if proven and inside.strip(TOOL + " \n"):
-            parsed.errors.append("forged tool output")
-    text = "".join([*pieces, given[at:]])
+            runs_tools |= tag != FENCE
+    text += given[at:]
+    parsed.own = show(text)
     # In a list every output is marked as such; in a string its tags are all there is.
     parsed.outputs = (given if proven else text).count(TOOL)
     return text, runs_tools or parsed.outputs > 0
@@ -227,7 +227,7 @@ def joined(content):
     text = ""
     for item in content:
         if item["type"] == "text" and item.get("loss", True):
-            text += HIDDEN.sub("", item["text"])
+            text += re.sub(HIDDEN, "", item["text"])
         elif not text.endswith(TOOL):
             text += TOOL
     return text
@@ -239,7 +239,7 @@ def show(text):
 
 def mode_named(analysis):
     """The mode that the last sentence names, if it is one alone."""
-    modes = set(MODE.findall(SENTENCE.split(analysis)[-1]))
+    modes = set(re.findall(MODE, re.split(SENTENCE, analysis)[-1]))
     return modes.pop() if len(modes) == 1 else None
 
 
@@ -248,7 +248,8 @@ def tag_errors(text, form, mode):
     want = ANALYSIS if mode == "auto_think" else []
     if form != "no_think":
         want = want + THINK
-    seen = TAG.findall(text)
+    pieces = re.split(f"({TAG})", text)
+    outside, seen, inside = pieces[::4], pieces[1::2], pieces[2::4]
     errors = []
     for tag in ANALYSIS + THINK:
         n = seen.count(tag)
@@ -259,46 +260,29 @@ def tag_errors(text, form, mode):
         elif n < want.count(tag):
             errors.append(f"no {tag}")
     if seen == want:
-        parts = [part.strip() for part in TAG.split(text)]
-        outside, inside = parts[::2], parts[1::2]
         if form == "no_think":
             outside.pop()  # the answer
-        if any(outside):
+        if "".join(outside).strip():
             errors.append("text outside the tags")
         for tag, part in zip(want[::2], inside):
-            if not part.strip(TOOL + " \n"):
+            if not part.strip().strip(TOOL + " \n"):
                 errors.append(f"empty {tag}")
-    elif sorted(seen) == sorted(want):
+    elif not errors:
         errors.append("tags out of order")
     if CLOSING[OUTPUT] in text:
         errors.append(f"stray {CLOSING[OUTPUT]}")
     return errors
 
 
-def tool_errors(parsed, form, outside, runs_tools):
-    """Tools in a form that has none, or where they should not be: `outside` of the thinking."""
-    if form != "agentic_think":
-        return [f"tool use in {form}"] if runs_tools else []
-    errors = []
-    if HIDDEN.search(outside):
-        errors.append("tool use outside <think>")
-    if parsed.outputs > parsed.calls:
-        errors.append("tool output without a call")
-    return errors
-
-
-def split_thinking(text):
-    """(the thinking, what is outside): from the first <think>, or the start, to the last </think>.
+def find_thinking(text):
+    """From the first <think>, or the start, to the last </think>.
 
     Without </think> it goes on to the end, without both there is none.
     """
-    before, opened, rest = text.partition("<think>")
-    if not opened:
-        before, rest = "", text
-    thinking, closed, after = rest.rpartition("</think>")
-    if opened and not closed:
-        return rest, before
-    return thinking, before + after
+    rest = text.split("<think>", 1)[-1]
+    if "<think>" in text and "</think>" not in rest:
+        return rest
+    return rest.rpartition("</think>")[0]
 
 
 def find_answer(text):
@@ -307,10 +291,9 @@ def find_answer(text):
     Found in a broken form too, in the order of Keye's evaluation.
     """
     rest = re.split("</think>|</analysis>", text)[-1]
-    if "<think>" in rest or "<analysis>" in rest:
+    if re.search("<think>|<analysis>", rest):
         return None  # it still thinks
-    closed = rest.split("</answer>")[:-1]
-    answers = [part.rpartition("<answer>")[2] for part in closed if "<answer>" in part]
+    answers = re.findall(ANSWER, rest)
     if answers:
         return show(answers[-1])
     return None if "<answer>" in rest else show(rest)  # None: cut off in its answer
@@ -320,12 +303,12 @@ def boxed(text):
     r"""What all closed \boxed{} hold, in the order of their beginnings: the last is innermost."""
     found = []
     openings = []
-    for brace in BRACES.finditer(text):
-        if brace[0] == "}" and openings:
+    for brace in re.finditer(BRACES, text):
+        if brace["close"] and openings:
             opening = openings.pop()
             if opening[0] != "{":
                 found.append((opening.end(), brace.start()))
-        elif brace[0][-1] == "{" and brace[0] != "\\{":
+        elif brace["open"]:
             openings.append(brace)
     return [text[start:end] for start, end in sorted(found)[-100:]]  # 100 (ours) bounds the time
 
@@ -337,14 +320,15 @@ def turn_of(response, tokenizer) -> list[dict]:
     there with their pictures.
     """
     observations = iter(response.observations)
+    ids = iter(response.ids)
     content = []
-    pairs = zip(response.sampled, response.ids)
-    for own, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
+    for own, run in itertools.groupby(response.sampled):
+        tokens = [next(ids) for _ in run]
         observation = None if own else next(observations, None)
         if observation:
             content += observation.content()
         else:
-            text = tokenizer.decode([token for _, token in run], skip_special=True)
+            text = tokenizer.decode(tokens, skip_special=True)
             content.append({"type": "text", "text": text, "loss": own})
     return content
 
@@ -353,36 +337,36 @@ def turn_of(response, tokenizer) -> list[dict]:
 # consistency, repetition, length
 
 
-def consistent(parsed: Parsed, meta: dict) -> float:
-    """1 where the thinking leads to the answer, by rule; else 0.
+def consistent(parsed: Parsed, meta: dict) -> bool:
+    """Whether the thinking leads to the answer, by rule.
 
     The last number, option or yes/no that the thinking names must be the answer's; a text, an order
-    or coordinates must stand in its end. Without thinking 1: nothing contradicts, and no mode earns
-    more than another for the same answer (ours).
+    or coordinates must stand in its end. Without thinking: yes, as nothing contradicts, and no mode
+    earns more than another for the same answer (ours).
     """
     if not parsed.final or not parsed.thinking:
-        return float(bool(parsed.final) and "<think>" not in parsed.own)
+        return bool(parsed.final) and "<think>" not in parsed.own
     kind = meta["verifier"]
     tail = parsed.thinking[-TAIL:]
     answer = read(parsed.final, meta)
-    if not answer and answer != 0:
-        return 0.0
+    if answer in (None, "", []):
+        return False
     words = kind == "choice" and len(answer) > 1 and not meta.get("choices")
     if words or kind in ("exact", "text"):
-        return float(answer.casefold() in normal(tail).casefold())
+        return answer.casefold() in normal(tail).casefold()
     if kind in ("number", "choice", "yesno"):
-        for part in filter(None, [stated(tail), *reversed(SENTENCE.split(tail))]):
+        for part in filter(None, [stated(tail), *reversed(re.split(SENTENCE, tail))]):
             values = named(part, meta)
             if values:
-                return float(values[-1] == answer)
-        return 0.0
+                return values[-1] == answer
+        return False
     if kind == "order":
         said = sequence(tail, meta)
     else:
         said = [float(digits) for digits in re.findall(r"-?\d{1,9}(?:\.\d{1,9})?", tail)]
         answer = sum(answer, [])  # the numbers of all rows
     n = len(answer)
-    return float(any(said[start : start + n] == answer for start in range(len(said))))
+    return any(said[start : start + n] == answer for start in range(len(said)))
 
 
 def repetition(text: str) -> float:

@@ -38,11 +38,10 @@ CONTROL = set(
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
     "<|image_pad|> <|video_pad|>".split()
 )
-WRITABLE = re.compile("(" + "|".join(re.escape(t) for t in ADDED if t not in CONTROL) + ")")
+WRITABLE = re.compile(f"({'|'.join(re.escape(t) for t in ADDED if t not in CONTROL)})")
 
 # ours: longer runs of blanks are cut to this, as tiktoken's stack overflows at about 300,000
-LONGEST_BLANK = 65_536
-LONG_BLANK = re.compile(rf"(\s{{{LONGEST_BLANK}}})\s+")
+LONG_BLANK = re.compile(r"(\s{65536})\s+")
 
 
 def byte_of_char() -> dict[str, int]:
@@ -51,10 +50,9 @@ def byte_of_char() -> dict[str, int]:
     Printable bytes stand for themselves, the others are U+0100, U+0101, ... in order.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(b): b for b in printable}
-    others = (b for b in range(256) if b not in printable)
-    table |= {chr(256 + i): b for i, b in enumerate(others)}
-    return table
+    others = [b for b in range(256) if b not in printable]
+    codes = printable + list(range(256, 256 + len(others)))
+    return dict(zip(map(chr, codes), printable + others))
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -140,8 +138,9 @@ class Tokenizer:
         kept = []
         for i in map(int, ids):
             if not 0 <= i < self.n_tokens:
-                last = self.n_tokens - 1
-                raise ValueError(f"token id {i} has no text: {self.path} ends at {last}")
+                raise ValueError(
+                    f"token id {i} has no text: {self.path} ends at {self.n_tokens - 1}"
+                )
             if not skip_special or i not in self._control_ids:
                 kept.append(i)
         return self._bpe.decode(kept, errors="replace")

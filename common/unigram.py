@@ -1,7 +1,6 @@
 """SigLIP's text tokenizer, for stage 0 from released weights: the likeliest split into pieces."""
 
 import json
-import math
 import string
 from pathlib import Path
 
@@ -17,43 +16,33 @@ class Unigram:
         if model["type"] != "Unigram":
             raise ValueError(f"{path}: a Unigram model was expected, not {model['type']}")
         self.context = context
-        self.unknown = model["unk_id"]
-        self.scores = dict(model["vocab"])
-        self.ids = {piece: i for i, (piece, _) in enumerate(model["vocab"])}
-        self.longest = max(map(len, self.ids))
+        self.pieces = {piece: (score, i) for i, (piece, score) in enumerate(model["vocab"])}
+        self.longest = max(map(len, self.pieces))
+        lowest = min(self.pieces.values())[0]
         # sentencepiece's penalty for an unknown letter
-        self.unknown_score = min(self.scores.values()) - 10
+        self.unknown = (lowest - 10, model["unk_id"])
 
     def __call__(self, text: str) -> list[int]:
         """Lower case, no ASCII punctuation, as SigLIP was trained."""
         words = text.lower().translate(DROPPED).split()
         marked = ["▁" + word for word in words]
-        ids = self.split("".join(marked))
-        ids = ids[: self.context - 1]
+        ids = self.split("".join(marked))[: self.context - 1]
         return ids + [END] * (self.context - len(ids))
 
     def split(self, text: str) -> list[int]:
         """Viterbi: the best way to each place, from the best ways to the places before it."""
-        places = len(text) + 1
-        best_score = [-math.inf] * places
-        best_score[0] = 0.0
-        best_start = [0] * places
-        for end in range(1, places):
+        best = [(0.0, [])]  # of each place: the score and the ids of the best way there
+        for end in range(1, len(text) + 1):
+            ways = []
             for start in range(max(0, end - self.longest), end):
                 piece = text[start:end]
-                missing = self.unknown_score if len(piece) == 1 else -math.inf
-                score = best_score[start] + self.scores.get(piece, missing)
-                if score > best_score[end]:
-                    best_score[end] = score
-                    best_start[end] = start
-
-        ids = []
-        end = len(text)
-        while end:
-            start = best_start[end]
-            piece = self.ids.get(text[start:end], self.unknown)
+                if len(piece) == 1 or piece in self.pieces:
+                    gain, i = self.pieces.get(piece, self.unknown)
+                    score, ids = best[start]
+                    ways.append((score + gain, ids, i))
+            score, ids, i = max(ways, key=lambda way: way[0])
             # unknown letters in a row are one piece
-            if piece != self.unknown or ids[-1:] != [self.unknown]:
-                ids.append(piece)
-            end = start
-        return ids[::-1]
+            if i != self.unknown[1] or ids[-1:] != [i]:
+                ids = [*ids, i]
+            best.append((score, ids))
+        return best[-1][1]

@@ -25,6 +25,7 @@ raises no error; a truth that cannot be read is a ValueError. Nothing in an answ
 """
 
 import json
+import math
 import re
 import unicodedata
 from fractions import Fraction
@@ -50,8 +51,8 @@ def verify(text: str | None, meta: dict, strict: bool = False) -> tuple[float, f
     if got is None:
         return 0.0, 0.0
     outcome = right = got == truth
-    if kind == "text":
-        outcome = likeness(got, truth)
+    if kind == "text" and len(got) <= 4 * len(truth) + 100:  # ours: a longer one earns nothing
+        outcome = 1 - edit_distance(got, truth) / max(1, len(got), len(truth))
     elif kind == "number":
         tolerance = Fraction(str(meta.get("tolerance", 0)))
         outcome = right = abs(got - truth) <= tolerance * abs(truth)
@@ -63,7 +64,7 @@ def verify(text: str | None, meta: dict, strict: bool = False) -> tuple[float, f
         if kind == "box":
             right = right and len(got) == len(truth)
         else:
-            outcome *= nearness(got, truth, meta)
+            outcome *= nearness(got, truth, meta.get("duration"))
     return float(outcome), float(right)
 
 
@@ -94,8 +95,11 @@ def read(text: str, meta: dict, strict: bool = False):
         return normal(text)
     if kind in COORDINATES:
         return coordinates(text, kind, strict)
+    if kind == "order" and strict:
+        return re.split(r"[\s,]+", normal(text))
     if kind == "order":
-        return order(text, meta, strict)
+        text = plain(text)
+        return sequence(stated(text) or text, meta) or None
     if strict:
         return bare_number(text) if kind == "number" else normal(text).casefold()
     values = named(text, meta)
@@ -120,36 +124,30 @@ def named(text: str, meta: dict) -> list:
 
 TAG = r"<\|\w+\|>"  # <|box_start|>
 
-# NFKC would make 32 of 3², and 31/2 of 3½.
-BEFORE_NFKC = (
-    (r"[⁰¹²³⁴-⁹]", "^"),  # 3² -> 3^
-    (r"(?<=\d)([¼-¾⅐-⅞])", r" \1"),  # 3½ -> 3 ½
-    (TAG, " "),
-)
-AFTER_NFKC = (
-    ("⁄", "/"),  # the slash inside ½
-    ("[−–]", "-"),  # minus and dash
-    (r"\{,\}", ","),  # 1{,}234
-    (r"(\d)\s*(?=\\[dt]?frac\b)", r"\1 "),  # 3\frac{1}{2} -> 3 \frac{1}{2}
-    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),  # \frac{1}{2} -> 1/2
-    (r"\\(?:text|mathrm|mathbf|textbf|mathit)\s*\{([^{}]*)\}", r" \1 "),  # \text{cm} -> cm
-    (r"\\(?:times|cdot)\b|[×·]", "*"),  # 1.5 \times 10 -> 1.5 * 10
-    # Degrees, LaTeX's spaces and brackets, and currency: 5^\circ, 1\,234, \left(B\right), \$5, €5
-    (r"\^\{?\s*\\circ\s*\}?|\\[,!;: ]|\\left\b|\\right\b|\\(?=[%$])|[$€£¥°]", ""),
-    (r"[ \t]+", " "),
-)
+# Pattern: what takes its place, one after the other.
+REPLACED = {
+    "⁄": "/",  # the slash inside ½
+    "[−–]": "-",  # minus and dash
+    r"\{,\}": ",",  # 1{,}234
+    r"(\d)\s*(?=\\[dt]?frac\b)": r"\1 ",  # 3\frac{1}{2} -> 3 \frac{1}{2}
+    r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}": r"\1/\2",  # \frac{1}{2} -> 1/2
+    r"\\(?:text|mathrm|mathbf|textbf|mathit)\s*\{([^{}]*)\}": r" \1 ",  # \text{cm} -> cm
+    r"\\(?:times|cdot)\b|[×·]": "*",  # 1.5 \times 10 -> 1.5 * 10
+    # Degrees, LaTeX's spaces and brackets, currency: 5^\circ, 1\,234, \left(B\right), \$5, €5
+    r"\^\{?\s*\\circ\s*\}?|\\[,!;: ]|\\left\b|\\right\b|\\(?=[%$])|[$€£¥°]": "",
+    r"[ \t]+": " ",
+}
 
 # What announces an answer: "the answer is", "option: ", "the answer to 2 + 3 is", "答案是", "应选"
-STATED = re.compile(
-    r"(?:\b(?:answer|option|choice)\b(?: (?:to|of|for)\b[^.;:\n]{0,80}?(?= is\b))?|答案|选项|应?选)"
-    r"(?:\s+is\b|是|为)?\s*[:=]?\s*",
-    re.I,
+STATED = (
+    r"(?i)(?:\b(?:answer|option|choice)\b(?: (?:to|of|for)\b[^.;:\n]{0,80}?(?= is\b))?"
+    r"|答案|选项|应?选)(?:\s+is\b|是|为)?\s*[:=]?\s*"
 )
 # What ends it: "B because ..", "B; ..", "B. As .." (but not the point in 2.5)
-STATED_END = re.compile(r"\b(?:because|since)\b|因为|[;\n。；]|[.!?](?=\s|$)")
+STATED_END = r"\b(?:because|since)\b|因为|[;\n。；]|[.!?](?=\s|$)"
 # What denies the value behind it, with at most a word between: "not ", "isn't the ", "不是"
-NOT = re.compile(
-    r"(?:\b(?:not|never|neither|nor|except)|n't|不是|不选)[^\w.,:;!?]*(?:\w+[^\w.,:;!?]+)?$", re.I
+NOT = (
+    r"(?i)(?:\b(?:not|never|neither|nor|except)|n't|不是|不选)[^\w.,:;!?]*(?:\w+[^\w.,:;!?]+)?$"
 )
 
 
@@ -161,41 +159,35 @@ def normal(text: str) -> str:
 
 def plain(text: str) -> str:
     """One Unicode form, and no LaTeX around words and numbers. Lines stay."""
-    for pattern, new in BEFORE_NFKC:
-        text = re.sub(pattern, new, text)
+    text = re.sub(TAG, " ", text)
+    # NFKC would make 32 of 3², and 31/2 of 3½: 3^, 3 ½
+    text = re.sub("[⁰¹²³⁴-⁹]", "^", text)
+    text = re.sub(r"(?<=\d)([¼-¾⅐-⅞])", r" \1", text)
     text = unicodedata.normalize("NFKC", text)
-    for pattern, new in AFTER_NFKC:
+    for pattern, new in REPLACED.items():
         text = re.sub(pattern, new, text)
     return text.strip()
 
 
 def stated(text: str) -> str:
     """What the last "the answer is" says, up to its reason or the end of its sentence, or ""."""
-    parts = STATED.split(text)
-    return STATED_END.split(parts[-1])[0].strip() if len(parts) > 1 else ""
+    _, *said = re.split(STATED, text)
+    return re.split(STATED_END, said[-1])[0].strip() if said else ""
 
 
 def denied(text, at):
     """Whether a "not" stands before the value at this place."""
-    return NOT.search(text[max(0, at - 30) : at])
+    return re.search(NOT, text[max(0, at - 30) : at])
 
 
 # --------------------------------------------------------------------------------------------------
 # texts
 
 
-def likeness(got, truth):
-    """1 - edit distance / the longer length."""
-    if len(got) > 4 * len(truth) + 100:  # ours: far too long
-        return 0.0
-    return 1 - edit_distance(got, truth) / max(1, len(got), len(truth))
-
-
 def edit_distance(a: str, b: str) -> int:
     """Characters to insert, delete or replace: Levenshtein's table, a row for each one of a."""
     codes = np.array([ord(c) for c in b])
-    columns = np.arange(len(b) + 1)
-    row = columns
+    row = columns = np.arange(len(b) + 1)
     for character in a:
         replaced = row[:-1] + (codes != ord(character))
         row = row + 1  # deleted
@@ -209,13 +201,11 @@ def edit_distance(a: str, b: str) -> int:
 # choices
 
 LETTERS = "ABCDEFGHIJKLMNOPQRST"
-ALONE = re.compile(r"\W*([A-Za-z])\W*")  # "b", "(B)", "**B**."
+ALONE = r"\W*[A-Za-z]\W*"  # "b", "(B)", "**B**."
 # Signs that capitals are options here: "(A)", "[B]", "*C*", "A. a cat", "A is right", "I take: A"
-LETTERED = re.compile(r"[(\[*][A-Z][)\]*]|^[A-Z](?:[.):,]| is\b)|[,:]\s*[A-Z]\W*$")
+LETTERED = r"[(\[*][A-Z][)\]*]|^[A-Z](?:[.):,]| is\b)|[,:]\s*[A-Z]\W*$"
 # A capital that is no part of a word. A and I may be words: "A cat" names no option, "A is" does.
-LETTER = re.compile(
-    r"(?<![A-Za-z0-9'])(?:[B-HJ-Z]|[AI](?! [a-z])|[AI](?= (?:or|and|is)\b))(?![A-Za-z0-9'])"
-)
+LETTER = r"(?<![A-Za-z0-9'])(?:[B-HJ-Z]|[AI](?! [a-z])|[AI](?= (?:or|and|is)\b))(?![A-Za-z0-9'])"
 
 
 def folded(text):
@@ -232,10 +222,9 @@ def options_of(meta):
     single = all(len(option) == 1 for option in options)  # A, B, C themselves, or not known
     if not re.fullmatch("[a-z]", truth) or (truth in options and not single):
         return "", dict(zip(options, options))
-    if options and single:
-        return "".join(options).upper(), {}
-    letters = LETTERS[: len(options) or 8]
-    return letters, dict(zip(options, letters))
+    if single:
+        return "".join(options).upper() or LETTERS[:8], {}
+    return LETTERS[: len(options)], dict(zip(options, LETTERS))
 
 
 def choices(text, meta):
@@ -249,17 +238,15 @@ def choices(text, meta):
         return [whole]  # without known options only equality: else "red or blue" would be red
     said = stated(text)
     region = said or text
-    alone = ALONE.fullmatch(region)
-    if letters and alone:  # a small letter counts only here
-        return [letter for letter in alone[1].upper() if letter in letters]
+    if letters and re.fullmatch(ALONE, region):  # a small letter counts only here
+        return [letter for letter in region.upper() if letter in letters]
     found = []  # (place, value)
-    if letters and (said or LETTERED.search(region)):
-        found += [(m.start(), m[0]) for m in LETTER.finditer(region) if m[0] in letters]
-    if texts:
-        by_length = sorted(texts, key=len, reverse=True)  # "top left" before "top"
-        pattern = "|".join(map(re.escape, by_length))
-        words = re.finditer(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", region.casefold())
-        found += [(m.start(), texts[m[0]]) for m in words if m[0]]
+    if said or re.search(LETTERED, region):
+        found += [(m.start(), m[0]) for m in re.finditer(LETTER, region) if m[0] in letters]
+    by_length = sorted(texts, key=len, reverse=True)  # "top left" before "top"
+    pattern = "|".join(map(re.escape, by_length))
+    words = re.finditer(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", region.casefold())
+    found += [(m.start(), texts[m[0]]) for m in words if m[0]]
     return [value for at, value in sorted(found) if not denied(region, at)]
 
 
@@ -267,11 +254,17 @@ def choices(text, meta):
 # yes and no
 
 YES_NO = {
-    **dict.fromkeys(("yes", "true", "是", "是的"), "yes"),
-    **dict.fromkeys(("no", "false", "否", "不是"), "no"),
+    "yes": "yes",
+    "true": "yes",
+    "是": "yes",
+    "是的": "yes",
+    "no": "no",
+    "false": "no",
+    "否": "no",
+    "不是": "no",
 }
 # Between the clauses of a sentence: any sign but - and ', a new line, "or", "but", ..
-CLAUSES = re.compile(r"[^\w\s'-]+|\n|\b(?:or|and|but|so|is)\b")
+CLAUSES = r"[^\w\s'-]+|\n|\b(?:or|and|but|so|is)\b"
 
 
 def yes_no(text):
@@ -281,28 +274,30 @@ def yes_no(text):
     """
     text = plain(text).casefold()
     region = stated(text) or text
-    clauses = [clause.strip() for clause in CLAUSES.split(region)]
-    said = [YES_NO[clause] for clause in clauses if clause in YES_NO]
+    said = known(clause.strip() for clause in re.split(CLAUSES, region))
     if said:
         return said
     words = re.findall(r"[\w']+", region)
-    meant = {YES_NO[word] for word in words if word in YES_NO}
-    if len(meant) != 1 or "not" in words:
+    if len(set(known(words))) != 1 or "not" in words:
         return []
-    return [YES_NO[word] for word in (words[0], words[-1]) if word in YES_NO]
+    return known([words[0], words[-1]])
+
+
+def known(words):
+    return [YES_NO[word] for word in words if word in YES_NO]
 
 
 # --------------------------------------------------------------------------------------------------
 # numbers
 
 # Coordinates and names are no part of a number: <|point_start|>[[1, 2]]<|point_end|> 3
-TAGGED = re.compile(r"<\|(object_ref|box|point)_start\|>.*?<\|\1_end\|>", re.S)
-BARE = re.compile(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?")  # 5, +5.00, -2.5
-EQUALS = re.compile(r"=|≈|\\approx\b")  # of "2 + 3 = 5" only the last side counts
-OR = re.compile(r"\bor\b|或")  # except in "x = 4 or x = 5"
-IRRATIONAL = re.compile(r"\\[A-Za-z]|[√π]")  # \sqrt{2}, 5\pi
+TAGGED = r"(?s)<\|(object_ref|box|point)_start\|>.*?<\|\1_end\|>"
+BARE = r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?"  # 5, +5.00, -2.5
+EQUALS = r"=|≈|\\approx\b"  # of "2 + 3 = 5" only the last side counts
+OR = r"\bor\b|或"  # except in "x = 4 or x = 5"
+IRRATIONAL = r"\\[A-Za-z]|[√π]"  # \sqrt{2}, 5\pi
 DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"  # 1,234.5, 12, .5
-NUMBER = re.compile(
+NUMBER = (
     r"(?<![A-Za-z0-9_.^,/])(?<!\^\{)"  # not in A5, 5.5.5, 10^5, 10^{5}, 1/5
     r"(?P<sign>[+-]?)"
     r"(?:(?P<whole>\d+) (?=\d+ ?/))?"  # the 3 of 3 1/2
@@ -313,8 +308,8 @@ NUMBER = re.compile(
 
 
 def bare_number(text):
-    text = normal(TAGGED.sub(" ", text))
-    return Fraction(text) if BARE.fullmatch(text) else None
+    text = normal(re.sub(TAGGED, " ", text))
+    return Fraction(text) if re.fullmatch(BARE, text) else None
 
 
 def numbers(text):
@@ -322,16 +317,16 @@ def numbers(text):
 
     Units, currency and % fall away, and what is denied. Empty where the text cannot be read.
     """
-    text = plain(TAGGED.sub(" ", text))
+    text = plain(re.sub(TAGGED, " ", text))
     text = stated(text) or text
-    tail = EQUALS.split(text)[-1]
-    if re.search(r"\d", tail) and not OR.search(text):
+    tail = re.split(EQUALS, text)[-1]
+    if re.search(r"\d", tail) and not re.search(OR, text):
         text = tail
-    if IRRATIONAL.search(text):  # a root is not the number beside it
+    if re.search(IRRATIONAL, text):  # a root is not the number beside it
         return []
-    found = [match for match in NUMBER.finditer(text) if not denied(text, match.start())]
+    found = re.finditer(NUMBER, text)
     try:
-        return [value_of(match) for match in found]
+        return [value_of(match) for match in found if not denied(text, match.start())]
     except (ZeroDivisionError, ValueError):  # 1/0; more than 4300 digits, which Python refuses
         return []
 
@@ -348,13 +343,6 @@ def exact(digits):
 
 # --------------------------------------------------------------------------------------------------
 # orders
-
-
-def order(text, meta, strict):
-    if strict:
-        return re.split(r"[\s,]+", normal(text))
-    text = plain(text)
-    return sequence(stated(text) or text, meta) or None
 
 
 def sequence(text: str, meta: dict) -> list[str]:
@@ -376,60 +364,51 @@ def coordinates(text, kind, strict):
     """
     if not strict and kind != "point" and normal(text).casefold() in ("none", "[]"):
         return []  # nothing is there
-    tag, width = COORDINATES[kind]
-    parts = re.findall(rf"<\|{tag}_start\|>(.*?)<\|{tag}_end\|>", text, re.S)
+    tag, _ = COORDINATES[kind]
+    parts = re.findall(rf"(?s)<\|{tag}_start\|>(.*?)<\|{tag}_end\|>", text)
     if strict and len(parts) != 1:
         return None
     untagged = not strict and "<|" not in text
     if untagged:
         text = plain(text)
         parts = [text if text.startswith("[[") else f"[{text}]"]
-    rows = []
-    for part in parts:
-        try:
-            found = json.loads(part)
-        except (ValueError, RecursionError):
-            return None
-        if kind == "interval" and not untagged:
-            found = [found]  # one a tag
-        if not isinstance(found, list) or not found:
-            return None
-        rows += found
-    if not all(is_row(row, width) for row in rows):
+    try:
+        rows = [json.loads(part) for part in parts]
+        good = all(rows)
+        if kind != "interval" or untagged:  # else there is one a tag
+            rows = [row for part in rows for row in part]
+    except (ValueError, RecursionError, TypeError):  # TypeError: a number, for a list of rows
         return None
-    if kind == "interval" and any(start > end for start, end in rows):
-        return None
-    return rows if 0 < len(rows) <= MAX_ROWS else None
+    good = good and all(is_row(row, kind) for row in rows)
+    return rows if good and 0 < len(rows) <= MAX_ROWS else None
 
 
-def is_row(row, width):
-    """Whether it is a list of so many numbers, neither true, NaN nor infinity."""
+def is_row(row, kind):
+    """Whether it is a list of so many numbers, not true, NaN or infinity; an interval in order."""
+    _, width = COORDINATES[kind]
     if not isinstance(row, list) or len(row) != width:
         return False
-    return all(type(number) in (int, float) and abs(number) < 1e6 for number in row)
+    numbers = all(type(number) in (int, float) and abs(number) < 1e6 for number in row)
+    return numbers and (kind != "interval" or row == sorted(row))
 
 
 def iou(got, truth, meta):
     """Intersection over union: of the times that are covered, or the best matching's mean."""
-    a, b = inside(got, meta), inside(truth, meta)
     if meta["verifier"] == "interval":
-        return time_iou(a, b)
-    return matched(box_ious(a, b)) / max(len(a), len(b))
-
-
-def inside(rows, meta):
-    """The boxes cut to the picture (n, 4), or the intervals to the clip (n, 2)."""
-    if meta["verifier"] == "interval":
-        return np.clip(rows, 0, meta.get("duration"))
-    return np.clip(rows, 0, 2 * meta.get("size", (1000, 1000)))
+        end = meta.get("duration")
+        return time_iou(np.clip(got, 0, end), np.clip(truth, 0, end))
+    edge = 2 * meta.get("size", (1000, 1000))
+    ious = box_ious(np.clip(got, 0, edge), np.clip(truth, 0, edge))
+    return matched(ious) / max(ious.shape)
 
 
 def box_ious(a, b):
     """Of boxes (n, 4) with boxes (m, 4) -> (n, m); 0 where one is empty."""
-    low = np.maximum(a[:, None, :2], b[:, :2])  # (n, m, 2)
-    high = np.minimum(a[:, None, 2:], b[:, 2:])
-    shared = area(np.concatenate([low, high], -1))
-    union = area(a)[:, None] + area(b) - shared
+    a = a[:, None]
+    # what both cover: the larger left and top, the smaller right and bottom, (n, m, 4)
+    both = np.where([True, True, False, False], np.maximum(a, b), np.minimum(a, b))
+    shared = area(both)
+    union = area(a) + area(b) - shared
     return shared / np.where(union > 0, union, 1)
 
 
@@ -441,65 +420,67 @@ def matched(gain):
     """The largest sum of gains (n, m) with no row and no column used twice.
 
     The rows come one by one. Each takes a column from its owner, who takes another, and so on down
-    to a free one, in the way that gains most (Bellman-Ford): after k rows the k are matched best.
+    to one who goes without, in the way that gains most (Bellman-Ford): so the rows that came are
+    always matched best.
     """
-    if len(gain) > len(gain[0]):
-        gain = gain.T
+    gain = np.vstack([gain, 0 * gain[0]])  # the last row, number -1, is nobody's
     whole = np.rint(gain * 2**40).astype(int)  # so that ways of equal worth are exactly equal
-    owner = np.full(gain.shape[1], -1)  # the row that has a column; -1: free
-    for row in range(len(gain)):
-        taken = np.flatnonzero(owner >= 0)  # (k,)
-        owners = whole[owner[taken]]  # (k, m) what they would gain elsewhere,
-        lost = owners[np.arange(len(taken)), taken]  # (k,) and what they give up
+    owner = np.full(gain.shape[1], -1)  # the row that has a column
+    for row in range(len(gain) - 1):
+        owners = whole[owner]  # (m, m) what they would gain elsewhere,
+        lost = owners.diagonal()  # (m,) and what they give up
         best = whole[row]  # (m,) of all ways to a column
-        before = np.full_like(best, -1)  # the column whose owner takes this one
-        while len(taken):
-            ways = owners + (best[taken] - lost)[:, None]  # (k, m)
+        before = np.full_like(owner, -1)  # the column whose owner takes this one
+        while True:
+            ways = owners + (best - lost)[:, None]  # (m, m)
             better = ways.max(0) > best
             if not better.any():
                 break
-            before[better] = taken[ways.argmax(0)][better]
+            before[better] = ways.argmax(0)[better]
             best = np.maximum(best, ways.max(0))
-        column = np.where(owner < 0, best, -1).argmax()
+        column = (best - lost).argmax()
+        if best[column] < lost[column]:
+            continue  # the row itself goes without
         while before[column] >= 0:
             owner[column] = owner[before[column]]
             column = before[column]
         owner[column] = row
-    used = np.flatnonzero(owner >= 0)
-    return float(gain[owner[used], used].sum())
+    return float(gain[owner].trace())
 
 
 def time_iou(a, b):
     """Of the times that intervals (n, 2) and (m, 2) cover."""
     ends = np.unique(np.concatenate([a, b]))
-    length = np.diff(ends)  # of the pieces between neighbouring ends
-    middle = (ends[1:] + ends[:-1]) / 2
-    in_a, in_b = covered(middle, a), covered(middle, b)
+    in_a, in_b = covered(ends, a), covered(ends, b)
+    length = np.diff(ends)
     union = length[in_a | in_b].sum()
     return float(length[in_a & in_b].sum() / union) if union else 0.0
 
 
-def covered(times, intervals):
-    """Which of these times (k,) lie in one of the intervals (n, 2) -> (k,)."""
-    times = times[:, None]
-    return ((intervals[:, 0] < times) & (times < intervals[:, 1])).any(1)
+def covered(ends, intervals):
+    """Which pieces between neighbouring ends (k,) lie in one of the intervals (n, 2)."""
+    start, end = intervals.T[..., None]  # (n, 1) each
+    return ((start <= ends[:-1]) & (ends[1:] <= end)).any(0)  # (k - 1,)
 
 
-def nearness(got, truth, meta):
+def nearness(got, truth, duration):
     """Of one interval's ends, 0..1, in a clip of known length: else the whole always earns some."""
-    duration = meta.get("duration")
     if not duration or len(got) > 1 or len(truth) > 1:
         return 1.0
-    distance = abs(inside(got, meta) - inside(truth, meta))  # (1, 2)
-    return (1 - distance / duration).prod()
+    got, truth = np.clip([got, truth], 0, duration)  # (1, 2) each
+    return (1 - abs(got - truth) / duration).prod()
 
 
 def all_hit(points, truth, meta):
     """Whether there is one point for each target, matched as boxes are."""
     targets = meta.get("boxes") or ([meta["box"]] if "box" in meta else truth)
-    points, targets = np.array(points)[:, None], np.array(targets)  # (n, 1, 2), (m, 2 or 4)
-    if targets.shape[1] == 4:
-        hits = ((targets[:, :2] <= points) & (points <= targets[:, 2:])).all(-1)  # (n, m)
-    else:
-        hits = np.linalg.norm(points - targets, axis=-1) <= NEAR
-    return matched(hits.astype(float)) == len(points) == len(targets)
+    hits = [[hit(point, target) for target in targets] for point in points]
+    return matched(np.array(hits)) == len(points) == len(targets)
+
+
+def hit(point, target):
+    """Whether a point lies in a box, or near a point."""
+    if len(target) == 2:
+        return math.dist(point, target) <= NEAR
+    left, top, right, bottom = target
+    return left <= point[0] <= right and top <= point[1] <= bottom
