@@ -26,6 +26,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from common.jsonl import replacing
 from common.parallel import full_state
 from common.run import Run, seed_everything
 from common.weights import save_weights
@@ -59,6 +60,29 @@ def fsync(path: Path):
         os.close(handle)
 
 
+def on_main(run: Run, doing: str, work, *args):
+    """work(*args) on rank 0; where it fails, all ranks raise the same RuntimeError."""
+    run.attempt(doing, lambda: run.main and work(*args))
+
+
+def clear_folder(folder: Path):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def put_in_place(tmp: Path, folder: Path):
+    """Flushes tmp and renames it to `folder`. What stood there stays until then."""
+    for path in [*tmp.iterdir(), tmp]:
+        fsync(path)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(tmp, folder)
+    fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def checkpoints(run: Run) -> list[Path]:
     """Complete checkpoints, oldest first. All ranks see the same folder."""
     found = (run.folder / "checkpoint").glob("step-*")
@@ -72,8 +96,11 @@ def checkpoints(run: Run) -> list[Path]:
 
 def tensors_of(model: nn.Module, opt) -> dict:
     """By parameter name; sharded tensors stay sharded, so any number of ranks can read them."""
-    optim = {name: opt.state[p] for name, p in model.named_parameters() if p in opt.state}
-    return {"model": dict(model.state_dict()), "optim": optim}
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        for key, t in opt.state.get(p, {}).items():
+            tensors[f"optim.{name}.{key}"] = t
+    return tensors
 
 
 def rng_states(device: torch.device) -> dict:
@@ -81,7 +108,7 @@ def rng_states(device: torch.device) -> dict:
     states = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": (name, keys.tolist(), *rest),  # torch.load would not trust an array
     }
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state()
@@ -89,10 +116,9 @@ def rng_states(device: torch.device) -> dict:
 
 
 def set_rng_states(states: dict, device: torch.device):
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(states["python"])
     torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
     if device.type in states:
         torch.get_device_module(device).set_rng_state(states[device.type])
 
@@ -127,10 +153,9 @@ def save(run: Run, step: int, model, opt, loader_state=None, **extra):
         "args": vars(run.args),
     }
     try:
-        run.attempt(doing, lambda: clear_folder(run, tmp))
+        on_main(run, doing, clear_folder, tmp)
         hashes = run.attempt(doing, lambda: write_files(run, tmp, model, opt, state))
-        manifest = run.merge(hashes)
-        run.attempt(doing, lambda: publish(run, tmp, final, manifest))
+        on_main(run, doing, publish, run, tmp, final, run.merge(hashes))
     except RuntimeError:
         if run.main:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -138,19 +163,14 @@ def save(run: Run, step: int, model, opt, loader_state=None, **extra):
     run.clock += time.perf_counter() - begin  # saving is not counted as training time
 
 
-def clear_folder(run: Run, folder: Path):
-    if run.main:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-
-
 def write_files(run: Run, folder: Path, model, opt, state: dict) -> dict[str, str]:
     """This rank's files, flushed to disk, and their hashes by name."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one process without a process group is intended
+    # ignored: one process without a process group is intended
+    with warnings.catch_warnings(action="ignore"):
         dcp.save(tensors_of(model, opt), checkpoint_id=folder)
-    torch.save(rng_states(run.device), folder / f"rng-{run.rank}.pt")
-    written = [*folder.glob(f"__{run.rank}_*"), folder / f"rng-{run.rank}.pt"]
+    rng = folder / f"rng-{run.rank}.pt"
+    torch.save(rng_states(run.device), rng)
+    written = [rng, *folder.glob(f"__{run.rank}_*")]
     if run.main:
         (folder / "state.json").write_text(json.dumps(state, default=str))
         written += [folder / "state.json", folder / ".metadata"]
@@ -161,17 +181,10 @@ def write_files(run: Run, folder: Path, model, opt, state: dict) -> dict[str, st
 
 def publish(run: Run, tmp: Path, final: Path, manifest: dict[str, str]):
     """The hashes last, then the rename that makes the checkpoint count; old ones go."""
-    if not run.main:
-        return
     (tmp / "manifest.json").write_text(json.dumps(manifest, indent=0))
-    fsync(tmp / "manifest.json")
-    fsync(tmp)
     if (run.folder / "metrics.jsonl").exists():
         fsync(run.folder / "metrics.jsonl")  # the curve must not be younger than the weights
-    if final.exists():  # of a longer run, resumed from an older step
-        shutil.rmtree(final)
-    os.rename(tmp, final)
-    fsync(final.parent)
+    put_in_place(tmp, final)
     for old in checkpoints(run)[:-KEEP]:
         shutil.rmtree(old)
 
@@ -187,33 +200,30 @@ def resume(run: Run, model, opt) -> Progress:
     Damaged ones are set aside with a warning; RuntimeError if all are, or one is of another model.
     """
     folder = run.folder / "checkpoint"
-    run.attempt(f"cannot clean {folder}", lambda: remove_unfinished(run, folder))
+    on_main(run, f"cannot clean {folder}", remove_unfinished, folder)
     found = run.gather_objects(checkpoints(run))[0]
     if run.args.resume and not found:
         raise SystemExit(f"--resume: no checkpoint in {folder}")
     path = newest_intact(run, found)
     progress = Progress()
-    if path is None:
-        seed_everything(run.args.seed, 0, run.rank)
-    else:
+    state = {}
+    if path:
         state = run.attempt(f"cannot resume from {path}", lambda: load(path, model, opt))
         progress = Progress(state["step"], state["loader"], state["extra"])
         run.totals = state["totals"]
-        if state["world"] == run.world:
-            rng = torch.load(path / f"rng-{run.rank}.pt", weights_only=True)
-            set_rng_states(rng, run.device)
-        else:  # other ranks than those that saved
-            seed_everything(run.args.seed, progress.step, run.rank)
         run.say(f"resumed from {path}{changed_flags(run, state['args'])}; --fresh starts over")
-    run.attempt("cannot shorten metrics.jsonl", lambda: shorten_metrics(run, progress.step))
+    seed_everything(run.args.seed, progress.step, run.rank)
+    if state.get("world") == run.world:  # the ranks that saved draw on from where they were
+        rng = torch.load(path / f"rng-{run.rank}.pt", weights_only=True)
+        set_rng_states(rng, run.device)
+    on_main(run, "cannot shorten metrics.jsonl", shorten_metrics, run, progress.step)
     run.clock = time.perf_counter()
     return progress
 
 
-def remove_unfinished(run: Run, folder: Path):
-    if run.main:
-        for tmp in folder.glob("*.tmp"):  # a save that never ended
-            shutil.rmtree(tmp)
+def remove_unfinished(folder: Path):
+    for tmp in folder.glob("*.tmp"):  # a save that never ended
+        shutil.rmtree(tmp)
 
 
 def newest_intact(run: Run, found: list[Path]) -> Path | None:
@@ -222,7 +232,7 @@ def newest_intact(run: Run, found: list[Path]) -> Path | None:
     for path in reversed(found):
         wrong = damage(run, path)
         if wrong is None:
-            run.attempt(f"cannot set {damaged} aside", lambda: set_aside(run, damaged))
+            on_main(run, f"cannot set {damaged} aside", set_aside, damaged)
             return path
         run.say(f"WARNING: {path} is damaged: {wrong}; trying the one before it")
         damaged.append(path)
@@ -232,12 +242,11 @@ def newest_intact(run: Run, found: list[Path]) -> Path | None:
     return None
 
 
-def set_aside(run: Run, damaged: list[Path]):
-    if run.main:
-        for path in damaged:
-            aside = path.with_name("damaged-" + path.name)
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+def set_aside(damaged: list[Path]):
+    for path in damaged:
+        aside = path.with_name("damaged-" + path.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def damage(run: Run, folder: Path) -> str | None:
@@ -252,7 +261,7 @@ def damage(run: Run, folder: Path) -> str | None:
         except (OSError, ValueError, AttributeError) as e:
             return f"{type(e).__name__}: {e}"
 
-    return next((wrong for wrong in run.gather_objects(check()) if wrong), None)
+    return next(filter(None, run.gather_objects(check())), None)
 
 
 def load(path: Path, model, opt) -> dict:
@@ -261,41 +270,34 @@ def load(path: Path, model, opt) -> dict:
     DCP itself would cast silently, and skip what it is not asked for.
     """
     wanted = tensors_of(model, opt)
-    ours = {f"model.{name}": t for name, t in wanted["model"].items()}
-    for name, states in wanted["optim"].items():
-        ours |= {f"optim.{name}.{key}": t for key, t in states.items()}
-    theirs = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    odd = sorted(set(ours) ^ set(theirs))
-    if not odd:
-        for name, t in ours.items():
-            stored = theirs[name]
-            if (tuple(stored.size), stored.properties.dtype) != (tuple(t.shape), t.dtype):
-                odd.append(name)
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    ours = {name: (t.shape, t.dtype) for name, t in wanted.items()}
+    theirs = {name: (t.size, t.properties.dtype) for name, t in stored.items()}
+    odd = sorted(dict(ours.items() ^ theirs.items()))
     if odd:
         raise ValueError(
             f"it was made with another model or other trained parts, e.g. {odd[0]} "
             f"({len(odd)} of {len(ours)} differ); --fresh starts over"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         dcp.load(wanted, checkpoint_id=path)
     return json.loads((path / "state.json").read_text())
 
 
 def changed_flags(run: Run, before: dict) -> str:
     """What was typed otherwise when the checkpoint was written, for the line that says so."""
-    now = json.loads(json.dumps(vars(run.args), default=str))
+    now = vars(run.args)
     changed = ""
     for key, value in before.items():
-        if key in now and key not in ("resume", "fresh") and value != now[key]:
+        if key not in ("resume", "fresh") and value != now.get(key, value):
             changed += f"; --{key.replace('_', '-')} was {value}"
     return changed
 
 
 def shorten_metrics(run: Run, step: int):
-    """Rank 0: drops from metrics.jsonl what will be written again, and a line cut off by a kill."""
+    """Drops from metrics.jsonl what will be written again, and a line cut off by a kill."""
     path = run.folder / "metrics.jsonl"
-    if not run.main or not path.exists():
+    if not path.exists():
         return
     keep = []
     for line in path.read_bytes().splitlines(keepends=True):
@@ -304,10 +306,9 @@ def shorten_metrics(run: Run, step: int):
                 keep.append(line)
         except ValueError:
             continue
-    tmp = path.with_name("metrics.jsonl.tmp")
-    tmp.write_bytes(b"".join(keep))
-    fsync(tmp)
-    os.replace(tmp, path)
+    with replacing(path) as part:
+        part.write_bytes(b"".join(keep))
+        fsync(part)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -332,23 +333,13 @@ def write_model(run: Run, state: dict, config, processor):
 def replace_folder(run: Run, folder: Path, write):
     """All ranks: write(tmp) on rank 0, flushed, then renamed over `folder`."""
     tmp = folder.with_name(folder.name + ".tmp")
-    old = folder.with_name(folder.name + ".old")
 
     def work():
-        if not run.main:
-            return
-        clear_folder(run, tmp)
+        clear_folder(tmp)
         write(tmp)
-        for path in tmp.iterdir():
-            fsync(path)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(tmp, folder)
-        fsync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(tmp, folder)
 
-    run.attempt(f"cannot export to {folder}", work)
+    on_main(run, f"cannot export to {folder}", work)
 
 
 def fingerprint(folder: Path) -> str:

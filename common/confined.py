@@ -59,6 +59,11 @@ def too_narrow(width: int, height: int) -> bool:
     return not 0 < max(width, height) <= NARROW * min(width, height)
 
 
+def area(images: list[Image.Image]) -> int:
+    """Pixels in all."""
+    return sum(image.width * image.height for image in images)
+
+
 # --------------------------------------------------------------------------------------------------
 # messages between parent and child: HEADER, the text, and for each picture SIZE and its pixels
 
@@ -178,29 +183,37 @@ class Machine:
 
     audit: int  # AUDIT_ARCH: which table of system calls a number is of
     seccomp: int  # the number of seccomp itself
-    allowed: dict[str, int]  # all system calls that the child keeps
+    allowed: dict[str, int]
+
+
+# All system calls that the child keeps, with their numbers on x86_64 and aarch64.
+CALLS = """
+    write             1       64
+    mmap              9      222
+    mprotect         10      226
+    munmap           11      215
+    brk              12      214
+    mremap           25      216
+    rt_sigprocmask   14      135
+    rt_sigreturn     15      139
+    futex           202       98
+    exit             60       93
+    exit_group      231       94
+    gettimeofday     96      169
+    clock_gettime   228      113
+    getrandom       318      278
+"""
+
+
+def allowed(column):
+    rows = [row.split() for row in CALLS.strip().splitlines()]
+    return {row[0]: int(row[column]) for row in rows}
 
 
 MACHINES = {
-    "x86_64": Machine(
-        0xC000003E,
-        317,
-        dict(
-            write=1, mmap=9, mprotect=10, munmap=11, brk=12, mremap=25,
-            rt_sigprocmask=14, rt_sigreturn=15, futex=202, exit=60, exit_group=231,
-            gettimeofday=96, clock_gettime=228, getrandom=318,
-        ),
-    ),
-    "aarch64": Machine(
-        0xC00000B7,
-        277,
-        dict(
-            write=64, mmap=222, mprotect=226, munmap=215, brk=214, mremap=216,
-            rt_sigprocmask=135, rt_sigreturn=139, futex=98, exit=93, exit_group=94,
-            gettimeofday=169, clock_gettime=113, getrandom=278,
-        ),
-    ),
-}  # fmt: skip
+    "x86_64": Machine(0xC000003E, 317, allowed(1)),
+    "aarch64": Machine(0xC00000B7, 277, allowed(2)),
+}
 
 # Answers of a filter. DENY is with errno 1, EPERM.
 ALLOW, DENY, KILL = 0x7FFF0000, 0x00050001, 0x80000000
@@ -312,8 +325,7 @@ def child():
             seconds, code, images = unpack(given.read(), most_images=sys.maxsize)
         for name in MODULES:
             importlib.import_module(name)
-        pixels = sum(image.width * image.height for image in images)
-        lock(MEMORY + 16 * pixels, seconds)
+        lock(MEMORY + 16 * area(images), seconds)
     except (OSError, ImportError) as error:
         write_answer(False, str(error))
     shown = []
@@ -331,8 +343,8 @@ def add_picture(picture, shown):
     if not isinstance(picture, Image.Image):
         picture = Image.fromarray(np.asarray(picture))
     width, height = picture.size
-    pixels = width * height + sum(p.width * p.height for p in shown)
-    if len(shown) == IMAGES or pixels > LARGEST or too_narrow(width, height):
+    too_large = area([*shown, picture]) > LARGEST
+    if len(shown) == IMAGES or too_large or too_narrow(width, height):
         raise ValueError(
             f"{width}x{height} cannot be shown: {IMAGES} pictures, {LARGEST} pixels in all, "
             "none too narrow"
@@ -358,12 +370,9 @@ def starting_names(images, shown):
     def show(picture, *_, **__):
         add_picture(picture, shown)
 
-    def make_folders(*_, **__):
-        pass
-
     Image.open = open_picture
     Image.Image.save = show
-    os.makedirs = make_folders
+    os.makedirs = lambda *_, **__: None
     return {
         "__name__": "__main__",
         "show": show,

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.jsonl import replacing
 from common.media import load_picture, open_media
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -117,26 +118,22 @@ def with_switch(messages: list[dict], mode: str) -> list[dict]:
         return messages
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}, expected plain or one of {', '.join(MODES)}")
-    messages = list(messages)
-    for m in reversed(range(len(messages))):
-        if messages[m]["role"] == "user":
-            content = _ending_with(f"/{mode}", messages[m]["content"])
-            messages[m] = messages[m] | {"content": content}
-            return messages
-    raise ValueError(f"no user message to put /{mode} behind")
-
-
-def _ending_with(switch, content):
-    """A copy of a content whose last text ends with the switch."""
+    switch = f"/{mode}"
+    # each message by itself: an item that two of them share changes in the last one alone
+    messages = [copy.deepcopy(message) for message in messages]
+    asked = [message for message in messages if message["role"] == "user"]
+    if not asked:
+        raise ValueError(f"no user message to put {switch} behind")
+    content = asked[-1]["content"]
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    content = list(content)
-    for i in reversed(range(len(content))):
-        if content[i]["type"] == "text":
-            text = content[i]["text"].removesuffix(switch)
-            content[i] = content[i] | {"text": text + switch}
-            return content
-    return [*content, {"type": "text", "text": switch}]
+    texts = [item for item in content if item["type"] == "text"]
+    if texts:
+        texts[-1]["text"] = texts[-1]["text"].removesuffix(switch) + switch
+    else:
+        content.append({"type": "text", "text": switch})
+    asked[-1]["content"] = content
+    return messages
 
 
 def prompt_of(record: dict, mode: str) -> list[dict]:
@@ -188,6 +185,7 @@ def link_media(conversation: dict, root: str | Path, folder: str | Path) -> dict
     in the folder already; pictures in memory are written there as PNG. A file that has changed
     since it was linked is linked anew. MediaError for whatever the reader of media would refuse.
     """
+    root, folder = Path(root).resolve(), Path(folder).resolve()
     conversation = copy.deepcopy(conversation)
     # each message by itself: two of them may share one item, which would be linked twice
     conversation["messages"] = [copy.deepcopy(m) for m in conversation["messages"]]
@@ -202,14 +200,14 @@ def link_media(conversation: dict, root: str | Path, folder: str | Path) -> dict
 
 def _linked(source, root, folder):
     """Path or picture -> path relative to folder, of a file that is there."""
-    root, folder = Path(root).resolve(), Path(folder).resolve()
     if isinstance(source, Image.Image):
         png = io.BytesIO()
         source.save(png, "PNG", compress_level=1)
         # Named by its content: equal pictures are stored once.
         target = folder / f"media/{hashlib.sha1(png.getvalue()).hexdigest()[:20]}.png"
         if not target.exists():
-            _put(target, lambda path: path.write_bytes(png.getvalue()))
+            with replacing(target) as part:
+                part.write_bytes(png.getvalue())
     elif root == folder:
         return source
     else:
@@ -218,23 +216,9 @@ def _linked(source, root, folder):
         file = (root / source).resolve()
         target = folder / "media" / file.relative_to(root)
         if not target.exists() or not filecmp.cmp(file, target):
-            _put(target, lambda path: _link(file, path))
+            with replacing(target) as part:
+                try:
+                    os.link(file, part)
+                except OSError:  # another file system
+                    shutil.copy2(file, part)
     return target.relative_to(folder).as_posix()
-
-
-def _link(file, path):
-    try:
-        os.link(file, path)
-    except OSError:  # another file system
-        shutil.copy2(file, path)
-
-
-def _put(target, write):
-    """Let write(path) make a file beside the target, then rename it: no reader sees a part."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    path = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    path.unlink(missing_ok=True)
-    write(path)
-    os.replace(path, target)
-    # Renaming a link over another link to the same file leaves both.
-    path.unlink(missing_ok=True)

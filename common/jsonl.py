@@ -8,8 +8,10 @@
 
 import json
 import logging
+import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger("jsonl")
@@ -26,7 +28,7 @@ def _parse(line: bytes) -> dict:
     return record
 
 
-class Lines:
+class Lines(Sequence):
     """The records of a JSONL file, as a sequence of dicts that stays on disk.
 
     The file is read once, here: every line that is not blank is parsed and given to `check`, which
@@ -50,10 +52,6 @@ class Lines:
         self.bad = []
         self._offsets = array("q")
         self._numbers = array("q")
-        self._index(check)
-        self._refuse(max_bad_share)
-
-    def _index(self, check):
         offset = 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -67,6 +65,7 @@ class Lines:
                     except ValueError as e:
                         self.bad.append((f"{self.path}:{number}", str(e)))
                 offset += len(line)
+        self._refuse(max_bad_share)
 
     def _refuse(self, max_bad_share):
         good, bad = len(self), len(self.bad)
@@ -91,20 +90,27 @@ class Lines:
         except ValueError as e:
             raise ValueError(f"{self.where(i)}: changed since it was first read: {e}") from e
 
-    def __iter__(self) -> Iterator[dict]:
-        for i in range(len(self)):
-            yield self[i]
-
     def where(self, i: int) -> str:
         """The place of record i for messages: "path:12", lines counted from 1."""
         return f"{self.path}:{self._numbers[i]}"
 
 
 def write_lines(path: str | Path, records: Iterable[dict]):
-    """Write dicts as JSONL, whole or not at all: into a file beside the path, then renamed."""
-    unfinished = Path(f"{path}.tmp")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    with open(unfinished, "w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")
-    unfinished.replace(path)
+    """Write dicts as JSONL, whole or not at all."""
+    with replacing(Path(path)) as part, open(part, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write a file at, which then takes the place of `path`, whole or not at all.
+
+    It lies in the same folder, made if need be, under a name of this process: several may write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    part.unlink(missing_ok=True)
+    yield part
+    os.replace(part, path)
+    # Renaming a link over another link to the same file leaves both.
+    part.unlink(missing_ok=True)

@@ -25,30 +25,28 @@ def make_optimizer(
     if "decoder" in rates:
         rates = {"lm_head": rates["decoder"], **rates}
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    members = {}  # (prefix, is a matrix) -> parameters
+    groups = {}  # by prefix, and whether it is of matrices
     for name, p in model.named_parameters():
         fits = [prefix for prefix in rates if name == prefix or name.startswith(prefix + ".")]
         p.requires_grad_(bool(fits))
         if fits:
+            prefix = max(fits, key=len)
             is_matrix = p.ndim == 2 and p not in tables
-            members.setdefault((max(fits, key=len), is_matrix), []).append(p)
-    unused = set(rates) - {prefix for prefix, _ in members} - {"lm_head"}
+            by_muon = muon > 0 and is_matrix and prefix != "lm_head"
+            rate = rates[prefix] * (muon if by_muon else 1.0)
+            group = {
+                "params": [],
+                "lr": rate,
+                "peak_lr": rate,
+                "weight_decay": weight_decay if is_matrix else 0.0,
+                "muon": by_muon,
+            }
+            groups.setdefault((prefix, is_matrix), group)["params"].append(p)
+    unused = set(rates) - {prefix for prefix, _ in groups} - {"lm_head"}
     if unused:
         parts = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
         raise ValueError(f"no parameter named {sorted(unused)}; the model has {parts}")
-
-    groups = []
-    for (prefix, is_matrix), parameters in members.items():
-        by_muon = muon > 0 and is_matrix and prefix != "lm_head"
-        rate = rates[prefix] * (muon if by_muon else 1.0)
-        groups.append({
-            "params": parameters,
-            "lr": rate,
-            "peak_lr": rate,
-            "weight_decay": weight_decay if is_matrix else 0.0,
-            "muon": by_muon,
-        })
-    return Muon(groups, betas=(0.9, 0.95), fused=True)
+    return Muon(groups.values(), betas=(0.9, 0.95), fused=True)
 
 
 class Muon(torch.optim.AdamW):
@@ -68,22 +66,17 @@ class Muon(torch.optim.AdamW):
                     self.state[p] = {"momentum": torch.zeros_like(p)}
                 else:
                     self.state[p] = {
-                        "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                        "step": torch.zeros((), device=p.device),
                         "exp_avg": torch.zeros_like(p),
                         "exp_avg_sq": torch.zeros_like(p),
                     }
 
     @torch.no_grad()
     def step(self):
-        groups = self.param_groups
-        self.param_groups = [g for g in groups if not g["muon"]]
-        try:
-            super().step()
-        finally:
-            self.param_groups = groups
-        for group in groups:
+        for group in self.param_groups:
             if group["muon"]:
                 self.muon_step(group)
+        super().step()  # of all that have a gradient still
 
     def muon_step(self, group: dict):
         # equal shapes in one batched product: a small model's step is many small matrices
@@ -93,6 +86,7 @@ class Muon(torch.optim.AdamW):
                 momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
                 nesterov = p.grad.lerp(momentum, MOMENTUM)
                 by_shape.setdefault(p.shape, []).append((p, whole(nesterov)))
+                p.grad = None  # used up: AdamW passes by what has none
         for shape, pairs in by_shape.items():
             updates = orthogonal(torch.stack([direction for _, direction in pairs]))
             updates *= 0.2 * max(shape) ** 0.5
@@ -131,7 +125,7 @@ def schedule(step: int, steps: int, warmup=0.0, decay=1.0, floor=0.0) -> float:
     falls_from = max(rising, int(steps * (1 - decay)))
     if step < falls_from:
         return 1.0
-    left = max(0, steps - step) / (steps - falls_from)
+    left = (steps - step) / (steps - falls_from)
     return floor + (1 - floor) * left
 
 
@@ -147,5 +141,4 @@ def clip_gradients(model: nn.Module, max_norm: float = 1.0) -> torch.Tensor:
 
     Returns the norm before that, 0-d.
     """
-    with_grad = [p for p in model.parameters() if p.grad is not None]
-    return whole(nn.utils.clip_grad_norm_(with_grad, max_norm))
+    return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm))

@@ -5,7 +5,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
-    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -31,19 +30,17 @@ def shard(model: nn.Module, run) -> nn.Module:
     if run.dtype == torch.bfloat16 and run.device.type == "cuda":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(run.device.type, (run.world,))
-    for name, blocks in list(model.named_modules()):
-        if isinstance(blocks, nn.ModuleList) and name.split(".")[-1] == "layers":
-            for block in blocks:
-                fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # sums, no means: losses are divided by the global token count already
-            module.set_force_sum_reduction_for_comms(True)  # gloo cannot pre-multiply
-            module.set_gradient_divide_factor(1.0)
-            if hasattr(module, "set_reduce_scatter_unused_params"):
-                module.set_reduce_scatter_unused_params(True)  # a part unused on one rank only
+    blocks = []
+    for name, part in model.named_modules():
+        if isinstance(part, nn.ModuleList) and name.split(".")[-1] == "layers":
+            blocks += part
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # sums, no means: losses are divided by the global token count already
+        module.set_force_sum_reduction_for_comms(True)  # gloo cannot pre-multiply
+        module.set_gradient_divide_factor(1.0)
+        if hasattr(module, "set_reduce_scatter_unused_params"):
+            module.set_reduce_scatter_unused_params(True)  # a part unused on one rank only
     for method in ("loss", "logits", "logprobs"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
@@ -61,7 +58,7 @@ def full_state(run, model: nn.Module) -> dict:
     for name, tensor in model.state_dict().items():
         tensor = whole(tensor)  # one at a time on the device
         if run.main:
-            state[name] = tensor.detach().to("cpu")
+            state[name] = tensor.cpu()
     return state
 
 
@@ -70,6 +67,8 @@ def full_state(run, model: nn.Module) -> dict:
 
 
 class RingPass(torch.autograd.Function):
+    """Hands a tensor to the next rank of the ring; its gradient comes back the other way."""
+
     @staticmethod
     def forward(ctx, x):
         return pass_around(x, 1)
@@ -79,9 +78,7 @@ class RingPass(torch.autograd.Function):
         return pass_around(grad, -1)
 
 
-def ring_pass(x: torch.Tensor) -> torch.Tensor:
-    """Hands a tensor to the next rank of the ring; its gradient comes back the other way."""
-    return RingPass.apply(x)
+ring_pass = RingPass.apply
 
 
 def pass_around(x: torch.Tensor, by: int = 1) -> torch.Tensor:

@@ -14,7 +14,7 @@ model wrote is ever encoded again, so the trainer sees the very tokens that were
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -86,7 +86,8 @@ def tool_turns(generator, pictures: list[Callable[[], list[Image.Image]] | None]
     """
     tokenizer = generator.processor.tokenizer
     close = tokenizer.special[CLOSE_CALL]
-    known = {}  # sample -> its pictures, which calls name by their number
+    # A sample's pictures, always the same list: calls name them by their number in it.
+    known = cache(lambda index: pictures[index]())
 
     def extend(row) -> dict | None:
         response = row.response
@@ -97,11 +98,10 @@ def tool_turns(generator, pictures: list[Callable[[], list[Image.Image]] | None]
             response.finished = False  # a call without a reply is no end of an answer
             return None
 
-        if row.index not in known:
-            known[row.index] = pictures[row.index]()
-        seen = run_call(tokenizer.decode(response.ids), calls, known[row.index])
+        own = known(row.index)
+        seen = run_call(tokenizer.decode(response.ids), calls, own)
         seen, sample = shown(generator.processor, seen, row.next_position, response.extensions)
-        known[row.index] += seen.images
+        own += seen.images
         response.observations.append(seen)
         return sample
 
@@ -177,7 +177,7 @@ def sample_groups(
             rollouts = [Rollout(prompt, sample) for _ in range(group)]
             patches += len(sample["patches"])
         except (MediaError, ValueError) as e:
-            print(f"skipped: {e}", file=sys.stderr, flush=True)
+            print(f"skipped: {e}", file=sys.stderr)
         groups.append(rollouts)
         waiting += [(rollout, limit, f"{prompt.seed}/{k}") for k, rollout in enumerate(rollouts)]
         if len(waiting) >= CHUNK_ROLLOUTS or patches > CHUNK_PATCHES:
@@ -195,8 +195,10 @@ def respond(generator, waiting, temperature, keep_pixels):
     rollouts, limits, seeds = zip(*waiting)
     samples = [rollout.sample for rollout in rollouts]
     pictures = [load_pictures(rollout.prompt) for rollout in rollouts]
-    how = dict(temperature=temperature, top_k=0, top_p=1.0, seed=seeds)
-    responses = converse(generator, samples, pictures, limits, **how)
+    responses = converse(
+        generator, samples, pictures, limits,
+        temperature=temperature, top_k=0, top_p=1.0, seed=seeds,
+    )
     for rollout, response in zip(rollouts, responses):
         rollout.response = response
         rollout.content = turn_of(response, generator.processor.tokenizer)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageStat
 
-from common.confined import IMAGES, LARGEST, TEXT, refusal, run_child, too_narrow
+from common.confined import IMAGES, LARGEST, TEXT, area, refusal, run_child, too_narrow
 
 # Limits beside those of common/confined.py; ours too.
 LONGEST = {"operations": 1_000, "python": 20_000}  # characters of code
@@ -79,7 +79,7 @@ def run_python(code, images):
     reason = refusal()
     if reason:
         return observe(error=f"Python is not available: {reason}")
-    pixels = sum(picture.width * picture.height for picture in images)
+    pixels = area(images)
     if pixels > WORK:
         return observe(
             error=f"the pictures have {pixels} pixels, at most {WORK} are given to Python"
@@ -146,10 +146,8 @@ def bounded(value):
 
 def power(a, b):
     # In floats first: an exact integer may be of any length.
-    value = bounded(math.pow(a, b))
-    if type(a) is type(b) is int and b >= 0:
-        return a**b
-    return value
+    bounded(math.pow(a, b))
+    return a**b
 
 
 def rounded(x, *digits):
@@ -285,8 +283,7 @@ class Program:
         limits = OPERATIONS[name]
         if len(numbers) != len(limits):
             raise ValueError(f"use {name}({', '.join(limits)})")
-        for what, number in zip(limits, numbers):
-            least, most = limits[what]
+        for number, (what, (least, most)) in zip(numbers, limits.items()):
             if not least <= number <= most:
                 raise ValueError(f"{name}: {what} must be from {least} to {most}, not {number:.6g}")
         if self.picture is None and name != "image":

@@ -9,9 +9,6 @@ Our parameters have shorter names than those in the files; the tables below tran
 """
 
 import json
-import math
-import os
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from common.jsonl import replacing
 
 # (prefix here, prefix in the file); the first that fits counts
 VIT_NAMES = [
@@ -104,15 +103,11 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), path)
 
 
-def read_tensors(where: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of weight_files one after the other, by their names in the files."""
-    for path in sorted(set(where.values())):
-        with _opened(path) as file:
-            for name in [n for n, p in where.items() if p == path]:
-                tensor = file.get_tensor(name)
-                if name.endswith(PATCH_EMBEDDING):
-                    tensor = tensor.flatten(1)
-                yield name, tensor
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a file, by its name there. To open a file maps it, and reads its header."""
+    with _opened(path) as file:
+        tensor = file.get_tensor(name)
+    return tensor.flatten(1) if name.endswith(PATCH_EMBEDDING) else tensor
 
 
 @torch.no_grad()
@@ -139,8 +134,8 @@ def load_weights(
         raise KeyError(
             f"{folder}: {len(extra)} tensors that this model has no place for, first {extra[0]}"
         )
-    for name, source in read_tensors({name: where[name] for name in targets}):
-        target = targets[name]
+    for name, target in targets.items():
+        source = read_tensor(where[name], name)
         if source.shape != target.shape:
             raise ValueError(
                 f"{where[name]}: {name} has shape {tuple(source.shape)}, "
@@ -162,9 +157,9 @@ def average_weights(folders: list[Path], names: list[tuple[str, str]]) -> dict[s
         odd = where.keys() ^ first.keys()
         if odd:
             raise ValueError(f"{folders[0]} or {folder} has no {min(odd)}: no average of both")
-        for name, tensor in read_tensors(where):
+        for name, path in where.items():
             ours = renamed(name, to_ours)
-            total[ours] = total.get(ours, 0) + tensor.float()
+            total[ours] = total.get(ours, 0) + read_tensor(path, name).float()
     return {name: tensor / len(folders) for name, tensor in total.items()}
 
 
@@ -181,31 +176,25 @@ def save_weights(
     shards = [{}]
     size = 0  # bytes of the last one
     for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
+        tensor = tensor.cpu().contiguous()
         if name.endswith(PATCH_EMBEDDING):
-            side = math.isqrt(tensor.shape[1] // 3)
-            tensor = tensor.unflatten(1, (3, side, side))
+            tensor = tensor.unflatten(1, (3, 14, 14))
         if size and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0
         shards[-1][renamed(name, KEYE_NAMES)] = tensor
         size += tensor.nbytes
 
-    if len(shards) == 1:
-        _write(shards[0], folder / SINGLE)
+    weight_map = {}
+    single = len(shards) == 1
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        with replacing(folder / file) as part:
+            save_file(shard, part, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    if single:
         (folder / INDEX).unlink(missing_ok=True)  # an older model's; readers would follow it
         return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write(shard, folder / file)
-        weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write(tensors, path):
-    part = path.with_suffix(".tmp")
-    save_file(tensors, part, metadata={"format": "pt"})
-    os.replace(part, path)
