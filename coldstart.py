@@ -22,31 +22,25 @@ where thinking is right more often than a plain answer, auto-think is taught to 
 told by the name of the task. The second pass goes on with all five kinds.
 """
 
+import copy
 import json
 import random
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.checkpoint import fingerprint
-from common.conversation import (
-    MODES,
-    check_training,
-    media_items,
-    text_of,
-    with_switch,
-)
+from common.conversation import MODES, check_training, media_items, text_of, with_switch
 from common.jsonl import Lines
 from common.questions import check_heldout, check_question
 from common.rewards import parse
 from common.rollout import Prompt, sample_groups
-from common.run import Run, arguments, data_folder, plan_of, previous_model, start
+from common.run import Run, arguments, data_folder, plan_of, previous_model
 from common.verifiers import verify
 from evaluate import score_phase
 from generate import Generator
 from model import SCALE
-from sft import finetune, mean, write_linked
+from sft import finetune, mean, start_from, write_linked
 
 # ours, every number. steps: of both passes; measured: the questions that are asked in each mode;
 # kept: lines of each file of KEEP, times its share
@@ -57,12 +51,30 @@ PLAN = {
     "released": {"steps": (1500, 500), "lr": 1e-5, "measured": 20_000, "kept": 100_000},
 }
 # Keye mixes 230k, 330k, 20k, 100k and 104k; ours: more auto-think, as a toy sees few samples
-MIX = {"think": 4, "no_think": 2, "agentic": 2.5, "video": 1, "turns": 0.5, "keep": 4}
+MIX = {
+    "think": 4,
+    "no_think": 2,
+    "agentic": 2.5,
+    "video": 1,
+    "turns": 0.5,
+    "keep": 4,
+}
 AUTO = 5  # auto-think's weight in the second pass
 # Shares of pre-training's lines, asked with /no_think: without them a small model forgets to see,
 # to copy and to sort.
-KEEP = {"vqa": 1, "caption": 1, "video": 1, "grounding": 0.3, "text": 0.3}
-SWITCH = {"think": "think", "no_think": "no_think", "agentic": "agentic_think"}  # of a kind's file
+KEEP = {
+    "vqa": 1,
+    "caption": 1,
+    "video": 1,
+    "grounding": 0.3,
+    "text": 0.3,
+}
+# the mode of the answers in a kind's file
+SWITCH = {
+    "think": "think",
+    "no_think": "no_think",
+    "agentic": "agentic_think",
+}
 GAIN = 0.08  # what thinking must add to the share of right answers to be worth its tokens
 OWN = 0.25  # weight of a question's own one answer in that share, beside all of its kind's
 # Keye's analysis ends "Therefore, /no_think mode is more appropriate."; ours is a telegram, as the
@@ -96,25 +108,16 @@ class Example:
             asked = with_switch(asked, mode)
         return {"messages": [*asked, *self.question[first:], self.answer]}
 
-    @property
-    def key(self) -> str:
-        """The same for one question in several kinds."""
-        return json.dumps(self.question, sort_keys=True)
-
-
-def thinks(record: dict) -> bool:
-    return "<think>" in text_of(record["messages"][-1])
-
 
 def asks(messages: list[dict]) -> bool:
     return any(message["role"] == "user" for message in messages)
 
 
-def answer_mode(kind: str, record: dict) -> str:
-    """The mode of a kind's answer; with clips it shows in the answer itself."""
-    if kind in SWITCH:
-        return SWITCH[kind]
-    return "think" if thinks(record) else "no_think"
+def example_of(record: dict, root: Path, kind: str = "") -> Example:
+    """The mode of the answer is that of its kind; with clips it shows in the answer itself."""
+    *question, answer = record["messages"]
+    thinking = "think" if "<think>" in text_of(answer) else "no_think"
+    return Example(question, answer, SWITCH.get(kind, thinking), root, record.get("meta"))
 
 
 def read_kind(path: Path) -> list[Example]:
@@ -122,26 +125,21 @@ def read_kind(path: Path) -> list[Example]:
 
     ValueError beyond MAX_BAD_SHARE.
     """
+    kind = path.stem
 
     def check(record):
         check_training(record)
-        *question, last = record["messages"]
-        if last["role"] != "assistant" or not asks(question):
+        example = example_of(record, path.parent, kind)
+        if example.answer["role"] != "assistant" or not asks(example.question):
             raise ValueError("a user's question and, last, the assistant's answer are expected")
-        if path.stem in SWITCH and record.get("meta"):
+        if kind in SWITCH and example.meta:
             check_question(record)
-        mode = answer_mode(path.stem, record)
-        errors = parse(last["content"], mode).errors
+        errors = parse(example.answer["content"], example.mode).errors
         if errors:
-            raise ValueError(f"not an answer in {mode} mode: {'; '.join(errors)}")
+            raise ValueError(f"not an answer in {example.mode} mode: {'; '.join(errors)}")
 
     lines = Lines(path, check, MAX_BAD_SHARE)
-    examples = []
-    for record in lines:
-        *question, answer = record["messages"]
-        mode = answer_mode(path.stem, record)
-        examples.append(Example(question, answer, mode, lines.root, record.get("meta")))
-    return examples
+    return [example_of(record, lines.root, kind) for record in lines]
 
 
 def read_kinds(folder: Path) -> dict[str, list[Example]]:
@@ -149,15 +147,14 @@ def read_kinds(folder: Path) -> dict[str, list[Example]]:
     the lines that think; its others are among those that are kept.
     """
     train = folder / "train"
-    files = {path.stem: path for path in train.glob("*.jsonl")}
-    kinds = {kind: read_kind(files[kind]) for kind in SWITCH if kind in files}
-    kinds["video"] = []
-    if "clips" in files:
-        kinds["video"] += read_kind(files["clips"])
-    if "video" in files:
-        kinds["video"] += [e for e in read_kind(files["video"]) if e.mode == "think"]
-    if "think" not in kinds and "no_think" not in kinds:
+    kinds = {}
+    for kind in (*SWITCH, "clips", "video"):
+        path = train / f"{kind}.jsonl"
+        kinds[kind] = read_kind(path) if path.exists() else []
+    if not kinds["think"] and not kinds["no_think"]:
         raise SystemExit(f"the cold start needs think.jsonl or no_think.jsonl in {train}")
+    thinking = [example for example in kinds["video"] if example.mode == "think"]
+    kinds["video"] = kinds.pop("clips") + thinking
     return kinds
 
 
@@ -167,15 +164,17 @@ def read_kinds(folder: Path) -> dict[str, list[Example]]:
 
 def at_frame_rate(example: Example, fps: float) -> Example:
     """The example with `fps` frames a second of its clips: Keye shows 32 frames and 16."""
-    question = json.loads(json.dumps(example.question))
+    question = copy.deepcopy(example.question)
     for item, kind in media_items({"messages": question}):
-        if kind == "video" and isinstance(item["video"], list):
+        if kind == "image":
+            continue
+        if isinstance(item["video"], list):
             step = round(2 / fps)  # frames have a rate of their own: every other one
             item["video"] = item["video"][::step]
             item["fps"] = item.get("fps", 2.0) / step
-        elif kind == "video":
+        else:
             item["fps"] = fps
-    return Example(question, example.answer, example.mode, example.root)
+    return replace(example, question=question)
 
 
 def several_turns(examples: list[Example], rng: random.Random) -> list[dict]:
@@ -202,43 +201,43 @@ def kept_lines(path: Path, count: int) -> list[dict]:
     lines = Lines(path, check_training, MAX_BAD_SHARE)
     kept = []
     for i in range(0, len(lines), max(1, len(lines) // count)):
-        record = lines[i]
-        *question, answer = record["messages"]
-        if not asks(question):  # plain text answers nobody
-            kept.append({"messages": record["messages"]})
-        elif not thinks(record):
-            kept.append(Example(question, answer, "no_think", lines.root).conversation("no_think"))
+        example = example_of(lines[i], lines.root)
+        if not asks(example.question):  # plain text answers nobody
+            kept.append({"messages": [*example.question, example.answer]})
+        elif example.mode == "no_think":
+            kept.append(example.conversation("no_think"))
     return kept
 
 
-def write_kind(run: Run, out: Path, root: Path, kind: str, conversations: list[dict]):
-    """out/KIND.jsonl, its media linked below out."""
-    write_linked(run, out / f"{kind}.jsonl", conversations, root)
-    run.say(f"{kind}: {len(conversations)} conversations")
+def write_kinds(run: Run, out: Path, root: Path, kinds: dict[str, list[dict]]):
+    """Conversations as out/KIND.jsonl, their media linked below out."""
+    for kind, conversations in kinds.items():
+        write_linked(run, out / f"{kind}.jsonl", conversations, root)
+        run.say(f"{kind}: {len(conversations)} conversations")
 
 
 def build(run: Run, kinds: dict[str, list[Example]], folder: Path, out: Path, plan: dict):
     """Writes the first pass's conversations, a file for each kind."""
     root = folder / "train"
+    made = {}
     for kind in SWITCH:
-        examples = kinds.get(kind, [])
-        write_kind(run, out, root, kind, [e.conversation(e.mode) for e in examples])
-    clips = []
-    for example in kinds.get("video", []):
-        for fps in (2.0, 1.0):
-            clips.append(at_frame_rate(example, fps).conversation(example.mode))
-    write_kind(run, out, root, "video", clips)
+        made[kind] = [example.conversation(example.mode) for example in kinds[kind]]
 
-    keep = []
+    made["video"] = []
+    for example in kinds["video"]:
+        for fps in (2.0, 1.0):
+            made["video"].append(at_frame_rate(example, fps).conversation(example.mode))
+
+    made["keep"] = []
     for name, share in KEEP.items():
         path = root / f"{name}.jsonl"
         if path.exists():
-            keep += kept_lines(path, max(1, round(share * plan["kept"])))
-    write_kind(run, out, root, "keep", keep)
+            count = max(1, round(share * plan["kept"]))
+            made["keep"] += kept_lines(path, count)
 
-    single = kinds.get("think", []) + kinds.get("no_think", [])
-    turns = several_turns(single, random.Random(f"{run.args.seed}/turns"))
-    write_kind(run, out, root, "turns", turns)
+    rng = random.Random(f"{run.args.seed}/turns")
+    made["turns"] = several_turns(kinds["think"] + kinds["no_think"], rng)
+    write_kinds(run, out, root, made)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -254,7 +253,8 @@ def answers_by_mode(kinds: dict[str, list[Example]]) -> list[dict[str, Example]]
     for examples in kinds.values():
         for example in examples:
             if example.mode != "agentic_think" or "<tool_call>" in text_of(example.answer):
-                by_question[example.key][example.mode] = example
+                question = json.dumps(example.question, sort_keys=True)
+                by_question[question][example.mode] = example
     return [
         answers
         for answers in by_question.values()
@@ -287,20 +287,20 @@ def measure(run: Run, model_folder: Path, questions: list, count: int) -> dict:
     generator = Generator.from_pretrained(model_folder, run.device)
     max_answer = SCALE[run.args.size].max_answer
     chosen = evenly_by_kind([question_kind(q) for q in questions], count)
-    keys = []
-    prompts = []
+    prompts = {}
     for i in chosen[run.rank :: run.world]:
-        meta = questions[i]["think"].meta
         for mode, example in questions[i].items():
-            record = example.conversation() | {"meta": meta}
-            keys.append((i, mode))
-            prompts.append(Prompt(record, example.root, mode, str(run.args.seed)))
-    groups = sample_groups(generator, prompts, 1, max_answer, 0.0, keep_pixels=False)
+            asked = example.conversation()
+            prompts[i, mode] = Prompt(asked, example.root, mode, str(run.args.seed))
+    groups = sample_groups(
+        generator, list(prompts.values()), 1, max_answer, temperature=0.0, keep_pixels=False
+    )
     local = {}
-    for key, prompt, group in zip(keys, prompts, groups):
+    for (i, mode), group in zip(prompts, groups):
         for rollout in group:  # none where the media cannot be read
-            final = parse(rollout.content, prompt.mode, rollout.response.finished).final
-            local[key] = verify(final, prompt.record["meta"])[1]
+            final = parse(rollout.content, mode, rollout.response.finished).final
+            _, right = verify(final, questions[i]["think"].meta)
+            local[i, mode] = right
     return run.merge(local)
 
 
@@ -318,12 +318,11 @@ def best_modes(right: dict, kinds: list) -> list[str | None]:
     for i, kind in enumerate(kinds):
         worth = {}
         for mode in ANALYSIS:
-            if (kind, mode) not in pooled:
-                continue
-            share = mean(pooled[kind, mode])
-            if (i, mode) in right:
-                share = OWN * right[i, mode] + (1 - OWN) * share
-            worth[mode] = share if mode == "no_think" else share - GAIN
+            if (kind, mode) in pooled:
+                share = mean(pooled[kind, mode])
+                if (i, mode) in right:
+                    share = OWN * right[i, mode] + (1 - OWN) * share
+                worth[mode] = share if mode == "no_think" else share - GAIN
         best.append(max(worth, key=worth.get, default=None))
     return best
 
@@ -338,7 +337,7 @@ def analysed(answers: dict[str, Example], mode: str) -> Example:
     else:
         content = [{"type": "text", "text": analysis}, *content]
     answer = {"role": "assistant", "content": content}
-    return Example(example.question, answer, "auto_think", example.root)
+    return replace(example, answer=answer, mode="auto_think")
 
 
 def build_auto(run: Run, model_folder: Path, kinds: dict, folder: Path, out: Path, plan: dict):
@@ -346,23 +345,24 @@ def build_auto(run: Run, model_folder: Path, kinds: dict, folder: Path, out: Pat
     questions = answers_by_mode(kinds)
     question_kinds = [question_kind(q) for q in questions]
     right = measure(run, model_folder, questions, plan["measured"])
-    examples = []
-    thinking = defaultdict(list)  # whether it is taught to think, by task
-    for answers, mode in zip(questions, best_modes(right, question_kinds)):
-        if mode:
-            examples.append(analysed(answers, mode))
-            thinking[question_kind(answers)[0]].append(mode != "no_think")
-    rng = random.Random(f"{run.args.seed}/auto")
-    conversations = []
-    for example in examples:
-        switches = ["auto_think"] if rng.random() < 0.5 else []  # no switch means the same
-        conversations.append(example.conversation(*switches))
-    root = folder / "train"
-    write_kind(run, out, root, "auto_think", conversations)
+    best = best_modes(right, question_kinds)
 
-    single = kinds.get("think", []) + kinds.get("no_think", []) + examples
-    turns = several_turns(single, random.Random(f"{run.args.seed}/turns"))
-    write_kind(run, out, root, "turns", turns)
+    rng = random.Random(f"{run.args.seed}/auto")
+    examples = []
+    conversations = []
+    thinking = defaultdict(list)  # whether it is taught to think, by task
+    for answers, (task, _), mode in zip(questions, question_kinds, best):
+        if mode:
+            example = analysed(answers, mode)
+            examples.append(example)
+            switches = ["auto_think"] if rng.random() < 0.5 else []  # no switch means the same
+            conversations.append(example.conversation(*switches))
+            thinking[task].append(mode != "no_think")
+
+    rng = random.Random(f"{run.args.seed}/turns")
+    turns = several_turns(kinds["think"] + kinds["no_think"] + examples, rng)
+    made = {"auto_think": conversations, "turns": turns}
+    write_kinds(run, out, folder / "train", made)
     shares = [f"{task} {mean(values):.0%}" for task, values in sorted(thinking.items())]
     run.say("auto-think thinks on: " + (", ".join(shares) or "nothing; no question has a truth"))
 
@@ -371,8 +371,13 @@ def build_auto(run: Run, model_folder: Path, kinds: dict, folder: Path, out: Pat
 
 
 def mixture(out: Path, weights: dict[str, float]) -> list[tuple[Path, float]]:
-    paths = [(out / f"{kind}.jsonl", weight) for kind, weight in weights.items()]
-    return [(path, weight) for path, weight in paths if path.stat().st_size]
+    """The files of out and their weights; a kind that nobody gave has an empty one."""
+    mix = []
+    for kind, weight in weights.items():
+        path = out / f"{kind}.jsonl"
+        if path.stat().st_size:
+            mix.append((path, weight))
+    return mix
 
 
 def main(args):
@@ -382,26 +387,22 @@ def main(args):
     init = previous_model(args, "mpo")
     check_heldout(folder)
     kinds = read_kinds(folder)
-    out = Path(args.out) / args.size / "coldstart-modes" / "data"
     first_steps, second_steps = plan["steps"]
 
-    run = start(args, "coldstart-modes")
-    run.made_from(init=init, weights=fingerprint(init))
-    trained_now = not run.trained()
-    if trained_now:
+    run = start_from(args, "coldstart-modes", init)
+    out = run.folder / "data"
+    if not run.trained():
         if not (run.folder / "built.json").exists():
             build(run, kinds, folder, out, plan)
             run.write_json("built.json", {})
         finetune(run, init, mixture(out, MIX), plan["lr"], args.steps or first_steps)
         run.mark_trained()
         args.resume = False  # it was for the pass that had been interrupted
+        args.fresh = True  # what the second pass left is of a model that is no more
     run.close()
 
     first = run.folder / "model"
-    run = start(args, "coldstart")
-    if trained_now:
-        run.attempt("cannot clean the old second pass", run.forget)
-    run.made_from(init=first, weights=fingerprint(first))
+    run = start_from(args, "coldstart", first)
     if not run.trained():
         if not (run.folder / "built.json").exists():
             build_auto(run, first, kinds, folder, out, plan)
@@ -411,8 +412,8 @@ def main(args):
         run.mark_trained()
     run.score(lambda: score_phase(run, folder / "heldout", MODES, args.eval_limit))
     run.close()
-    took = time.time() - begin
-    run.say(f"the cold start took {took:.0f} s; the model is in {run.folder / 'model'}")
+    took = f"{time.time() - begin:.0f} s"
+    run.say(f"the cold start took {took}; the model is in {run.folder / 'model'}")
 
 
 if __name__ == "__main__":

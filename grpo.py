@@ -39,10 +39,10 @@ from pathlib import Path
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from common.checkpoint import export, fingerprint, resume, save_if_due
+from common.checkpoint import export, save_if_due
 from common.conversation import MODES
 from common.judge import Judge
-from common.optim import clip_gradients, make_optimizer, schedule, set_lr
+from common.optim import clip_gradients, schedule, set_lr
 from common.packing import even_packs, sample_of_label
 from common.parallel import shard, whole
 from common.questions import check_heldout, draw_prompts, question_pool
@@ -54,12 +54,12 @@ from common.run import (
     data_folder,
     plan_of,
     previous_model,
-    start,
 )
 from data import Processor, pack
 from evaluate import score_phase
 from generate import Generator
-from model import SCALE, KeyeVL, step_work
+from model import KeyeVL, step_work
+from sft import start_from, trainable
 
 # ours, every number but those with a source: Keye states no group size, beta, clip, rate or length.
 # prompts, group: of a step; updates: optimizer steps on them; pack: tokens of a micro-batch
@@ -141,17 +141,15 @@ def policy_loss(
     log_ratio = logp - old
     if algo == "gspo":
         # exp of the response's mean, with the gradient of each token's own log-probability
-        count = int(owner.max()) + 1 if len(owner) else 0
-        zeros = logp.new_zeros(count)
-        sums = zeros.index_add(0, owner, log_ratio.detach())
-        lengths = zeros.index_add(0, owner, torch.ones_like(log_ratio)).clamp(min=1)
+        lengths = owner.bincount()  # (R,) trained tokens of each response
+        sums = logp.new_zeros(len(lengths)).index_add(0, owner, log_ratio.detach())
         log_ratio = (sums / lengths)[owner] + logp - logp.detach()
     ratio = log_ratio.clamp(-10, 10).exp()
     plain = ratio * advantage
     bounded = ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage
     gain = torch.minimum(plain, bounded)
     gain = torch.where(advantage < 0, torch.maximum(gain, DUAL_CLIP * advantage), gain)
-    clipped = (gain.detach() != plain.detach()).float()
+    clipped = (gain != plain).float()
     loss = (weight * (beta * k3(logp, reference) - gain)).sum()
     return loss, clipped
 
@@ -191,22 +189,24 @@ def analysis_tokens(ids: list[int], tokenizer) -> int:
 def training_sample(rollout: Rollout, tokenizer) -> dict:
     """The rollout's trajectory, with what the loss needs at each of its n trained tokens."""
     response = rollout.response
-    sampled = [i for i, own in enumerate(response.sampled) if own]
-    chooses = analysis_tokens(response.ids, tokenizer)
+    own = torch.tensor(response.sampled)  # (all tokens,), n of them true
+    sampler = torch.tensor(response.logprobs)[own]  # (n,)
+    chooses_mode = torch.arange(len(own)) < analysis_tokens(response.ids, tokenizer)
     return trajectory(rollout) | {
-        "sampler": torch.tensor([response.logprobs[i] for i in sampled]),  # (n,)
-        "advantage": torch.full((len(sampled),), rollout.advantage),  # (n,)
-        "chooses_mode": torch.tensor([i < chooses for i in sampled], dtype=torch.bool),  # (n,)
+        "sampler": sampler,
+        "advantage": torch.full_like(sampler, rollout.advantage),
+        "chooses_mode": chooses_mode[own],
     }
 
 
 def set_weights(samples: list[dict], algo: str, max_tokens: int, responses: float, tokens: float):
     """Adds "weight" (n,) to each sample; responses, tokens: of the update, on all ranks."""
     for sample in samples:
-        chooses = sample["chooses_mode"]
-        rest = int((~chooses).sum())
+        chooses = sample["chooses_mode"]  # (n,)
+        length = int(chooses.sum())
+        mode_weight = MODE_WEIGHT / (responses * max(1, length))
+        rest = len(chooses) - length
         weight = token_weight(rest, algo, max_tokens, responses, tokens)
-        mode_weight = MODE_WEIGHT / (responses * max(1, int(chooses.sum())))
         sample["weight"] = torch.where(chooses, mode_weight, weight)
 
 
@@ -217,7 +217,7 @@ def batch_of(samples: list[dict]) -> dict:
     """Samples -> one packed batch, with their per-token values end to end."""
     batch = pack(samples)
     for key in PER_TOKEN:
-        batch[key] = torch.cat([sample[key] for sample in samples]).float()
+        batch[key] = torch.cat([sample[key] for sample in samples])
     return batch
 
 
@@ -246,18 +246,18 @@ class Sampler:
     """
 
     def __init__(self, run: Run, model: KeyeVL, processor: Processor):
-        self.model = model
-        self.copy = None
+        self.trained = model
         if isinstance(model, FSDPModule):
-            self.copy = KeyeVL.empty(model.config, run.dtype, run.device).requires_grad_(False)
-        self.generator = Generator(self.copy or model, processor)
+            model = KeyeVL.empty(model.config, run.dtype, run.device).requires_grad_(False)
+        self.generator = Generator(model, processor)
         self.blank = blank_sample(processor)
 
     @torch.no_grad()
     def refresh(self):
-        if self.copy is not None:
-            trained = self.model.state_dict().values()
-            for target, source in zip(self.copy.state_dict().values(), trained):
+        model = self.generator.model
+        if model is not self.trained:
+            trained = self.trained.state_dict().values()
+            for target, source in zip(model.state_dict().values(), trained):
                 target.copy_(whole(source))
 
 
@@ -286,14 +286,14 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
         totals = [rollout.reward.total for rollout in group]
         for rollout, advantage in zip(group, advantages(totals, algo)):
             rollout.advantage = advantage
-    describe(log, groups, kept)
+    describe(log, groups)
 
     # 4. Batches: the groups are dealt over the updates. What the policy that sampled and the
     #    reference say of the responses is computed before the first update moves the policy.
     updates = []
     for first in range(plan["updates"]):
-        rollouts = [rollout for group in kept[first :: plan["updates"]] for rollout in group]
-        samples = [training_sample(rollout, tokenizer) for rollout in rollouts]
+        dealt = kept[first :: plan["updates"]]
+        samples = [training_sample(rollout, tokenizer) for group in dealt for rollout in group]
         responses = run.sum(len(samples))
         if responses:
             tokens = run.sum(sum(len(sample["advantage"]) for sample in samples))
@@ -316,7 +316,7 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
                 sample_of_label(batch), algo, beta, clip,
             )
             loss.backward()
-            loss_sum += float(loss.detach())
+            loss_sum += loss.item()
             log["clipped"] += clipped.tolist()
             log["entropy"] += entropy.tolist()
             log["kl"] += k3(logp.detach(), batch["reference"]).tolist()
@@ -332,14 +332,7 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
 def train(run: Run, init: Path, questions: list, plan: dict, judge: Judge | None):
     args = run.args
     steps = args.steps or plan["steps"]
-    scale = SCALE[args.size]
-    processor = Processor.from_pretrained(init)
-    policy = KeyeVL.from_pretrained(init)
-    policy.decoder.activation_checkpointing = scale.recompute
-    policy = shard(policy, run)
-    rates = dict.fromkeys(("vit", "projector", "decoder"), plan["lr"])
-    opt = make_optimizer(policy, rates, weight_decay=0.0, muon=scale.muon)
-    progress = resume(run, policy, opt)
+    policy, processor, opt, progress = trainable(run, init, plan["lr"], weight_decay=0.0)
     reference = None  # with beta 0 there is no KL term, and no second model
     if args.beta:
         reference = shard(KeyeVL.from_pretrained(init).requires_grad_(False), run)
@@ -357,10 +350,10 @@ def train(run: Run, init: Path, questions: list, plan: dict, judge: Judge | None
     export(run, policy, processor)
 
 
-def describe(log: dict[str, list], groups: list[list[Rollout]], kept: list[list[Rollout]]):
+def describe(log: dict[str, list], groups: list[list[Rollout]]):
     """Appends the step's numbers to the log: lists, whose means over all ranks are written."""
-    log["dropped_groups"] += [0.0] * len(kept) + [1.0] * (len(groups) - len(kept))
     for group in groups:
+        log["dropped_groups"].append(not teaches(group))
         totals = [r.reward.total for r in group if r.reward.total is not None]
         if len(totals) > 1:
             log["group_std"].append(float(torch.tensor(totals).std()))
@@ -368,24 +361,28 @@ def describe(log: dict[str, list], groups: list[list[Rollout]], kept: list[list[
             mode = rollout.prompt.mode
             reward = rollout.reward
             response = rollout.response
-            for name in ("outcome", "right", "format", "consistency", "repetition"):
-                value = getattr(reward, name)
-                if value is not None:
-                    log[name].append(float(value))
-            if reward.total is not None:
-                log["reward"].append(reward.total)
-            if reward.right is not None:
-                log[f"right_{mode}"].append(float(reward.right))
-            log["unscored"].append(float(reward.total is None))
-            log["overlong"].append(reward.length)
-            log["answer_tokens"].append(sum(response.sampled))
-            log["unfinished"].append(float(not response.finished))
-            log["calls"].append(len(response.observations))
-            log["failed_calls"] += [float(not seen.ok) for seen in response.observations]
+            numbers = {
+                "outcome": reward.outcome,
+                "right": reward.right,
+                "format": reward.format,
+                "consistency": reward.consistency,
+                "repetition": reward.repetition,
+                "reward": reward.total,
+                f"right_{mode}": reward.right,
+                "unscored": reward.total is None,
+                "overlong": reward.length,
+                "answer_tokens": sum(response.sampled),
+                "unfinished": not response.finished,
+                "calls": len(response.observations),
+            }
+            for name, value in numbers.items():
+                if value is not None:  # a judge was needed, and failed
+                    log[name].append(value)
+            log["failed_calls"] += [not seen.ok for seen in response.observations]
             for other in MODES:
-                log[f"asked_{other}"].append(float(other == mode))
+                log[f"asked_{other}"].append(other == mode)
                 if mode == "auto_think" and other != "auto_think":
-                    log[f"auto_chose_{other}"].append(float(reward.parsed.chose == other))
+                    log[f"auto_chose_{other}"].append(reward.parsed.chose == other)
 
 
 def judge_failures(run: Run, judge: Judge | None) -> dict:
@@ -406,8 +403,7 @@ def main(args):
     if args.judge:
         judge = Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", ""))
 
-    run = start(args, "grpo")
-    run.made_from(init=init, weights=fingerprint(init), algo=args.algo, beta=args.beta)
+    run = start_from(args, "grpo", init, algo=args.algo, beta=args.beta)
     if not run.trained():
         train(run, init, questions, plan, judge)
         run.mark_trained()

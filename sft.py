@@ -29,7 +29,7 @@ from common.media import MediaError
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.parallel import shard
 from common.questions import Question, check_heldout, read_or_exit
-from common.rollout import Prompt, sample_groups
+from common.rollout import Prompt, Rollout, sample_groups
 from common.run import Run, arguments, data_folder, plan_of, previous_model, start
 from common.verifiers import verify
 from data import Processor
@@ -75,6 +75,13 @@ class Attempt:
     finished: bool
 
 
+def attempt_of(rollout: Rollout) -> Attempt:
+    text = text_of({"content": rollout.content})
+    outcome, right = verify(text, rollout.prompt.record["meta"])
+    response = rollout.response
+    return Attempt(text, outcome, right, len(response.ids), response.finished)
+
+
 def reference_tokens(tokenizer, question: Question) -> int:
     """Tokens of the true answer, its end of turn not counted."""
     return len(tokenizer.encode(text_of(question.record["messages"][-1]), added=True))
@@ -87,35 +94,34 @@ def attempts(run: Run, model_folder: Path, questions: list[Question], samples: i
     """
     generator = Generator.from_pretrained(model_folder, run.device)
     tokenizer = generator.processor.tokenizer
-    indices = range(run.rank, len(questions), run.world)
-    prompts = []
-    limits = []
-    for i in indices:
-        question = questions[i]
-        prompts.append(Prompt(question.record, question.root, "plain", f"{seed}/{i}"))
-        limits.append(2 * reference_tokens(tokenizer, question) + 4)
+    mine = range(run.rank, len(questions), run.world)
+    prompts = [
+        Prompt(questions[i].record, questions[i].root, "plain", f"{seed}/{i}") for i in mine
+    ]
+    # room for twice the true answer: enough to see that an answer is longer
+    limits = [2 * reference_tokens(tokenizer, questions[i]) + 4 for i in mine]
     groups = sample_groups(generator, prompts, samples, limits, keep_pixels=False)
 
-    local = {i: [] for i in indices}
-    for i, group in zip(indices, groups):
-        for rollout in group:
-            text = text_of({"content": rollout.content})
-            outcome, right = verify(text, questions[i].meta)
-            response = rollout.response
-            local[i].append(Attempt(text, outcome, right, len(response.ids), response.finished))
-    results = run.merge(local)
-    unreadable = [i for i in range(len(questions)) if not results[i]]
+    by_index = run.merge({i: [attempt_of(r) for r in group] for i, group in zip(mine, groups)})
+    results = [by_index[i] for i in range(len(questions))]
+    unreadable = [q.where for q, tries in zip(questions, results) if not tries]
     if len(unreadable) > MAX_UNREADABLE * len(questions):
         raise SystemExit(
             f"{len(unreadable)} of {len(questions)} questions cannot be asked, the first is "
-            f"{questions[unreadable[0]].where}"
+            f"{unreadable[0]}"
         )
-    return [results[i] for i in range(len(questions))]
+    return results
 
 
 def mean(values) -> float:
     values = list(values)
     return sum(values) / len(values)
+
+
+def evenly(items, count: int) -> list:
+    """At most `count` of the items, evenly spread."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def drop_easy(run: Run, init: Path, source: Path, target: Path, plan: dict, seed: int):
@@ -124,8 +130,7 @@ def drop_easy(run: Run, init: Path, source: Path, target: Path, plan: dict, seed
     An even choice of plan["filtered"] lines is asked; a line that is not asked stays.
     """
     questions = read_or_exit(source)
-    count = min(plan["filtered"], len(questions))
-    asked = [i * len(questions) // count for i in range(count)]
+    asked = evenly(range(len(questions)), plan["filtered"])  # indices
     answers = attempts(run, init, [questions[i] for i in asked], plan["samples"], seed)
 
     tokenizer = Processor.from_pretrained(init).tokenizer
@@ -134,19 +139,19 @@ def drop_easy(run: Run, init: Path, source: Path, target: Path, plan: dict, seed
     for i, tries in zip(asked, answers):
         if not tries:
             unreadable.add(i)
-            continue
-        always_right = all(attempt.right for attempt in tries)
-        length = mean(attempt.tokens for attempt in tries)  # with the end of turn
-        if always_right and length <= reference_tokens(tokenizer, questions[i]) + 1:
-            easy.add(i)
+        elif all(attempt.right for attempt in tries):
+            length = mean(attempt.tokens for attempt in tries)  # with the end of turn
+            if length <= reference_tokens(tokenizer, questions[i]) + 1:
+                easy.add(i)
     right = mean(attempt.right for tries in answers for attempt in tries)
     run.say(
-        f"{source.name}: {count} of {len(questions)} lines were asked, {right:.0%} of the answers "
-        f"are right; {len(easy)} lines are easy and dropped, {len(unreadable)} cannot be read"
+        f"{source.name}: {len(asked)} of {len(questions)} lines were asked, {right:.0%} of the "
+        f"answers are right; {len(easy)} lines are easy and dropped, "
+        f"{len(unreadable)} cannot be read"
     )
-    kept = [q for i, q in enumerate(questions) if i not in easy and i not in unreadable]
-
-    write_linked(run, target, [q.record for q in kept], questions[0].root)
+    dropped = easy | unreadable
+    kept = [question.record for i, question in enumerate(questions) if i not in dropped]
+    write_linked(run, target, kept, questions[0].root)
 
 
 def write_linked(run: Run, target: Path, records: list[dict], root: Path):
@@ -195,21 +200,44 @@ def build_mixture(run: Run, init: Path, folder: Path, plan: dict) -> list[tuple[
 # training
 
 
-def finetune(run: Run, init: Path, mix: list[tuple[Path, float]], lr: float, steps: int):
-    """Next-token training on the assistant's turns; leaves run.folder/model."""
-    args = run.args
-    scale = SCALE[args.size]
-    model = KeyeVL.from_pretrained(init)
+def packing(run: Run) -> tuple[int, int]:
+    """(tokens of a pack, packs of a step on all ranks) that the run's size trains with."""
+    scale = SCALE[run.args.size]
+    return split_packs(scale.pack, scale.packs, run.world)
+
+
+def start_from(args, stage: str, init: Path, **facts) -> Run:
+    """A run that trains the model in `init`. SystemExit where an earlier one trained another.
+
+    facts: what else must be the same.
+    """
+    run = start(args, stage)
+    run.made_from(init=init, weights=fingerprint(init), **facts)
+    return run
+
+
+def trainable(run: Run, init: Path, lr: float, **options) -> tuple:
+    """-> model, processor, optimizer, Progress. All of the model in `init` learns, at one rate.
+
+    A run that was stopped goes on from its checkpoint. options: of make_optimizer.
+    """
+    scale = SCALE[run.args.size]
     processor = Processor.from_pretrained(init)
-    cfg = model.config
+    model = KeyeVL.from_pretrained(init)
     model.decoder.activation_checkpointing = scale.recompute
     model = shard(model, run)
     rates = {"vit": lr, "projector": lr, "decoder": lr}
-    opt = make_optimizer(model, rates, muon=scale.muon)
-    progress = resume(run, model, opt)
+    opt = make_optimizer(model, rates, muon=scale.muon, **options)
+    return model, processor, opt, resume(run, model, opt)
+
+
+def finetune(run: Run, init: Path, mix: list[tuple[Path, float]], lr: float, steps: int):
+    """Next-token training on the assistant's turns; leaves run.folder/model."""
+    args = run.args
+    model, processor, opt, progress = trainable(run, init, lr)
     loader = Loader(
-        mix, processor, *split_packs(scale.pack, scale.packs, run.world), run.rank, run.world,
-        args.seed, flops=partial(sample_flops, cfg), workers=args.workers, state=progress.loader,
+        mix, processor, *packing(run), run.rank, run.world, args.seed,
+        flops=partial(sample_flops, model.config), workers=args.workers, state=progress.loader,
     )
 
     for step, (batches, info) in zip(range(progress.step, steps), loader):
@@ -230,7 +258,7 @@ def finetune(run: Run, init: Path, mix: list[tuple[Path, float]], lr: float, ste
         opt.zero_grad(set_to_none=True)
         run.log(
             step, steps, loss=run.sum(loss), norm=norm, lr=now, targets=targets,
-            skipped=run.sum(sum(info["skipped"].values())), **step_work(cfg, batches),
+            skipped=run.sum(sum(info["skipped"].values())), **step_work(model.config, batches),
         )
         save_if_due(run, step + 1, steps, model, opt, info["state"])
     export(run, model, processor)
@@ -243,8 +271,7 @@ def main(args):
     init = previous_model(args, "pretrain")
     check_heldout(folder)
 
-    run = start(args, "sft")
-    run.made_from(init=init, weights=fingerprint(init))
+    run = start_from(args, "sft", init)
     if not run.trained():
         mix = build_mixture(run, init, folder, plan)
         finetune(run, init, mix, plan["lr"], args.steps or plan["steps"])
