@@ -286,21 +286,25 @@ def text_tower(args, cfg: Config, processor: Processor):
     return tower, encode
 
 
+def with_text_tower(args, vit: ViT, tower: TextTower) -> SigLIP:
+    """The ViT beside the text tower: fresh, or all of it as released, where --init-vit names it."""
+    if vit.head is None:
+        vit.head = PoolingHead(vit.cfg)
+        init_weights(vit.head, vit.cfg.num_hidden_layers)
+    siglip = SigLIP(vit, tower)
+    if args.init_vit:
+        load_weights(siglip, args.init_vit, SIGLIP_NAMES)
+    return siglip
+
+
 def contrastive(run: Run, model: KeyeVL, processor: Processor, folder: Path, steps: int, plan):
     """Stage 0: pictures and captions that belong together get like vectors."""
     args = run.args
     cfg = model.config
     scale = SCALE[args.size]
-    tower, encode = text_tower(args, cfg, processor)
-    siglip = SigLIP(model.vit, tower)
-    if siglip.vit.head is None:
-        siglip.vit.head = PoolingHead(cfg.vision)
-        init_weights(siglip.vit.head, cfg.vision.num_hidden_layers)
-    if args.init_vit:
-        load_weights(siglip, args.init_vit, SIGLIP_NAMES)
     untouched = {k: v for k, v in model.state_dict().items() if not k.startswith("vit.")}
-
-    siglip = shard(siglip, run)
+    tower, encode = text_tower(args, cfg, processor)
+    siglip = shard(with_text_tower(args, model.vit, tower), run)
     # Whether Keye trains the text tower is not stated. # ours: with the ViT's rate
     parts = ("vit", "text", "logit_scale", "logit_bias")
     opt = make_optimizer(siglip, dict.fromkeys(parts, plan["lr"]["0"]), muon=scale.muon)
@@ -343,11 +347,10 @@ def contrastive(run: Run, model: KeyeVL, processor: Processor, folder: Path, ste
         save_if_due(run, step + 1, steps, siglip, opt, info["state"])
 
     # the pooling head and the text tower have done their work: they are not kept
-    vit = {
-        name: tensor
-        for name, tensor in full_state(run, siglip).items()
-        if name.startswith("vit.") and not name.startswith("vit.head.")
-    }
+    vit = {}
+    for name, tensor in full_state(run, siglip).items():
+        if name.startswith("vit.") and not name.startswith("vit.head."):
+            vit[name] = tensor
     write_model(run, untouched | vit, cfg, processor)
     # here, not after the stage: the text tower ends with it
     run.score(lambda: retrieval(run, embed, processor, folder / "heldout" / "caption.jsonl"))
@@ -488,6 +491,21 @@ def train_stage(run: Run, name: str, before: Path | None, processor: Processor, 
         next_token(run, name, model, processor, mix, steps, plan)
 
 
+def merge_annealed(args, annealed: list[Path], outdated: bool) -> Run:
+    """The last stage: one model of all annealed ones. outdated: they have changed since it ran."""
+    run = start(args, "pretrain")
+    if outdated:
+        run.attempt("cannot clean the old merge", run.forget)
+    run.made_from(parents=[fingerprint(parent) for parent in annealed])
+    if not run.trained():
+        replace_folder(run, run.folder / "model", lambda tmp: merge(annealed, tmp))
+        run.mark_trained()
+    heldout = data_folder(args) / "heldout"
+    run.score(lambda: score_phase(run, heldout, ["plain"], args.eval_limit, blind=True))
+    run.close()
+    return run
+
+
 def main(args):
     begin = time.time()
     folder = data_folder(args)
@@ -525,15 +543,7 @@ def main(args):
         else:
             before = run.folder / "model"
     if annealed:
-        run = start(args, "pretrain")
-        if trained_now:
-            run.attempt("cannot clean the old merge", run.forget)
-        run.made_from(parents=[fingerprint(parent) for parent in annealed])
-        if not run.trained():
-            replace_folder(run, run.folder / "model", lambda tmp: merge(annealed, tmp))
-            run.mark_trained()
-        run.score(lambda: score_phase(run, heldout, ["plain"], args.eval_limit, blind=True))
-        run.close()
+        run = merge_annealed(args, annealed, outdated=bool(trained_now))
     took = time.time() - begin
     run.say(f"pre-training took {took:.0f} s; the model is in {run.folder / 'model'}")
 
