@@ -6,12 +6,15 @@ padding and no mask tensor.
     attention(q, k, v, segments, causal)   training and prefill: all keys are in the same pack
     cached_attention(q, k, v, lengths)     decoding: the keys lie in a cache, a row per conversation
 
-`attention_reference` says in a few lines what both compute. The rest of the file picks PyTorch's
-best way for the device and the shape at hand. That choice is made here and nowhere else.
+`attention_reference` says in a few lines what both compute. The rest of the file picks the fastest
+way for the device and the shape at hand: our kernel on a CPU (attention.cpp, where a compiler is
+there to build it), else PyTorch's best. That choice is made here and nowhere else;
+NANOKEYE_ATTENTION=ours, torch or reference forces one.
 """
 
 import contextlib
 import inspect
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +22,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels import ours
 
 try:  # flash attention over cumulative lengths, CUDA only
     from torch.nn.attention.varlen import varlen_attn
@@ -86,12 +91,35 @@ def attention(
     # A pack without pictures: nothing to do, but every weight must stay in the graph.
     if not lengths:
         return q + (k.sum() + v.sum())
+    backend = choice(q.device, q.dtype)
+    if backend == "reference":
+        return attention_reference(q, k, v, segments, causal)
+    if backend == "ours":
+        out, _ = ours.attention(q, k, v, segments.cu_seqlens, causal)
+        return out
     # Frames of a clip, one long document: a dense batch, which cuDNN and the CPU run fastest.
     if len(set(lengths)) == 1:
         return _dense(q, k, v, len(lengths), causal)
     if q.is_cuda and varlen_attn and q.dtype in (torch.float16, torch.bfloat16):
         return _flash(q, k, v, segments, causal)
     return _by_length(q, k, v, segments, causal)
+
+
+def choice(device: torch.device, dtype: torch.dtype) -> str:
+    """"ours", "torch" or "reference". ValueError where what is asked for cannot be had."""
+    asked = os.environ.get("NANOKEYE_ATTENTION", "")
+    if asked not in ("", "ours", "torch", "reference"):
+        raise ValueError(f"NANOKEYE_ATTENTION={asked}: known are ours, torch and reference")
+    if asked in ("torch", "reference"):
+        return asked
+    if device.type == "cpu" and dtype in ours.DTYPES and ours.available():
+        return "ours"
+    if asked == "ours":
+        raise ValueError(
+            f"NANOKEYE_ATTENTION=ours: our kernel takes fp32 and bf16 on a CPU, built by a C++ "
+            f"compiler; not {dtype} on {device.type} here"
+        )
+    return "torch"
 
 
 def _dense(q, k, v, batch, causal):
@@ -186,6 +214,9 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
 
 def attention_path(device: torch.device, dtype: torch.dtype) -> str:
     """What `attention` uses on this device, for the line that a run prints first."""
+    backend = choice(device, dtype)
+    if backend != "torch":
+        return {"ours": "our C++ kernel", "reference": "the reference"}[backend]
     if device.type != "cuda" or dtype == torch.float32:
         return "SDPA per distinct length"
     if varlen_attn is None:

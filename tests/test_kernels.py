@@ -1,9 +1,36 @@
-"""The attention operator against float64, and against its own limiting cases."""
+"""The attention operator against float64, and against its own limiting cases; how it is built."""
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from kernels import Segments, attention, attention_reference, cached_attention
+from kernels import Segments, attention, attention_reference, build, cached_attention, ours
+
+BACKENDS = ["torch", "reference"] + ["ours"] * ours.available()
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    monkeypatch.setenv("NANOKEYE_ATTENTION", request.param)
+
+
+def each_backend(test):
+    test = pytest.mark.parametrize("backend", BACKENDS, indirect=True)(test)
+    return pytest.mark.usefixtures("backend")(test)
+
+
+@pytest.fixture
+def our_kernel(monkeypatch):
+    monkeypatch.setenv("NANOKEYE_ATTENTION", "ours")
+    if not ours.available():
+        pytest.skip("no compiler")
 
 
 def draw(lengths, heads, kv, d, dtype=torch.float32, device="cpu"):
@@ -21,6 +48,7 @@ def in_float64(q, k, v, segments, causal):
     return attention_reference(*exact, segments, causal), exact
 
 
+@each_backend
 @pytest.mark.parametrize(
     "lengths, heads, kv",
     [([5], 4, 4), ([5, 5, 5], 4, 2), ([1, 7, 3, 7, 64], 6, 2), ([33, 1, 1], 8, 1)],
@@ -39,6 +67,7 @@ def test_matches_float64_with_gradients(lengths, heads, kv, causal, d):
         torch.testing.assert_close(grad.double(), want_grad, atol=1e-5, rtol=1e-4)
 
 
+@each_backend
 @pytest.mark.parametrize("causal", [False, True])
 def test_segments_never_see_each_other(causal):
     q, k, v, segments = draw([4, 9, 4], 4, 2, 16)
@@ -51,28 +80,33 @@ def test_segments_never_see_each_other(causal):
     assert not torch.allclose(before[4:13], after[4:13])
 
 
+@each_backend
 def test_alone_a_token_returns_its_own_value():
     q, k, v, segments = draw([1, 1, 1], 2, 2, 8)
     torch.testing.assert_close(attention(q, k, v, segments), v)
 
 
+@each_backend
 def test_without_a_preference_the_values_are_averaged():
     q, k, v, segments = draw([6], 2, 2, 8)
     out = attention(q * 0, k, v, segments)
     torch.testing.assert_close(out, v.mean(0).expand_as(v))
 
 
+@each_backend
 def test_the_first_token_of_a_causal_segment_sees_itself_only():
     q, k, v, segments = draw([6], 2, 2, 8)
     torch.testing.assert_close(attention(q, k, v, segments, causal=True)[0], v[0])
 
 
+@each_backend
 def test_no_tokens_give_no_output():
     q, k, v, _ = draw([6], 2, 2, 8)
     empty = Segments.of([0, 0], "cpu")
     assert attention(q[:0], k[:0], v[:0], empty).shape == (0, 2, 8)
 
 
+@each_backend
 def test_shapes_that_do_not_fit_are_named():
     q, k, v, segments = draw([6], 4, 2, 8)
     with pytest.raises(ValueError, match="segments of 6 tokens"):
@@ -97,6 +131,215 @@ def test_cached_rows_of_different_lengths():
             weights = (torch.einsum("hd,lhd->hl", q[row, i], keys) / 4).softmax(-1)
             want = torch.einsum("hl,lhd->hd", weights, values)
             torch.testing.assert_close(out[row, i], want, atol=1e-6, rtol=1e-5)
+
+
+# -- our kernel on the CPU -------------------------------------------------------------------------
+
+# around the edges of its tiles: 96 keys, 64 queries, chunks of 192
+SHAPES = [
+    ([64, 96, 192], 2, 2, 16),
+    ([63, 65, 95, 97], 4, 2, 64),
+    ([191, 193, 300], 3, 1, 64),
+    ([1] * 70 + [2, 3, 5], 8, 1, 72),
+    ([500], 8, 2, 80),
+    ([260, 0, 7], 4, 4, 128),
+    ([33], 2, 2, 1),
+    ([40, 2], 2, 1, 100),
+]
+
+
+def relative(found, wanted) -> float:
+    return ((found.double() - wanted).norm() / wanted.norm()).item()
+
+
+def errors(monkeypatch, backend, drawn, causal):
+    """Of the output and the gradients of q, k and v."""
+    q, k, v, segments = drawn
+    monkeypatch.setenv("NANOKEYE_ATTENTION", backend)
+    out = attention(q, k, v, segments, causal)
+    want, exact = in_float64(q, k, v, segments, causal)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    grads = torch.autograd.grad(out, (q, k, v), weight)
+    want_grads = torch.autograd.grad(want, exact, weight.double())
+    return [relative(a, b) for a, b in zip((out, *grads), (want, *want_grads))]
+
+
+@pytest.mark.parametrize("lengths, heads, kv, d", SHAPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_errors_are_no_larger_than_pytorchs(
+    our_kernel, monkeypatch, lengths, heads, kv, d, causal, dtype
+):
+    drawn = draw(lengths, heads, kv, d, dtype)
+    theirs = errors(monkeypatch, "torch", drawn, causal)
+    for mine, other in zip(errors(monkeypatch, "ours", drawn, causal), theirs):
+        assert mine <= 1.5 * other + (1e-7 if dtype == torch.float32 else 1e-3)
+
+
+def test_large_scores_neither_overflow_nor_vanish(our_kernel, monkeypatch):
+    q, k, v, segments = draw([150], 2, 1, 32)
+    with torch.no_grad():
+        q *= 60  # scores of some hundreds
+        k[:96] -= 40  # a later tile brings the largest ones
+    assert max(errors(monkeypatch, "ours", (q, k, v, segments), True)) < 1e-3
+    assert max(errors(monkeypatch, "ours", (q, k, v, segments), False)) < 1e-3
+
+
+def test_every_number_of_the_results_is_written(our_kernel):
+    """Memory that was not filled would hold NaN here."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        q, k, v, segments = draw([5, 100, 0, 1], 4, 2, 24)
+        out, lse = ours.attention(q, k, v, segments.cu_seqlens, True)
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(x).all() for x in (out, lse, *grads))
+
+
+def test_lse_is_the_log_of_the_sum_of_exponentials(our_kernel):
+    q, k, v, segments = draw([6, 130], 2, 1, 16)
+    _, lse = ours.attention(q, k, v, segments.cu_seqlens, False)
+    scores = torch.einsum("qhd,kd->hqk", q[6:].double(), k[6:, 0].double()) / 4
+    torch.testing.assert_close(lse[:, 6:].double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-6)
+    assert not lse.requires_grad
+
+
+def test_steps_between_tokens_and_heads_may_be_any(our_kernel):
+    """One product gives q, k and v; a gradient may come transposed, or as one number everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(50, 6, 3, 16, generator=generator, requires_grad=True)
+    segments = Segments.of([20, 30], "cpu")
+    for weight in (torch.ones(()).expand(50, 6, 16), torch.randn(6, 16, 50).permute(2, 0, 1)):
+        q, k, v = mixed.unbind(2)
+        (found,) = torch.autograd.grad(attention(q, k, v, segments, True), mixed, weight)
+        q, k, v = (x.contiguous() for x in mixed.unbind(2))
+        want = attention(q, k, v, segments, True)
+        (wanted,) = torch.autograd.grad(want, mixed, weight.contiguous())
+        assert torch.equal(found, wanted)
+    across = torch.randn(16, 50, 6).permute(1, 2, 0)  # channels far from each other
+    assert torch.equal(
+        attention(across, across, across, segments), attention(*[across.contiguous()] * 3, segments)
+    )
+
+
+def test_any_number_of_threads_gives_the_same_bits(our_kernel):
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            q, k, v, segments = draw([400, 3, 90, 1] * 3, 4, 2, 32)
+            out = attention(q, k, v, segments, True)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_wrong_arguments_are_named(our_kernel):
+    q, k, v, segments = draw([6], 4, 2, 8)
+    starts = segments.cu_seqlens
+    for wrong, said in (
+        ((q.double(), k, v, starts), "q is torch.float64"),
+        ((q, k.bfloat16(), v, starts), "k is torch.bfloat16"),
+        ((q, k, v[:, :1], starts), "do not fit"),
+        ((q[:, :3], k, v, starts), "do not fit"),
+        ((q, k, v, starts.long()), "starts must be int32"),
+        ((q, k, v, torch.tensor([0, 4, 3, 6], dtype=torch.int32)), "rise from 0 to 6"),
+        ((q, k, v, torch.tensor([0, 7], dtype=torch.int32)), "rise from 0 to 6"),
+        ((q, k, v, torch.tensor([1, 6], dtype=torch.int32)), "rise from 0 to 6"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ours.attention(*wrong, False)
+
+
+def test_torch_knows_the_operator(our_kernel):
+    q, k, v, segments = draw([5, 7], 4, 2, 8)
+    torch.library.opcheck(ours.attention, (q, k, v, segments.cu_seqlens, True))
+
+    def loss(q, k, v):
+        return ours.attention(q, k, v, segments.cu_seqlens, True)[0].square().sum()
+
+    wanted = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    again = checkpoint(loss, q, k, v, use_reentrant=False)
+    for value in (compiled(q, k, v), again):
+        found = torch.autograd.grad(value, (q, k, v))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(q, k, v, segments).dtype == torch.bfloat16
+
+
+# -- the choice, and the build ---------------------------------------------------------------------
+
+
+def test_a_wrong_choice_is_named(monkeypatch):
+    q, k, v, segments = draw([6], 2, 2, 8)
+    monkeypatch.setenv("NANOKEYE_ATTENTION", "triton")
+    with pytest.raises(ValueError, match="triton: known are ours, torch and reference"):
+        attention(q, k, v, segments)
+    monkeypatch.setenv("NANOKEYE_ATTENTION", "ours")
+    with pytest.raises(ValueError, match="takes fp32 and bf16 on a CPU.*float64"):
+        attention(q.double(), k.double(), v.double(), segments)
+
+
+def fresh_python(code, **env):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+RUN = """
+import os, torch
+os.environ.pop("NANOKEYE_ATTENTION", None)
+from kernels import Segments, attention, attention_path
+q, k, v = torch.randn(3, 9, 2, 8).unbind()
+attention(q, k, v, Segments.of([4, 5], "cpu"))
+print(attention_path(torch.device("cpu"), torch.float32))
+"""
+
+
+@pytest.mark.parametrize("cxx, why", [
+    ("no-such-compiler", "no C++ compiler (no-such-compiler)"),
+    ("false", "false:"),
+])
+def test_without_a_compiler_pytorchs_operators_are_used(tmp_path, cxx, why):
+    said, warned = fresh_python(RUN, CXX=cxx, XDG_CACHE_HOME=str(tmp_path))
+    assert said == "SDPA per distinct length\n"
+    assert warned.count("attention.cpp is not used") == 1 and why in warned
+
+
+def test_a_source_that_does_not_compile_is_named(our_kernel, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "broken.cpp").write_text("int f() { return nothing; }")
+    with pytest.raises(OSError, match="broken.cpp:1:.*nothing"):
+        build.build(tmp_path / "broken.cpp")
+    assert list(build.cache_folder().iterdir()) == [], "nothing is left to be waited for"
+
+
+def test_it_is_built_once_and_again_for_another_source(our_kernel, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "two.cpp"
+    source.write_text('extern "C" int two() { return 2; }')
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(build.build(source))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1 and stat.S_ISREG(found[0].stat().st_mode)
+    built = found[0].stat().st_mtime_ns
+    assert build.build(source).stat().st_mtime_ns == built
+    source.write_text('extern "C" int two() { return 3; }')
+    assert build.build(source) != found[0]
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.cuda

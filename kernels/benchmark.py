@@ -1,0 +1,161 @@
+"""Our attention against PyTorch's ways of computing it, on the same inputs in one run.
+
+    python -m kernels.benchmark                 a table of times, rates and ratios
+    python -m kernels.benchmark --check         errors against float64 first
+    python -m kernels.benchmark --threads 2 --dtype bf16 --only toy
+
+FLOPs are those of the products: 4 D for each query, key and head that it sees, 2.5 times as many
+in the backward pass, which computes the scores again. "of mm" is the share of the rate that one
+large matrix product reaches on this machine.
+"""
+
+import argparse
+import os
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+
+from kernels import Segments, attention, attention_reference, ours
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Case:
+    name: str
+    lengths: list[int]
+    heads: int
+    kv_heads: int
+    width: int
+    causal: bool
+
+    @property
+    def flops(self) -> float:
+        pairs = sum(n * n for n in self.lengths) * (0.5 if self.causal else 1)
+        return 4 * pairs * self.heads * self.width
+
+    def draw(self, dtype, device):
+        """q, k, v that want gradients, a gradient of the output, segments."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (sum(self.lengths), self.width)
+        drawn = []
+        for heads in (self.heads, self.kv_heads, self.kv_heads, self.heads):
+            x = torch.randn(shape[0], heads, shape[1], generator=generator)
+            drawn.append(x.to(device, dtype))
+        *inputs, d_out = drawn
+        return [x.requires_grad_() for x in inputs], d_out, Segments.of(self.lengths, device)
+
+
+def cases(scale: int) -> list[Case]:
+    """scale: how many times longer than for two CPU cores the packs are."""
+    rng = random.Random(0)
+    samples = [rng.randint(33, 158) for _ in range(43)]
+    grids = [rng.choice([4, 16, 24, 36, 64, 96]) for _ in range(46)]
+    mixed = [rng.randint(100, 500) for _ in range(8 * scale)]
+    return [
+        Case("toy decoder", samples * scale, 3, 1, 64, True),
+        Case("toy ViT", grids * scale, 4, 4, 16, False),
+        Case("D64 full, 256 each", [256] * 8 * scale, 8, 8, 64, False),
+        Case("D72 full, 576 each", [576] * 4 * scale, 8, 8, 72, False),
+        Case("D72 full, 100 to 500", mixed, 8, 8, 72, False),
+        Case("D128 causal GQA, 300 to 1,200", [700, 333, 1200] * scale, 8, 2, 128, True),
+        Case("D128 causal GQA, 2,048", [2048] * scale, 8, 2, 128, True),
+    ]
+
+
+def best_time(work, device, seconds: float) -> float:
+    """Of at least five runs after one."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    work()
+    wait()
+    times = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        begin = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def product_rate(dtype, device) -> float:
+    """FLOP/s of a large matrix product."""
+    n = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(n, n).to(device, dtype)
+    return 2 * n**3 / best_time(lambda: a @ a, device, 1.0)
+
+
+def times_of(case: Case, backend: str, dtype, device, seconds: float) -> tuple[float, float]:
+    """Seconds of the forward and of the backward pass."""
+    os.environ["NANOKEYE_ATTENTION"] = backend
+    inputs, d_out, segments = case.draw(dtype, device)
+    with torch.no_grad():
+        forward = best_time(lambda: attention(*inputs, segments, case.causal), device, seconds)
+    out = attention(*inputs, segments, case.causal)
+
+    def backward():
+        torch.autograd.grad(out, inputs, d_out, retain_graph=True)
+
+    return forward, best_time(backward, device, seconds)
+
+
+def errors_of(case: Case, backend: str, dtype, device) -> list[float]:
+    """Relative errors of the output and of q's, k's and v's gradients against float64."""
+    os.environ["NANOKEYE_ATTENTION"] = backend
+    inputs, d_out, segments = case.draw(dtype, device)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    found, wanted = [], []
+    for xs, ys, run in ((inputs, found, attention), (exact, wanted, attention_reference)):
+        out = run(*xs, segments, case.causal)
+        ys += [out, *torch.autograd.grad(out, xs, d_out.to(out.dtype))]
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted)]
+
+
+def main(args):
+    device = torch.device(args.device)
+    dtype = DTYPES[args.dtype]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    backends = ["torch"]
+    if device.type == "cpu" and ours.available():
+        backends.append("ours")
+    chosen = [case for case in cases(args.scale) if args.only in case.name]
+    if args.check:
+        print(f"{'relative error, ' + args.dtype:32} {'by':6}      out       dq       dk       dv")
+        for case in chosen:
+            for backend in backends:
+                errors = "  ".join(f"{e:.1e}" for e in errors_of(case, backend, dtype, device))
+                print(f"{case.name:32} {backend:6}  {errors}", flush=True)
+    peak = product_rate(dtype, device)
+    print(
+        f"{device}, {torch.get_num_threads()} threads, {args.dtype}, torch {torch.__version__}; "
+        f"a matrix product: {peak / 1e9:,.0f} GFLOP/s"
+    )
+    print(f"{'':32} {'by':6} {'forward ms':>10} {'GF/s':>7} {'of mm':>5} {'ratio':>5}"
+          f" {'backward ms':>12} {'GF/s':>7} {'of mm':>5} {'ratio':>5}")
+    for case in chosen:
+        base = None
+        for backend in backends:
+            times = times_of(case, backend, dtype, device, args.seconds)
+            base = base or times
+            row = f"{case.name:32} {backend:6}"
+            for seconds, first, flops in zip(times, base, (case.flops, 2.5 * case.flops)):
+                rate = flops / seconds
+                row += f" {seconds * 1e3:11.2f} {rate / 1e9:7,.0f} {rate / peak:5.0%}"
+                row += f" {first / seconds:5.2f}"
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="fp32", choices=DTYPES)
+    add("--threads", type=int, help="CPU threads")
+    add("--scale", type=int, default=1, help="times as many segments")
+    add("--only", default="", help="part of a case's name")
+    add("--seconds", type=float, default=0.5, help="to measure each pass")
+    add("--check", action="store_true", help="errors against float64 first")
+    main(parser.parse_args())
