@@ -7,9 +7,9 @@ padding and no mask tensor.
     cached_attention(q, k, v, lengths)     decoding: the keys lie in a cache, a row per conversation
 
 `attention_reference` says in a few lines what both compute. The rest of the file picks the fastest
-way for the device and the shape at hand: our kernel on a CPU (attention.cpp, where a compiler is
-there to build it), else PyTorch's best. That choice is made here and nowhere else;
-NANOKEYE_ATTENTION=ours, torch or reference forces one.
+way for the device and the shape at hand: our kernels (attention.cpp on a CPU, attention.cu on a GPU
+for segments of mixed lengths) where a compiler is there to build them, else PyTorch's best. That
+choice is made here and nowhere else; NANOKEYE_ATTENTION=ours, torch or reference forces one.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Segments:
 
     cu_seqlens: Tensor  # (S + 1,) int32 on the device: cumulative starts, as flash attention has it
     lengths: list[int]  # S of them, none 0
-    plans: dict = field(default_factory=dict)  # batches_by_length, worked out once for all layers
+    plans: dict = field(default_factory=dict)  # tiles, batches_by_length: once for all layers
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device | str) -> "Segments":
@@ -91,35 +91,58 @@ def attention(
     # A pack without pictures: nothing to do, but every weight must stay in the graph.
     if not lengths:
         return q + (k.sum() + v.sum())
-    backend = choice(q.device, q.dtype)
+    even = len(set(lengths)) == 1
+    backend = choice(q.device, q.dtype, q.shape[2], even)
     if backend == "reference":
         return attention_reference(q, k, v, segments, causal)
     if backend == "ours":
-        out, _ = ours.attention(q, k, v, segments.cu_seqlens, causal)
+        tiles = _tiles(segments, q.device, causal)
+        out, _ = ours.attention(q, k, v, segments.cu_seqlens, tiles, causal)
         return out
-    # Frames of a clip, one long document: a dense batch, which cuDNN and the CPU run fastest.
-    if len(set(lengths)) == 1:
+    # Frames of a clip, one long document: a dense batch, which cuDNN runs fastest.
+    if even:
         return _dense(q, k, v, len(lengths), causal)
     if q.is_cuda and varlen_attn and q.dtype in (torch.float16, torch.bfloat16):
         return _flash(q, k, v, segments, causal)
     return _by_length(q, k, v, segments, causal)
 
 
-def choice(device: torch.device, dtype: torch.dtype) -> str:
-    """"ours", "torch" or "reference". ValueError where what is asked for cannot be had."""
+def choice(
+    device: torch.device, dtype: torch.dtype, width: int | None = None, even: bool = False
+) -> str:
+    """"ours", "torch" or "reference".
+
+    width: of the heads; None: one that ours takes. even: all segments are of one length, which
+    cuDNN computes faster than our GPU kernel. ValueError where what is asked for cannot be had.
+    """
     asked = os.environ.get("NANOKEYE_ATTENTION", "")
     if asked not in ("", "ours", "torch", "reference"):
         raise ValueError(f"NANOKEYE_ATTENTION={asked}: known are ours, torch and reference")
     if asked in ("torch", "reference"):
         return asked
-    if device.type == "cpu" and dtype in ours.DTYPES and ours.available():
+    wanted = asked == "ours" or not (even and device.type == "cuda")
+    if wanted and ours.takes(device.type, dtype, width) and ours.available(device.type):
         return "ours"
     if asked == "ours":
+        heads = "" if width is None else f", heads {width} wide,"
         raise ValueError(
-            f"NANOKEYE_ATTENTION=ours: our kernel takes fp32 and bf16 on a CPU, built by a C++ "
-            f"compiler; not {dtype} on {device.type} here"
+            "NANOKEYE_ATTENTION=ours: our kernel takes fp32 and bf16 on a CPU, built by a C++ "
+            f"compiler, and fp16 and bf16, heads {ours.CUDA_WIDTHS} wide, on a GPU, built by nvcc; "
+            f"not {dtype}{heads} on {device.type} here"
         )
     return "torch"
+
+
+def _tiles(segments: Segments, device: torch.device, causal: bool) -> Tensor:
+    """The GPU's list of tiles (tiles, 3) int32, sent there once for all layers; else empty."""
+    if device.type != "cuda":
+        return torch.empty(0, 3, dtype=torch.int32)
+    key = ("tiles", causal)
+    if key not in segments.plans:
+        tiles = torch.tensor(ours.tiles_of(segments.lengths, causal), dtype=torch.int32)
+        # from pinned memory: the copy waits for nothing that runs on the GPU
+        segments.plans[key] = tiles.pin_memory().to(device, non_blocking=True)
+    return segments.plans[key]
 
 
 def _dense(q, k, v, batch, causal):
@@ -216,7 +239,10 @@ def attention_path(device: torch.device, dtype: torch.dtype) -> str:
     """What `attention` uses on this device, for the line that a run prints first."""
     backend = choice(device, dtype)
     if backend != "torch":
-        return {"ours": "our C++ kernel", "reference": "the reference"}[backend]
+        kernel = "our C++ kernel"
+        if device.type == "cuda":
+            kernel = "SDPA on equal lengths, our CUDA kernel on mixed"
+        return {"ours": kernel, "reference": "the reference"}[backend]
     if device.type != "cuda" or dtype == torch.float32:
         return "SDPA per distinct length"
     if varlen_attn is None:

@@ -4,22 +4,30 @@
     python -m kernels.benchmark --check         errors against float64 first
     python -m kernels.benchmark --threads 2 --dtype bf16 --only toy
 
+By: "torch" is what attention.py takes without our kernel; on a GPU segments of one length are also
+a dense batch for "flash" and "cudnn". Times are the best of some runs, on a GPU the median.
+
 FLOPs are those of the products: 4 D for each query, key and head that it sees, 2.5 times as many
 in the backward pass, which computes the scores again. "of mm" is the share of the rate that one
 large matrix product reaches on this machine.
 """
 
 import argparse
+import contextlib
 import os
 import random
+import statistics
 import time
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import Segments, attention, attention_reference, ours
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+LONGEST_CHECKED = 2048  # the float64 reference holds all scores of a segment
 
 
 @dataclass
@@ -65,79 +73,124 @@ def cases(scale: int) -> list[Case]:
     ]
 
 
-def best_time(work, device, seconds: float) -> float:
-    """Of at least five runs after one."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def gpu_cases(scale: int) -> list[Case]:
+    """A ViT's frames, and a decoder's documents."""
+    rng = random.Random(0)
+    frames = [rng.randint(100, 500) for _ in range(60 * scale)]
+    documents = [rng.randint(300, 1500) for _ in range(12 * scale)]
+    return [
+        Case("D72 full, 256 each", [256] * 64 * scale, 16, 16, 72, False),
+        Case("D72 full, 100 to 500", frames, 16, 16, 72, False),
+        Case("D72 full, 4,096 each", [4096] * 4 * scale, 16, 16, 72, False),
+        Case("D128 causal GQA, 300 to 1,500", documents, 32, 8, 128, True),
+        Case("D128 causal GQA, 2,048 each", [2048] * 8 * scale, 32, 8, 128, True),
+        Case("D128 causal GQA, 8,192 each", [8192] * 2 * scale, 32, 8, 128, True),
+    ]
+
+
+def time_of(work, device, seconds: float) -> float:
+    """Of at least five runs after one: the best, on a GPU the median."""
     work()
-    wait()
     times = []
     end = time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < end:
+        if device.type == "cuda":
+            times.append(gpu_time(work))
+            continue
         begin = time.perf_counter()
         work()
-        wait()
         times.append(time.perf_counter() - begin)
-    return min(times)
+    return statistics.median(times) if device.type == "cuda" else min(times)
+
+
+def gpu_time(work) -> float:
+    """Seconds between two events around one run."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def backends_of(case: Case, dtype, device) -> list[str]:
+    backends = ["torch"]
+    if ours.takes(device.type, dtype, case.width) and ours.available(device.type):
+        backends.append("ours")
+    if device.type == "cuda" and len(set(case.lengths)) == 1:
+        backends += DENSE
+    return backends
+
+
+def chosen(backend: str):
+    """The context in which `attention` uses this backend."""
+    os.environ["NANOKEYE_ATTENTION"] = "torch" if backend in DENSE else backend
+    return sdpa_kernel(DENSE[backend]) if backend in DENSE else contextlib.nullcontext()
 
 
 def product_rate(dtype, device) -> float:
     """FLOP/s of a large matrix product."""
     n = 2048 if device.type == "cpu" else 8192
     a = torch.randn(n, n).to(device, dtype)
-    return 2 * n**3 / best_time(lambda: a @ a, device, 1.0)
+    return 2 * n**3 / time_of(lambda: a @ a, device, 1.0)
 
 
 def times_of(case: Case, backend: str, dtype, device, seconds: float) -> tuple[float, float]:
     """Seconds of the forward and of the backward pass."""
-    os.environ["NANOKEYE_ATTENTION"] = backend
     inputs, d_out, segments = case.draw(dtype, device)
-    with torch.no_grad():
-        forward = best_time(lambda: attention(*inputs, segments, case.causal), device, seconds)
-    out = attention(*inputs, segments, case.causal)
+    with chosen(backend):
+        with torch.no_grad():
+            forward = time_of(lambda: attention(*inputs, segments, case.causal), device, seconds)
+        out = attention(*inputs, segments, case.causal)
 
     def backward():
         torch.autograd.grad(out, inputs, d_out, retain_graph=True)
 
-    return forward, best_time(backward, device, seconds)
+    return forward, time_of(backward, device, seconds)
 
 
 def errors_of(case: Case, backend: str, dtype, device) -> list[float]:
     """Relative errors of the output and of q's, k's and v's gradients against float64."""
-    os.environ["NANOKEYE_ATTENTION"] = backend
     inputs, d_out, segments = case.draw(dtype, device)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     found, wanted = [], []
     for xs, ys, run in ((inputs, found, attention), (exact, wanted, attention_reference)):
-        out = run(*xs, segments, case.causal)
+        with chosen(backend):
+            out = run(*xs, segments, case.causal)
         ys += [out, *torch.autograd.grad(out, xs, d_out.to(out.dtype))]
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted)]
 
 
 def main(args):
     device = torch.device(args.device)
-    dtype = DTYPES[args.dtype]
+    on_gpu = device.type == "cuda"
+    name = args.dtype or ("bf16" if on_gpu else "fp32")
+    dtype = DTYPES[name]
     if args.threads:
         torch.set_num_threads(args.threads)
-    backends = ["torch"]
-    if device.type == "cpu" and ours.available():
-        backends.append("ours")
-    chosen = [case for case in cases(args.scale) if args.only in case.name]
+    all_cases = gpu_cases(args.scale) if on_gpu else cases(args.scale)
+    wanted = [case for case in all_cases if args.only in case.name]
     if args.check:
-        print(f"{'relative error, ' + args.dtype:32} {'by':6}      out       dq       dk       dv")
-        for case in chosen:
-            for backend in backends:
+        print(f"{'relative error, ' + name:32} {'by':6}      out       dq       dk       dv")
+        for case in wanted:
+            if max(case.lengths) > LONGEST_CHECKED:
+                print(f"{case.name:32} too long to be checked")
+                continue
+            for backend in backends_of(case, dtype, device):
                 errors = "  ".join(f"{e:.1e}" for e in errors_of(case, backend, dtype, device))
                 print(f"{case.name:32} {backend:6}  {errors}", flush=True)
     peak = product_rate(dtype, device)
+    where = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
     print(
-        f"{device}, {torch.get_num_threads()} threads, {args.dtype}, torch {torch.__version__}; "
+        f"{device}, {where}, {name}, torch {torch.__version__}; "
         f"a matrix product: {peak / 1e9:,.0f} GFLOP/s"
     )
     print(f"{'':32} {'by':6} {'forward ms':>10} {'GF/s':>7} {'of mm':>5} {'ratio':>5}"
           f" {'backward ms':>12} {'GF/s':>7} {'of mm':>5} {'ratio':>5}")
-    for case in chosen:
+    for case in wanted:
         base = None
-        for backend in backends:
+        for backend in backends_of(case, dtype, device):
             times = times_of(case, backend, dtype, device, args.seconds)
             base = base or times
             row = f"{case.name:32} {backend:6}"
@@ -152,7 +205,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", default="fp32", choices=DTYPES)
+    add("--dtype", choices=DTYPES, help="default: fp32, on a GPU bf16")
     add("--threads", type=int, help="CPU threads")
     add("--scale", type=int, default=1, help="times as many segments")
     add("--only", default="", help="part of a case's name")

@@ -1,6 +1,7 @@
 """Compiles a source of this folder once, and loads it.
 
     library = load("attention.cpp")         a ctypes library, or None where that cannot be done
+    library = load("attention.cu")          the same by NVIDIA's compiler, for GPUs
 
 The result lies in the user's cache folder, under a name made of all that it depends on: the source,
 the compiler, and the processor's abilities. It is written aside and renamed, so a build that was
@@ -17,6 +18,8 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+
+import torch
 
 log = logging.getLogger("kernels")
 
@@ -46,29 +49,61 @@ def compiler() -> str:
     raise FileNotFoundError(f"no C++ compiler ({', '.join(names)})")
 
 
-def run(*command) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run(*command, folder=None) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folder
+    )
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
         raise OSError(f"{Path(command[0]).name}: {said[0].strip()}")
     return done.stdout
 
 
-def build(source: Path) -> Path:
-    """The compiled library. OSError where there is no compiler, or it fails."""
+def cuda_compiler() -> str:
+    """nvcc. FileNotFoundError: none."""
+    folders = [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin"), "/usr/local/cuda/bin"]
+    path = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(map(str, folders)))
+    if path is None:
+        raise FileNotFoundError("no CUDA compiler (nvcc)")
+    return path
+
+
+def cuda_flags() -> list[str]:
+    """Machine code for sm_80 and for the GPU that is here, and PTX that later ones translate."""
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-shared", "-cudart", "static"]
+    flags += ["-gencode=arch=compute_80,code=[sm_80,compute_80]"]
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) > (8, 0):
+            flags += [f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"]
+    return flags
+
+
+def commands(source: Path) -> tuple[list[list[str]], list[str]]:
+    """What makes a.so of the source, and all facts beside the source that it depends on."""
+    if source.suffix == ".cu":
+        nvcc, flags = cuda_compiler(), cuda_flags()
+        facts = [nvcc, run(nvcc, "--version"), *flags]
+        return [[nvcc, *flags, str(source), "-o", "a.so"]], facts
     cxx = compiler()
     # what the compiler defines by itself names its version and all that this processor can do
     abilities = run(cxx, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
-    facts = [source.read_text(), cxx, abilities, *FLAGS, *LINK]
+    compiling = [cxx, *FLAGS, "-c", str(source), "-o", "a.o"]
+    return [compiling, [cxx, *LINK, "a.o", "-o", "a.so"]], [cxx, abilities, *FLAGS, *LINK]
+
+
+def build(source: Path) -> Path:
+    """The compiled library. OSError where there is no compiler, or it fails."""
+    steps, facts = commands(source.absolute())
+    facts = [source.read_text(), *facts]
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     target = cache_folder() / f"{source.stem}-{name}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-            objects, library = Path(aside, "a.o"), Path(aside, "a.so")
-            run(cxx, *FLAGS, "-c", str(source), "-o", str(objects))
-            run(cxx, *LINK, str(objects), "-o", str(library))
-            os.replace(library, target)
+            for command in steps:
+                run(*command, folder=aside)
+            os.replace(Path(aside, "a.so"), target)
     return target
 
 
@@ -76,7 +111,7 @@ def build(source: Path) -> Path:
 def load(name: str) -> ctypes.CDLL | None:
     """The library of a source beside this file, built where need be. None, with a warning: no way.
 
-    Import torch first: OpenMP's functions come from it.
+    torch was imported above: OpenMP's functions come from it.
     """
     try:
         return ctypes.CDLL(str(build(Path(__file__).with_name(name))))

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import Segments, attention, attention_reference, build, cached_attention, ours
 
+NO_TILES = torch.empty(0, 3, dtype=torch.int32)  # a CPU's kernel reads none
 BACKENDS = ["torch", "reference"] + ["ours"] * ours.available()
 
 
@@ -191,7 +192,7 @@ def test_every_number_of_the_results_is_written(our_kernel):
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         q, k, v, segments = draw([5, 100, 0, 1], 4, 2, 24)
-        out, lse = ours.attention(q, k, v, segments.cu_seqlens, True)
+        out, lse = ours.attention(q, k, v, segments.cu_seqlens, NO_TILES, True)
         grads = torch.autograd.grad(out.sum(), (q, k, v))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -200,7 +201,7 @@ def test_every_number_of_the_results_is_written(our_kernel):
 
 def test_lse_is_the_log_of_the_sum_of_exponentials(our_kernel):
     q, k, v, segments = draw([6, 130], 2, 1, 16)
-    _, lse = ours.attention(q, k, v, segments.cu_seqlens, False)
+    _, lse = ours.attention(q, k, v, segments.cu_seqlens, NO_TILES, False)
     scores = torch.einsum("qhd,kd->hqk", q[6:].double(), k[6:, 0].double()) / 4
     torch.testing.assert_close(lse[:, 6:].double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-6)
     assert not lse.requires_grad
@@ -252,15 +253,15 @@ def test_wrong_arguments_are_named(our_kernel):
         ((q, k, v, torch.tensor([1, 6], dtype=torch.int32)), "rise from 0 to 6"),
     ):
         with pytest.raises(ValueError, match=said):
-            ours.attention(*wrong, False)
+            ours.attention(*wrong, NO_TILES, False)
 
 
 def test_torch_knows_the_operator(our_kernel):
     q, k, v, segments = draw([5, 7], 4, 2, 8)
-    torch.library.opcheck(ours.attention, (q, k, v, segments.cu_seqlens, True))
+    torch.library.opcheck(ours.attention, (q, k, v, segments.cu_seqlens, NO_TILES, True))
 
     def loss(q, k, v):
-        return ours.attention(q, k, v, segments.cu_seqlens, True)[0].square().sum()
+        return ours.attention(q, k, v, segments.cu_seqlens, NO_TILES, True)[0].square().sum()
 
     wanted = torch.autograd.grad(loss(q, k, v), (q, k, v))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -359,3 +360,139 @@ def test_cuda_bf16(lengths, heads, kv, causal, d):
     want_grads = torch.autograd.grad((want * weight.double()).sum(), exact)
     for grad, want_grad in zip(grads, want_grads):
         assert (grad.double() - want_grad).norm() / want_grad.norm() < 1.5e-2
+
+
+# -- our kernel on a GPU ---------------------------------------------------------------------------
+
+# around the edges of its tiles: 128 rows, walked past 64 or 32 at a time
+GPU_SHAPES = [
+    ([64, 128, 256], 2, 2),
+    ([63, 65, 127, 129], 4, 2),
+    ([31, 33, 191, 193, 300], 4, 1),
+    ([1] * 70 + [2, 3, 5], 8, 1),
+    ([700], 8, 8),
+    ([1000, 0, 7], 3, 1),
+]
+
+
+@pytest.fixture
+def our_gpu_kernel(monkeypatch):
+    monkeypatch.setenv("NANOKEYE_ATTENTION", "ours")
+    if not ours.available("cuda"):
+        pytest.skip("no nvcc")
+
+
+def test_tiles_cover_a_pack_and_the_longest_come_first():
+    lengths = [5, 300, 128, 129]
+    for causal in (False, True):
+        tiles = ours.tiles_of(lengths, causal)
+        rows = [start + 128 * i + r for start, n, i in tiles for r in range(min(128, n - 128 * i))]
+        assert sorted(rows) == list(range(sum(lengths)))
+        seen = [min(n, 128 * (i + 1)) if causal else n for _, n, i in tiles]
+        assert seen == sorted(seen, reverse=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("lengths, heads, kv", GPU_SHAPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", ours.CUDA_WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_errors_are_no_larger_than_pytorchs(
+    our_gpu_kernel, monkeypatch, lengths, heads, kv, d, causal, dtype
+):
+    drawn = draw(lengths, heads, kv, d, dtype, "cuda")
+    theirs = errors_on_gpu(monkeypatch, "torch", drawn, causal)
+    for mine, other in zip(errors_on_gpu(monkeypatch, "ours", drawn, causal), theirs):
+        assert mine <= 1.5 * other + 1e-3
+
+
+def errors_on_gpu(monkeypatch, backend, drawn, causal):
+    """Of the output and the gradients of q, k and v."""
+    q, k, v, segments = drawn
+    monkeypatch.setenv("NANOKEYE_ATTENTION", backend)
+    out = attention(q, k, v, segments, causal)
+    want, exact = in_float64(q, k, v, segments, causal)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(out.shape, generator=generator).to(out)
+    grads = torch.autograd.grad(out, (q, k, v), weight)
+    want_grads = torch.autograd.grad(want, exact, weight.double())
+    return [relative(a, b) for a, b in zip((out, *grads), (want, *want_grads))]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("d", ours.CUDA_WIDTHS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_number_from_the_gpu_is_written_and_every_run_gives_the_same(
+    our_gpu_kernel, d, causal
+):
+    """Memory that was not filled would hold NaN here."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        runs = []
+        for _ in range(3):
+            q, k, v, segments = draw([5, 200, 1, 129], 8, 2, d, torch.bfloat16, "cuda")
+            out = attention(q, k, v, segments, causal)
+            runs.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(x).all() for x in runs[0])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+@pytest.mark.cuda
+def test_large_scores_on_the_gpu(our_gpu_kernel, monkeypatch):
+    q, k, v, segments = draw([300], 2, 1, 64, torch.bfloat16, "cuda")
+    with torch.no_grad():
+        q *= 40  # scores of some hundreds
+        k[:128] -= 20  # a later tile brings the largest ones
+    for causal in (False, True):
+        theirs = errors_on_gpu(monkeypatch, "torch", (q, k, v, segments), causal)
+        mine = errors_on_gpu(monkeypatch, "ours", (q, k, v, segments), causal)
+        assert all(a <= 1.5 * b + 1e-3 for a, b in zip(mine, theirs))
+
+
+@pytest.mark.cuda
+def test_lse_from_the_gpu(our_gpu_kernel):
+    q, k, v, segments = draw([6, 130], 2, 1, 72, torch.bfloat16, "cuda")
+    tiles = torch.tensor(ours.tiles_of([6, 130], False), dtype=torch.int32, device="cuda")
+    _, lse = ours.attention(q, k, v, segments.cu_seqlens, tiles, False)
+    scores = torch.einsum("qhd,kd->hqk", q[6:].double(), k[6:, 0].double()) * 72**-0.5
+    torch.testing.assert_close(lse[:, 6:].double(), scores.logsumexp(-1), atol=1e-4, rtol=1e-5)
+    assert not lse.requires_grad
+
+
+@pytest.mark.cuda
+def test_steps_on_the_gpu_may_be_any(our_gpu_kernel):
+    """One product gives q, k and v; a gradient may come transposed, or as one number everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    segments = Segments.of([20, 130], "cuda")
+    for d in (72, 128):
+        mixed = torch.randn(150, 3, 6, d + 8, generator=generator).to("cuda", torch.bfloat16)
+        transposed = torch.randn(6, d, 150, generator=generator).to("cuda", torch.bfloat16)
+        for offset in (8, 3):  # channels that begin at a whole 16 bytes, and that do not
+            q, k, v = mixed[..., offset : offset + d].unbind(1)
+            for weight in (torch.ones((), device="cuda").bfloat16(), transposed.permute(2, 0, 1)):
+                results = []
+                for xs in ((q, k, v), [x.contiguous() for x in (q, k, v)]):
+                    xs = [x.detach().requires_grad_() for x in xs]
+                    out = attention(*xs, segments, True)
+                    weights = weight.expand(out.shape)
+                    results.append([out, *torch.autograd.grad(out, xs, weights)])
+                assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.cuda
+def test_what_the_gpus_kernel_cannot_take_is_named(our_gpu_kernel):
+    q, k, v, segments = draw([6], 4, 2, 24, torch.bfloat16, "cuda")
+    with pytest.raises(ValueError, match="torch.bfloat16, heads 24 wide, on cuda"):
+        attention(q, k, v, segments)
+    tiles = torch.tensor([(0, 6, 0)], dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match="heads are 24 wide"):
+        ours.attention(q, k, v, segments.cu_seqlens, tiles, False)
+    q, k, v, segments = draw([6], 4, 2, 64, torch.bfloat16, "cuda")
+    for wrong in (tiles.long(), tiles.cpu(), tiles[:, :2]):
+        with pytest.raises(ValueError, match="tiles is"):
+            ours.attention(q, k, v, segments.cu_seqlens, wrong, False)
+    with pytest.raises(ValueError, match="k is torch.float16"):
+        ours.attention(q, k.half(), v, segments.cu_seqlens, tiles, False)

@@ -1,0 +1,647 @@
+// Attention over packed segments on NVIDIA GPUs from sm_80 on, forward and backward, full or
+// causal, grouped queries; bf16 and fp16, head widths 64, 72, 80 and 128.
+//
+// It computes what kernels/attention.cpp does, tile by tile with the online softmax explained
+// there. What differs is where things lie:
+//
+//      a block    4 warps own a tile of rows of one head: queries, or in dK's and dV's pass keys.
+//                 They walk along the segment's other side, tile after tile, and nobody else adds
+//                 to their rows. So nothing is added up in memory, and every run gives the same
+//                 bits.
+//      a warp     owns 16 or 32 of the rows. Scores, weights and sums of its rows stay in its
+//                 registers, as the tensor cores' mma instruction leaves them.
+//      shared     holds the rows of the block, and the walked tile twice: while one is multiplied,
+//      memory     cp.async brings the next.
+//
+// All products are one of two: `rows_by_rows` (Q K^T, dO V^T: both from shared memory, added up
+// over D) and `add_weighted_rows` (P V, dS K: weights from registers, added up over tokens).
+//
+// mma.m16n8k16 multiplies a (16, 16) by b (16, 8) and adds it to c (16, 8) in fp32. Lane l holds,
+// with g = l / 4 and t = l % 4,
+//      of c   rows g and g + 8, columns 2t and 2t + 1      c[0] c[1] | c[2] c[3]
+//      of a   the same of each half of 8 columns           a[0], a[1] | a[2], a[3]: pairs
+//      of b   rows 2t and 2t + 1 of each half, column g    b[0] | b[1]: pairs
+// So two c beside each other are one a, once rounded. ldmatrix fetches 8 x 8 pieces in this
+// layout, each lane naming one row of 16 bytes; with .trans it gives the transpose.
+//
+// Built by kernels/build.py; only CUDA's own headers are needed.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+typedef __nv_bfloat16 bf16;
+constexpr int WARPS = 4, THREADS = 32 * WARPS;
+constexpr int TILE = 128;  // rows of one entry of the list of tiles
+constexpr float LOG2_E = 1.44269504f;
+
+// ------------------------------------------------------------------------------------------------
+// instructions
+
+static __device__ void copy_16_bytes(uint32_t to, const void* from, bool real) {
+    int bytes = real ? 16 : 0;  // what is not read becomes zeros
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
+}
+static __device__ void copy_4_bytes(uint32_t to, const void* from, bool real) {
+    int bytes = real ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes));
+}
+// All copies of this thread have arrived, and after the barrier those of all threads.
+static __device__ void wait_for_copies() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+}
+
+static __device__ void load_4(uint32_t (&x)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from));
+}
+static __device__ void load_2(uint32_t (&x)[2], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(x[0]), "=r"(x[1]) : "r"(from));
+}
+static __device__ void load_4_transposed(uint32_t (&x)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from));
+}
+static __device__ void load_2_transposed(uint32_t (&x)[2], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(x[0]), "=r"(x[1]) : "r"(from));
+}
+
+#define MMA(SHAPE, TYPE, A, B) \
+    "mma.sync.aligned." SHAPE ".row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, " A ", " B \
+    ", {%0, %1, %2, %3};"
+
+// c += a b with 16 columns of a
+template <typename T>
+static __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (std::is_same_v<T, bf16>)
+        asm(MMA("m16n8k16", "bf16", "{%4, %5, %6, %7}", "{%8, %9}")
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm(MMA("m16n8k16", "f16", "{%4, %5, %6, %7}", "{%8, %9}")
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c += a b with 8 columns of a
+template <typename T>
+static __device__ void mma(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+    if constexpr (std::is_same_v<T, bf16>)
+        asm(MMA("m16n8k8", "bf16", "{%4, %5}", "{%6}")
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b));
+    else
+        asm(MMA("m16n8k8", "f16", "{%4, %5}", "{%6}")
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+static __device__ float exp2_of(float x) {  // 0 at -inf
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two numbers rounded into one register; `low` comes first in memory.
+template <typename T>
+static __device__ uint32_t pair(float low, float high) {
+    if constexpr (std::is_same_v<T, bf16>) {
+        __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+        return *(uint32_t*)&x;
+    } else {
+        __half2 x = __floats2half2_rn(low, high);
+        return *(uint32_t*)&x;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// rows in shared memory
+
+// The 8 rows of a piece must lie in different banks. Rows of 72 do, being 4 banks more than a
+// round of 32; rows of 80 do with a gap of 8; elsewhere row r's chunks of 16 bytes are mixed up
+// by XOR with r % 8.
+template <int D>
+struct Rows {
+    static constexpr bool MIXED = D % 64 == 0;
+    static constexpr int BYTES = 2 * (D == 80 ? 88 : D);
+    static constexpr int CHUNKS = D / 8;
+    static __device__ uint32_t at(int row, int chunk) {
+        return row * BYTES + 16 * (MIXED ? chunk ^ row % 8 : chunk);
+    }
+    // From the place of a row's chunk 0 or 1 further on by an even number of chunks.
+    static __device__ uint32_t right(uint32_t place, int chunks) {
+        return MIXED ? place ^ 16 * chunks : place + 16 * chunks;
+    }
+};
+
+// COUNT rows of one head, of which the first `real` are there, begin to come into shared memory.
+// A thread has one chunk of every AT_ONCE-th row.
+template <int D, int COUNT, typename T>
+static __device__ void fetch_rows(uint32_t to, const T* from, int step, int real) {
+    constexpr int CHUNKS = Rows<D>::CHUNKS, AT_ONCE = THREADS / CHUNKS;
+    int first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    if (first == AT_ONCE) return;  // D = 72 and 80: the last threads have none
+    from += first * step + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < (COUNT + AT_ONCE - 1) / AT_ONCE; i++, from += AT_ONCE * step) {
+        int row = first + i * AT_ONCE;
+        if (COUNT % AT_ONCE == 0 || row < COUNT)
+            copy_16_bytes(to + Rows<D>::at(row, chunk), from, row < real);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// products. A warp has M x 16 rows; x[m][n] is the c of rows 16 m and columns 8 n.
+
+template <int M, int N>
+struct Sums {
+    float x[M][N][4];
+    __device__ Sums() {
+        for (auto& row : x)
+            for (auto& c : row)
+                for (float& number : c) number = 0;
+    }
+};
+
+// (M x 16, N x 8) = a (M x 16, D) b (N x 8, D)^T
+template <typename T, int D, int M, int N>
+static __device__ Sums<M, N> rows_by_rows(uint32_t a, uint32_t b) {
+    using R = Rows<D>;
+    Sums<M, N> c;
+    int lane = threadIdx.x % 32;
+    // pieces: rows 0 and 8 of chunk 0, rows 0 and 8 of chunk 1
+    uint32_t a_lane = a + R::at(lane % 16, lane / 16);
+    // pieces: chunks 0 and 1 of rows 0, chunks 0 and 1 of rows 8
+    uint32_t b_lane = b + R::at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll
+    for (int chunk = 0; chunk + 2 <= R::CHUNKS; chunk += 2) {
+        uint32_t x[M][4], y[4];
+#pragma unroll
+        for (int m = 0; m < M; m++) load_4(x[m], R::right(a_lane, chunk) + m * 16 * R::BYTES);
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            load_4(y, R::right(b_lane, chunk) + n * 8 * R::BYTES);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma<T>(c.x[m][n], x[m], y[0], y[1]);
+                mma<T>(c.x[m][n + 1], x[m], y[2], y[3]);
+            }
+        }
+    }
+    if constexpr (R::CHUNKS % 2) {  // D = 72: the last 8
+        uint32_t x[M][2], y[4];
+        uint32_t last_of_a = a + R::at(lane % 16, R::CHUNKS - 1);
+        uint32_t last_of_b = b + R::at(lane, R::CHUNKS - 1);  // pieces: rows 0, 8, 16, 24
+#pragma unroll
+        for (int m = 0; m < M; m++) load_2(x[m], last_of_a + m * 16 * R::BYTES);
+#pragma unroll
+        for (int n = 0; n < N; n += 4) {
+            load_4(y, last_of_b + n * 8 * R::BYTES);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                for (int m = 0; m < M; m++) mma<T>(c.x[m][n + i], x[m], y[i]);
+        }
+    }
+    return c;
+}
+
+// c (M x 16, D) += weights (M x 16, N x 8), rounded to T, times b (N x 8, D)
+template <typename T, int D, int M, int N>
+static __device__ void add_weighted_rows(Sums<M, D / 8>& c, const Sums<M, N>& weights, uint32_t b) {
+    using R = Rows<D>;
+    int lane = threadIdx.x % 32;
+    // pieces: rows 0 and 8 of chunk 0, rows 0 and 8 of chunk 1
+    uint32_t b_lane = b + R::at(lane % 16, lane / 16);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+        uint32_t x[M][4], y[4];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < 4; i++) {
+                const float* half = weights.x[m][n + i / 2] + i % 2 * 2;
+                x[m][i] = pair<T>(half[0], half[1]);
+            }
+#pragma unroll
+        for (int chunk = 0; chunk + 2 <= R::CHUNKS; chunk += 2) {
+            load_4_transposed(y, R::right(b_lane, chunk) + n * 8 * R::BYTES);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma<T>(c.x[m][chunk], x[m], y[0], y[1]);
+                mma<T>(c.x[m][chunk + 1], x[m], y[2], y[3]);
+            }
+        }
+        if constexpr (R::CHUNKS % 2) {
+            uint32_t z[2];
+            load_2_transposed(z, b + R::at(lane % 16, R::CHUNKS - 1) + n * 8 * R::BYTES);
+#pragma unroll
+            for (int m = 0; m < M; m++) mma<T>(c.x[m][R::CHUNKS - 1], x[m], z[0], z[1]);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// what the passes share
+
+// Element (token, head, channel) lies at data[token * row + head * head_step + channel].
+struct Tensor {
+    void* data;
+    int64_t row, head_step;
+    template <typename T>
+    __device__ T* at(int64_t token, int head) const {
+        return (T*)data + token * row + head * head_step;
+    }
+};
+
+// Rows TILE * index and on of the segment at `start`.
+struct Tile {
+    int start, length, index;
+};
+
+struct Work {
+    Tensor q, k, v, out, d_out, dq, dk, dv;
+    float *lse, *delta;  // (heads, tokens)
+    const Tile* tiles;
+    int count;  // tiles
+    int tokens, heads, kv_heads, causal;
+    float scale;
+};
+
+// A tile of keys and then of values, which begins at `key` of the segment.
+template <typename T, int D, int KEYS>
+static __device__ void fetch_keys(uint32_t to, const Work& work, Tile tile, int kv_head, int key) {
+    int real = tile.length - key, token = tile.start + key;
+    fetch_rows<D, KEYS>(to, work.k.at<T>(token, kv_head), work.k.row, real);
+    fetch_rows<D, KEYS>(to + KEYS * Rows<D>::BYTES, work.v.at<T>(token, kv_head), work.v.row, real);
+}
+
+// Row 0 to 2 M of those that a lane holds numbers of: counted from its warp's first.
+static __device__ int row_of(int i) { return threadIdx.x % 32 / 4 + 8 * i; }
+static __device__ int column_of(int n, int i) { return 8 * n + threadIdx.x % 4 * 2 + i % 2; }
+
+// The keys that a query sees: those before this one.
+static __device__ int last_key(const Work& work, int length, int query) {
+    return work.causal ? min(length, query + 1) : length;
+}
+
+// Scores of keys that a query does not see become -inf. Both are counted from the segment's start.
+template <int M, int N>
+static __device__ void hide_keys(Sums<M, N>& scores, const Work& work, int length, int query,
+                                 int key) {
+    if (key + 8 * N <= last_key(work, length, query)) return;  // the first query sees them all
+#pragma unroll
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < 4; i++) {
+                int end = last_key(work, length, query + row_of(2 * m + i / 2));
+                if (key + column_of(n, i) >= end) scores.x[m][n][i] = -INFINITY;
+            }
+}
+
+template <int M, int N>
+static __device__ void scale_rows(Sums<M, N>& sums, const float (&by)[2 * M]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < 4; i++) sums.x[m][n][i] *= by[2 * m + i / 2];
+}
+
+// A warp's rows go to memory; the first `real` of them exist.
+template <typename T, int M, int N>
+static __device__ void write_rows(const Sums<M, N>& sums, float times, T* to, int64_t step,
+                                  int real) {
+#pragma unroll
+    for (int i = 0; i < 2 * M; i++) {
+        if (row_of(i) >= real) continue;
+        T* row = to + row_of(i) * step;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const float* two = sums.x[i / 2][n] + i % 2 * 2;
+            *(uint32_t*)(row + column_of(n, 0)) = pair<T>(two[0] * times, two[1] * times);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// forward
+
+// Takes scores of some keys into the running softmax of a warp's rows; they become weights.
+// largest: score so far. sum: of the weights in this lane's columns only. shrink: what sums so far
+// have to be multiplied with, as largest has grown.
+template <int M, int N>
+static __device__ void soften(Sums<M, N>& scores, float factor, float (&largest)[2 * M],
+                              float (&sum)[2 * M], float (&shrink)[2 * M]) {
+#pragma unroll
+    for (int r = 0; r < 2 * M; r++) {
+        float top = largest[r];
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < 2; i++) top = fmaxf(top, scores.x[r / 2][n][r % 2 * 2 + i]);
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        shrink[r] = exp2_of((largest[r] - top) * factor);  // 0 at the first tile
+        largest[r] = top;
+        sum[r] *= shrink[r];
+        float shift = top * factor;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < 2; i++) {
+                float& x = scores.x[r / 2][n][r % 2 * 2 + i];
+                x = exp2_of(x * factor - shift);
+                sum[r] += x;
+            }
+    }
+}
+
+template <int D>
+struct ForwardShape {
+    static constexpr int M = 2, KEYS = 64;
+    static constexpr int OWN = TILE * Rows<D>::BYTES, WALKED = KEYS * Rows<D>::BYTES;
+    static constexpr int MEMORY = OWN + 4 * WALKED;  // queries, and twice keys and values
+};
+
+template <typename T, int D>
+static __global__ void __launch_bounds__(THREADS, 2) forward(const Work work) {
+    using S = ForwardShape<D>;
+    extern __shared__ __align__(1024) char memory[];
+    uint32_t queries = __cvta_generic_to_shared(memory), walked = queries + S::OWN;
+    Tile tile = work.tiles[blockIdx.x / work.heads];
+    int head = blockIdx.x % work.heads, kv_head = head / (work.heads / work.kv_heads);
+    int length = tile.length, block_query = tile.index * TILE;
+    int query = block_query + threadIdx.x / 32 * 16 * S::M;  // this warp's first
+
+    fetch_rows<D, TILE>(queries, work.q.at<T>(tile.start + block_query, head), work.q.row,
+                        length - block_query);
+    fetch_keys<T, D, S::KEYS>(walked, work, tile, kv_head, 0);
+
+    Sums<S::M, D / 8> sums;
+    float largest[2 * S::M], sum[2 * S::M], shrink[2 * S::M];
+    for (int r = 0; r < 2 * S::M; r++) largest[r] = -INFINITY, sum[r] = 0;
+    float factor = work.scale * LOG2_E;
+    int end = last_key(work, length, block_query + TILE - 1);
+    for (int key = 0; key < end; key += S::KEYS) {
+        uint32_t keys = walked + key / S::KEYS % 2 * 2 * S::WALKED;
+        wait_for_copies();  // and all warps are done with the tile before
+        int after = key + S::KEYS;
+        uint32_t other = walked + after / S::KEYS % 2 * 2 * S::WALKED;
+        if (after < end) fetch_keys<T, D, S::KEYS>(other, work, tile, kv_head, after);
+        if (query >= length || key >= last_key(work, length, query + 16 * S::M - 1)) continue;
+        auto scores = rows_by_rows<T, D, S::M, S::KEYS / 8>(
+            queries + (query - block_query) * Rows<D>::BYTES, keys);
+        hide_keys(scores, work, length, query, key);
+        soften(scores, factor, largest, sum, shrink);
+        scale_rows(sums, shrink);
+        add_weighted_rows<T, D>(sums, scores, keys + S::WALKED);
+    }
+
+    for (int r = 0; r < 2 * S::M; r++) {
+        sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+        sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+        shrink[r] = 1 / sum[r];
+        int row = query + row_of(r);
+        if (threadIdx.x % 4 == 0 && row < length)
+            work.lse[(int64_t)head * work.tokens + tile.start + row] =
+                largest[r] * work.scale + logf(sum[r]);
+    }
+    scale_rows(sums, shrink);
+    write_rows(sums, 1, work.out.at<T>(tile.start + query, head), work.out.row, length - query);
+}
+
+// ------------------------------------------------------------------------------------------------
+// backward: with P the weights and dP = dO V^T, dS = P * (dP - delta); then dV = P^T dO,
+// dQ = dS K and dK = dS^T Q, the last two times the scale of q.
+
+template <typename T>
+struct alignas(16) Eight {
+    T of[8];
+};
+
+// delta = rowsum(dO * O). 16 lanes have a row, 8 channels each.
+template <typename T, int D>
+static __global__ void __launch_bounds__(THREADS) sum_of_products(const Work work) {
+    int64_t row = (int64_t)blockIdx.x * (THREADS / 16) + threadIdx.x / 16;
+    int64_t token = row / work.heads;
+    int head = row % work.heads, lane = threadIdx.x % 16;
+    float sum = 0;
+    if (token < work.tokens && lane < D / 8) {
+        auto x = *(const Eight<T>*)(work.out.at<const T>(token, head) + lane * 8);
+        auto y = *(const Eight<T>*)(work.d_out.at<const T>(token, head) + lane * 8);
+        for (int i = 0; i < 8; i++) sum += (float)x.of[i] * (float)y.of[i];
+    }
+    for (int i = 1; i < 16; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    if (token < work.tokens && lane == 0) work.delta[head * (int64_t)work.tokens + token] = sum;
+}
+
+template <int D>
+struct QueriesShape {
+    static constexpr int M = 2, KEYS = 32;
+    static constexpr int OWN = TILE * Rows<D>::BYTES, WALKED = KEYS * Rows<D>::BYTES;
+    static constexpr int MEMORY = 2 * OWN + 4 * WALKED;  // q, dO, and twice keys and values
+};
+
+template <typename T, int D>
+static __global__ void __launch_bounds__(THREADS) backward_queries(const Work work) {
+    using S = QueriesShape<D>;
+    extern __shared__ __align__(1024) char memory[];
+    uint32_t queries = __cvta_generic_to_shared(memory), walked = queries + 2 * S::OWN;
+    Tile tile = work.tiles[blockIdx.x / work.heads];
+    int head = blockIdx.x % work.heads, kv_head = head / (work.heads / work.kv_heads);
+    int length = tile.length, block_query = tile.index * TILE;
+    int query = block_query + threadIdx.x / 32 * 16 * S::M;  // this warp's first
+
+    int token = tile.start + block_query, real = length - block_query;
+    fetch_rows<D, TILE>(queries, work.q.at<T>(token, head), work.q.row, real);
+    fetch_rows<D, TILE>(queries + S::OWN, work.d_out.at<T>(token, head), work.d_out.row, real);
+    fetch_keys<T, D, S::KEYS>(walked, work, tile, kv_head, 0);
+
+    float lse[2 * S::M], delta[2 * S::M];
+    for (int r = 0; r < 2 * S::M; r++) {
+        int row = query + row_of(r);
+        int64_t at = (int64_t)head * work.tokens + tile.start + row;
+        lse[r] = row < length ? work.lse[at] * LOG2_E : 0;
+        delta[r] = row < length ? work.delta[at] : 0;
+    }
+    Sums<S::M, D / 8> dq;
+    float factor = work.scale * LOG2_E;
+    uint32_t rows = queries + (query - block_query) * Rows<D>::BYTES;
+    int end = last_key(work, length, block_query + TILE - 1);
+    for (int key = 0; key < end; key += S::KEYS) {
+        uint32_t keys = walked + key / S::KEYS % 2 * 2 * S::WALKED;
+        wait_for_copies();  // and all warps are done with the tile before
+        int after = key + S::KEYS;
+        uint32_t other = walked + after / S::KEYS % 2 * 2 * S::WALKED;
+        if (after < end) fetch_keys<T, D, S::KEYS>(other, work, tile, kv_head, after);
+        if (query >= length || key >= last_key(work, length, query + 16 * S::M - 1)) continue;
+        auto p = rows_by_rows<T, D, S::M, S::KEYS / 8>(rows, keys);
+        hide_keys(p, work, length, query, key);
+        auto ds = rows_by_rows<T, D, S::M, S::KEYS / 8>(rows + S::OWN, keys + S::WALKED);
+#pragma unroll
+        for (int m = 0; m < S::M; m++)
+            for (int n = 0; n < S::KEYS / 8; n++)
+                for (int i = 0; i < 4; i++) {
+                    int r = 2 * m + i / 2;
+                    float weight = exp2_of(p.x[m][n][i] * factor - lse[r]);
+                    ds.x[m][n][i] = weight * (ds.x[m][n][i] - delta[r]);
+                }
+        add_weighted_rows<T, D>(dq, ds, keys);
+    }
+    write_rows(dq, work.scale, work.dq.at<T>(tile.start + query, head), work.dq.row,
+               length - query);
+}
+
+// Here keys are the rows, and queries the columns. Narrow heads leave registers for 32 rows.
+template <int D>
+struct KeysShape {
+    static constexpr int M = D > 72 ? 1 : 2, QUERIES = D > 72 ? 64 : 32;
+    static constexpr int KEYS = WARPS * 16 * M;
+    static constexpr int OWN = KEYS * Rows<D>::BYTES, WALKED = QUERIES * Rows<D>::BYTES;
+    static constexpr int STAGE = 2 * WALKED + 2 * QUERIES * 4;  // q, dO, lse, delta
+    static constexpr int FRESH = (STAGE + 1023) / 1024 * 1024;  // the next begins a round
+    static constexpr int MEMORY = 2 * OWN + 2 * FRESH;
+};
+
+// Scores of queries that come before the key become -inf.
+template <int M, int N>
+static __device__ void hide_queries(Sums<M, N>& scores, int key, int query) {
+    if (query >= key + 16 * M - 1) return;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < 4; i++)
+                if (query + column_of(n, i) < key + row_of(2 * m + i / 2))
+                    scores.x[m][n][i] = -INFINITY;
+}
+
+template <typename T, int D>
+static __global__ void __launch_bounds__(THREADS) backward_keys(const Work work) {
+    using S = KeysShape<D>;
+    constexpr int PARTS = TILE / S::KEYS;
+    extern __shared__ __align__(1024) char memory[];
+    uint32_t keys = __cvta_generic_to_shared(memory), walked = keys + 2 * S::OWN;
+    Tile tile = work.tiles[blockIdx.x / work.kv_heads / PARTS];
+    int kv_head = blockIdx.x % work.kv_heads, part = blockIdx.x / work.kv_heads % PARTS;
+    int length = tile.length, group = work.heads / work.kv_heads;
+    // The list begins with the last, longest tiles of queries; for keys the first are longest.
+    int index = (length + TILE - 1) / TILE - 1 - tile.index;
+    int block_key = index * TILE + part * S::KEYS;
+    if (block_key >= length) return;
+    int key = block_key + threadIdx.x / 32 * 16 * S::M;  // this warp's first
+    int first = work.causal ? block_key / S::QUERIES * S::QUERIES : 0;  // query that sees any
+    int steps = (length - first + S::QUERIES - 1) / S::QUERIES;         // of a head
+
+    auto fetch = [&](int step, uint32_t to) {
+        int head = kv_head * group + step / steps, query = first + step % steps * S::QUERIES;
+        int real = length - query, token = tile.start + query;
+        fetch_rows<D, S::QUERIES>(to, work.q.at<T>(token, head), work.q.row, real);
+        fetch_rows<D, S::QUERIES>(to + S::WALKED, work.d_out.at<T>(token, head), work.d_out.row,
+                                  real);
+        int i = threadIdx.x % S::QUERIES;
+        const float* from = threadIdx.x < S::QUERIES ? work.lse : work.delta;
+        from += (int64_t)head * work.tokens + token;
+        if (threadIdx.x < 2 * S::QUERIES)
+            copy_4_bytes(to + 2 * S::WALKED + 4 * threadIdx.x, from + i, i < real);
+    };
+    int token = tile.start + block_key, real = length - block_key;
+    fetch_rows<D, S::KEYS>(keys, work.k.at<T>(token, kv_head), work.k.row, real);
+    fetch_rows<D, S::KEYS>(keys + S::OWN, work.v.at<T>(token, kv_head), work.v.row, real);
+    fetch(0, walked);
+
+    Sums<S::M, D / 8> dk, dv;
+    float factor = work.scale * LOG2_E;
+    uint32_t rows = keys + (key - block_key) * Rows<D>::BYTES;
+    for (int step = 0; step < group * steps; step++) {
+        uint32_t queries = walked + step % 2 * S::FRESH;
+        int query = first + step % steps * S::QUERIES;
+        wait_for_copies();
+        if (step + 1 < group * steps) fetch(step + 1, walked + (step + 1) % 2 * S::FRESH);
+        if (key >= length || (work.causal && query + S::QUERIES <= key)) continue;
+        auto p = rows_by_rows<T, D, S::M, S::QUERIES / 8>(rows, queries);
+        if (work.causal) hide_queries(p, key, query);
+        // Behind the segment's end q, dO, lse and delta are 0: a weight of 1, gradients of 0.
+        const float* lse = (const float*)(memory + (queries - keys) + 2 * S::WALKED);
+        const float* delta = lse + S::QUERIES;
+#pragma unroll
+        for (int m = 0; m < S::M; m++)
+            for (int n = 0; n < S::QUERIES / 8; n++)
+                for (int i = 0; i < 4; i++)
+                    p.x[m][n][i] =
+                        exp2_of(p.x[m][n][i] * factor - lse[column_of(n, i)] * LOG2_E);
+        add_weighted_rows<T, D>(dv, p, queries + S::WALKED);
+        auto ds = rows_by_rows<T, D, S::M, S::QUERIES / 8>(rows + S::OWN, queries + S::WALKED);
+#pragma unroll
+        for (int m = 0; m < S::M; m++)
+            for (int n = 0; n < S::QUERIES / 8; n++)
+                for (int i = 0; i < 4; i++)
+                    ds.x[m][n][i] = p.x[m][n][i] * (ds.x[m][n][i] - delta[column_of(n, i)]);
+        add_weighted_rows<T, D>(dk, ds, queries);
+    }
+    token = tile.start + key, real = length - key;
+    write_rows(dk, work.scale, work.dk.at<T>(token, kv_head), work.dk.row, real);
+    write_rows(dv, 1, work.dv.at<T>(token, kv_head), work.dv.row, real);
+}
+
+// ------------------------------------------------------------------------------------------------
+// the host's side
+
+template <typename Kernel>
+static int launch(Kernel kernel, int64_t blocks, int memory, const Work& work,
+                  cudaStream_t stream) {
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory);
+    if (error != cudaSuccess) return error;
+    kernel<<<blocks, THREADS, memory, stream>>>(work);
+    return cudaGetLastError();
+}
+
+template <typename T, int D>
+static int run_forward(const Work& work, cudaStream_t stream) {
+    int64_t blocks = (int64_t)work.count * work.heads;
+    return launch(forward<T, D>, blocks, ForwardShape<D>::MEMORY, work, stream);
+}
+
+template <typename T, int D>
+static int run_backward(const Work& work, cudaStream_t stream) {
+    constexpr int ROWS = THREADS / 16, PARTS = TILE / KeysShape<D>::KEYS;
+    int64_t tiles = work.count, rows = (int64_t)work.tokens * work.heads;
+    int error = launch(sum_of_products<T, D>, (rows + ROWS - 1) / ROWS, 0, work, stream);
+    if (!error)
+        error = launch(backward_keys<T, D>, tiles * PARTS * work.kv_heads, KeysShape<D>::MEMORY,
+                       work, stream);
+    if (!error)
+        error = launch(backward_queries<T, D>, tiles * work.heads, QueriesShape<D>::MEMORY, work,
+                       stream);
+    return error;
+}
+
+template <typename T>
+static int run(const Work& work, int width, bool backward, cudaStream_t stream) {
+    switch (width) {
+        case 64: return (backward ? run_backward<T, 64> : run_forward<T, 64>)(work, stream);
+        case 72: return (backward ? run_backward<T, 72> : run_forward<T, 72>)(work, stream);
+        case 80: return (backward ? run_backward<T, 80> : run_forward<T, 80>)(work, stream);
+        case 128: return (backward ? run_backward<T, 128> : run_forward<T, 128>)(work, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+// x: q, k, v, out, and for the backward pass d_out, dq, dk, dv: on the device, channels beside each
+// other, addresses and steps multiples of 16 bytes. tiles: `count` of them, on the device, longest
+// first. lse and delta (heads, tokens). Forward writes out and lse; backward delta, dq, dk, dv.
+// Returns an error of CUDA's, 0: none.
+extern "C" int attention(const Tensor* x, float* lse, float* delta, const Tile* tiles, int count,
+                         int tokens, int heads, int kv_heads, int width, int causal, int is_bf16,
+                         int backward, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error != cudaSuccess) return error;
+    Tensor none{};
+    Work work{x[0], x[1], x[2], x[3], none, none, none, none, lse, delta, tiles, count,
+              tokens, heads, kv_heads, causal, 1 / sqrtf((float)width)};
+    if (backward) work.d_out = x[4], work.dq = x[5], work.dk = x[6], work.dv = x[7];
+    return (is_bf16 ? run<bf16> : run<half>)(work, width, backward, (cudaStream_t)stream);
+}
+
+extern "C" const char* attention_error(int error) { return cudaGetErrorString((cudaError_t)error); }
