@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from common.facts import DECODER, TOWER, read_facts
 from common.weights import KEYE_NAMES, UNUSED, load_weights, read_config, save_weights
 from kernels import Segments, attention, cached_attention
 from vit import ViT, ViTConfig, rotate
@@ -74,33 +75,44 @@ class Config:
         Keys that change nothing here are passed over. ValueError names `where`, the key and its
         value when the file describes another kind of model.
         """
-        # RoPE's facts stand in one entry in transformers 5, in another and beside it before.
-        facts = facts | (facts.get("rope_parameters") or facts.get("rope_scaling") or {})
-        for key, known in KNOWN.items():
-            if facts.get(key) not in known:
-                raise ValueError(f"{where}: {key} is {facts[key]!r}; known are only {known}")
-        for key in ("hidden_size", "num_attention_heads"):
-            if key not in facts:
-                raise ValueError(f"{where}: no {key}; Keye's or Qwen3's file was expected")
-
+        facts = read_facts(facts, cls, DECODER, NEEDED, where)
+        full = ["full_attention"] * facts["num_hidden_layers"]
+        if facts.get("layer_types", full) != full:
+            raise ValueError(f"{where}: layer_types is {facts['layer_types']}; want {full}")
         head_dim = facts["hidden_size"] // facts["num_attention_heads"]
         head_dim = facts.setdefault("head_dim", head_dim)
-        # Qwen3 has no sections: Keye's 16:24:24 split of the head_dim / 2 frequencies.
-        side = 3 * head_dim // 16
-        section = facts.get("mrope_section", (head_dim // 2 - 2 * side, side, side))
+        facts["vision"] = ViTConfig()
+        if "vision_config" in facts:
+            facts["vision"] = tower_config(facts["vision_config"], f"{where}, vision_config")
+        else:  # Qwen3 has no sections: Keye's 16:24:24 split of the head_dim / 2 frequencies
+            side = 3 * head_dim // 16
+            facts.setdefault("mrope_section", [head_dim // 2 - 2 * side, side, side])
+        section = facts.get("mrope_section")
+        three = isinstance(section, list) and [type(n) for n in section] == [int] * 3
+        if not three or min(section) < 0 or 2 * sum(section) != head_dim:
+            raise ValueError(
+                f"{where}: mrope_section is {section}; want three numbers with the sum "
+                f"head_dim / 2, here {head_dim} / 2"
+            )
         facts["mrope_section"] = tuple(section)
-        facts["vision"] = ViTConfig(**_fields(ViTConfig, facts.get("vision_config", {})))
         return cls(**_fields(cls, facts))
 
 
-# Values of config.json that mean this decoder; with any other it would be a different model.
-KNOWN = {
-    "attention_bias": (None, False),
-    "sliding_window": (None, False),
-    "hidden_act": (None, "silu"),
-    "rope_type": (None, "default", "mrope"),
-    "type": (None, "default", "mrope"),  # of rope_scaling, in older files
-}
+# Their defaults differ between Keye's code, Qwen3's and ours.
+NEEDED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "rope_theta",
+)
+NEEDED_TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def tower_config(facts: dict, where: str | Path) -> ViTConfig:
+    """Keye's or SigLIP's vision_config, or SigLIP's text_config: its tower has the same layers.
+
+    ValueError as Config.from_json.
+    """
+    facts = read_facts(facts, ViTConfig, TOWER, NEEDED_TOWER, where)
+    return ViTConfig(**_fields(ViTConfig, facts))
 
 
 def _fields(kind: type, facts: dict) -> dict:
@@ -461,11 +473,27 @@ class KeyeVL(nn.Module):
     ) -> "KeyeVL":
         """A model from a folder in the official layout.
 
-        KeyError or ValueError name the tensor that is missing, extra or misshapen.
+        KeyError or ValueError name the tensor that is missing, extra or misshapen, or the file and
+        the key that describe another model.
         """
-        cfg = Config.from_json(read_config(folder), Path(folder) / "config.json")
+        where = Path(folder) / "config.json"
+        facts = read_config(folder)
+        if facts.get("vision_config") is None:
+            raise ValueError(f"{where}: no vision_config; --init-llm takes a decoder alone")
+        cfg = Config.from_json(facts, where)
+        if cfg.num_attention_heads % cfg.num_key_value_heads:
+            raise ValueError(f"{where}: num_key_value_heads must divide num_attention_heads")
+        if cfg.vision.hidden_size % (4 * cfg.vision.num_attention_heads):
+            raise ValueError(f"{where}: vision_config: heads must be of 4, 8, 12, ... channels")
+        if max(cfg.image_token_id, cfg.video_token_id) >= cfg.vocab_size:
+            raise ValueError(f"{where}: image_token_id or video_token_id is beyond vocab_size")
         model = cls.empty(cfg, dtype, device, pooling_head)
-        load_weights(model, folder, KEYE_NAMES, UNUSED)
+        filled = load_weights(model, folder, KEYE_NAMES, UNUSED)
+        # `empty` leaves what was in the memory: nothing of that may stay.
+        held = dict([*model.named_parameters(), *model.named_buffers()])
+        empty = sorted(held.keys() - filled)
+        if empty:
+            raise KeyError(f"{folder}: nothing for {len(empty)} parts of the model: {empty[0]}")
         return model
 
     @classmethod

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from common.jsonl import replacing
 from common.parallel import full_state
@@ -154,13 +155,34 @@ def save(run: Run, step: int, model, opt, loader_state=None, **extra):
     }
     try:
         on_main(run, doing, clear_folder, tmp)
-        hashes = run.attempt(doing, lambda: write_files(run, tmp, model, opt, state))
+        hashes = run.attempt(doing, lambda: write_or_say_why(run, tmp, model, opt, state))
         on_main(run, doing, publish, run, tmp, final, run.merge(hashes))
     except RuntimeError:
         if run.main:
             shutil.rmtree(tmp, ignore_errors=True)
         raise
     run.clock += time.perf_counter() - begin  # saving is not counted as training time
+
+
+def write_or_say_why(run: Run, folder: Path, *what) -> dict[str, str]:
+    """write_files; where the disk is full, or refuses to be written, the error says so.
+
+    torch reports the place in its archive where that broke off, and what one rank tells the others
+    has lost the OSError behind it.
+    """
+    try:
+        return write_files(run, folder, *what)
+    except (Exception, CheckpointException) as e:
+        cause = e
+        if isinstance(e, CheckpointException):
+            cause, _ = next(iter(e.failures.values()))
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            probe = folder / f"probe-{run.rank}"
+            probe.write_bytes(bytes(2**20))  # as large as what a full disk has no room for
+            probe.unlink()
+        raise cause or e
 
 
 def write_files(run: Run, folder: Path, model, opt, state: dict) -> dict[str, str]:
@@ -236,8 +258,9 @@ def newest_intact(run: Run, found: list[Path]) -> Path | None:
             return path
         run.say(f"WARNING: {path} is damaged: {wrong}; trying the one before it")
         damaged.append(path)
-    if damaged:
-        folder = run.folder / "checkpoint"
+    folder = run.folder / "checkpoint"
+    # set aside earlier, and nothing left since: that is no fresh start either
+    if damaged or run.gather_objects(any(folder.glob("damaged-*")))[0]:
         raise RuntimeError(f"every checkpoint in {folder} is damaged; --fresh starts over")
     return None
 

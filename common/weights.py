@@ -1,14 +1,17 @@
 """Model folders in the official layout: config.json, and the weights as safetensors, in one file
 or in shards with an index.
 
-    load_weights(model, folder, KEYE_NAMES, UNUSED)          every tensor checked, then copied
-    save_weights(model.state_dict(), config, folder)         as Keye-VL-8B-Preview has it
-    average = average_weights(folders, KEYE_NAMES)           the mean of several models
+    filled = load_weights(model, folder, KEYE_NAMES, UNUSED)   every tensor checked, then copied
+    save_weights(model.state_dict(), config, folder)           as Keye-VL-8B-Preview has it
+    average = average_weights(folders, KEYE_NAMES)             the mean of several models
 
 Our parameters have shorter names than those in the files; the tables below translate.
 """
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
-from common.jsonl import replacing
 
 # (prefix here, prefix in the file); the first that fits counts
 VIT_NAMES = [
@@ -40,6 +41,16 @@ SIGLIP_NAMES = [
     ("text.", "text_model."),
     ("logit_", "logit_"),
 ]
+# (prefix that transformers has in its own classes, official prefix)
+TRANSFORMERS_NAMES = [
+    ("model.language_model.", "model."),
+    ("model.visual.", "visual."),
+    ("model.mlp_AR.", "mlp_AR."),
+    ("model.lm_head.", "lm_head."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.", "model."),
+]
 # prefixes in the files that a model may have no place for
 UNUSED = (
     # positions by flat patch index: in the released file, never read by the released model
@@ -47,12 +58,24 @@ UNUSED = (
     "visual.vision_model.head.",  # SigLIP's pooling, for stage 0 only
     "lm_head.",  # of a model whose head is its embedding
 )
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 # In the files a convolution of stride 14 over 14-pixel patches, (C, 3, 14, 14); here the linear
 # layer that this amounts to, (C, 588).
 PATCH_EMBEDDING = "patch_embedding.weight"
+PATCH = (3, 14, 14)
+
+READABLE = ("F64", "F32", "F16", "BF16")  # dtypes, by safetensors' names
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Weights that readers of this layout may look for. Those of an older model would be taken for the
+# new one's: transformers, for one, prefers the single file to the index.
+WEIGHTS = (
+    INDEX, SINGLE, "model-*-of-*.safetensors",
+    "pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model-*-of-*.bin",
+)
+BROKEN = "a download cut short, or a Git LFS pointer in place of the file?"
 
 
 def renamed(name: str, names: list[tuple[str, str]]) -> str | None:
@@ -63,51 +86,114 @@ def renamed(name: str, names: list[tuple[str, str]]) -> str | None:
     return None
 
 
+def official(name: str) -> str:
+    """The official name of a tensor that is perhaps stored by transformers' name."""
+    return renamed(name, TRANSFORMERS_NAMES) or name
+
+
+# --------------------------------------------------------------------------------------------------
+# reading
+
+
+def read_json(path: Path) -> dict:
+    """A file of a model folder. FileNotFoundError or ValueError name it."""
+    try:
+        facts = json.loads(path.read_text("utf-8-sig"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path.parent}: no {path.name} here; a model folder in the official layout was "
+            "expected"
+        ) from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not JSON ({e}); {BROKEN}") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path}: one JSON object was expected, not {type(facts).__name__}")
+    return facts
+
+
 def read_config(folder: str | Path) -> dict:
     """config.json of a folder. FileNotFoundError or ValueError name the file."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{folder}: no config.json here; a model folder in the official layout was expected"
-        )
-    try:
-        return json.loads(path.read_text("utf-8-sig"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: not JSON: {e}") from None
+    return read_json(Path(folder) / "config.json")
 
 
 @contextmanager
 def _opened(path: Path):
-    """The file for reading; ValueError names it when it is not, or not wholly, safetensors."""
+    """The file for reading; an error names it when it is not, or not wholly, safetensors."""
     try:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as e:
-        raise ValueError(
-            f"{path}: cannot be read as safetensors ({e}); a download cut short, or a Git LFS "
-            "pointer in place of the file?"
-        ) from None
+        raise ValueError(f"{path}: cannot be read as safetensors ({e}); {BROKEN}") from None
+    except OSError as e:
+        raise type(e)(f"{path}: {e}") from None
+
+
+def _read_index(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The files of weights of a folder, and which tensors the index says are in which."""
+    single = folder / SINGLE
+    index = folder / INDEX
+    if not index.exists():
+        if not single.exists():
+            raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX}")
+        return [SINGLE], {}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ValueError(f"{index}: no weight_map of tensors and their files")
+    files = sorted(set(weight_map.values()))
+    if single.exists() and SINGLE not in files:
+        if any((folder / file).exists() for file in files):
+            raise ValueError(
+                f"{folder}: holds both {SINGLE} and the shards of {INDEX}, perhaps of two models; "
+                "remove the older ones"
+            )
+        return [SINGLE], {}  # transformers' save leaves an older index, but not its shards
+    return files, weight_map
 
 
 def weight_files(folder: str | Path) -> dict[str, Path]:
-    """Which file of the folder holds each tensor, by the names in the files."""
+    """Which file of the folder holds each tensor, by official names.
+
+    ValueError where two files hold the same one, or the index is wrong.
+    """
     folder = Path(folder)
-    index = folder / INDEX
-    if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    path = folder / SINGLE
-    if not path.exists():
-        raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX}")
-    with _opened(path) as file:
-        return dict.fromkeys(file.keys(), path)
+    files, weight_map = _read_index(folder)
+    where = {}
+    for file in files:
+        path = folder / file
+        with _opened(path) as opened:
+            for stored in opened.keys():
+                name = official(stored)
+                if name in where:
+                    raise ValueError(f"{path}: {stored} is a second {name}, beside {where[name]}")
+                where[name] = path
+    for stored, file in weight_map.items():
+        if where.get(official(stored)) != folder / file:
+            raise ValueError(f"{folder / file}: no {stored} here, where {INDEX} says it is")
+    return where
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a file, by its name there. To open a file maps it, and reads its header."""
-    with _opened(path) as file:
-        tensor = file.get_tensor(name)
-    return tensor.flatten(1) if name.endswith(PATCH_EMBEDDING) else tensor
+def read_tensors(where: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of weight_files, by official names, as they are needed here.
+
+    Every file is opened once: to open it maps it and reads its header. ValueError names the file
+    and a tensor that is of integers or 8-bit floats, or is no patch embedding.
+    """
+    for path in dict.fromkeys(where.values()):
+        with _opened(path) as file:
+            for stored in file.keys():
+                dtype = file.get_slice(stored).get_dtype()
+                if dtype not in READABLE:
+                    raise ValueError(
+                        f"{path}: {stored} is of dtype {dtype}; only {', '.join(READABLE)} are read"
+                    )
+                tensor = file.get_tensor(stored)
+                if stored.endswith(PATCH_EMBEDDING):
+                    if tensor.shape[1:] != PATCH:
+                        raise ValueError(
+                            f"{path}: {stored} has shape {tuple(tensor.shape)}, not (C, 3, 14, 14)"
+                        )
+                    tensor = tensor.flatten(1)  # (C, 588)
+                yield official(stored), tensor
 
 
 @torch.no_grad()
@@ -116,32 +202,51 @@ def load_weights(
     folder: str | Path,
     names: list[tuple[str, str]],
     unused: tuple[str, ...] = (),
-) -> None:
+) -> set[str]:
     """Copy a folder's tensors into those parameters that `names` covers; all must be there and fit.
 
     names: (prefix here, prefix in the file); unused: prefixes in the file that are known and not
-    needed. KeyError for a missing or an extra tensor, ValueError for a wrong shape or a broken
-    file, each with its name.
+    needed. Returns the names here of what was filled. KeyError for a missing or an extra tensor,
+    ValueError for one of a wrong shape or dtype, one that is not finite, or a broken file, each
+    with its name.
     """
     where = weight_files(folder)
-    targets = {renamed(name, names): tensor for name, tensor in module.state_dict().items()}
-    targets.pop(None, None)  # parameters that the table does not cover
-    missing = sorted(targets.keys() - where.keys())
+    state = module.state_dict()
+    ours = {renamed(name, names): name for name in state}  # {name in the file: name here}
+    ours.pop(None, None)  # parameters that the table does not cover
+    missing = sorted(ours.keys() - where.keys())
     if missing:
         raise KeyError(f"{folder}: {len(missing)} tensors missing, first {missing[0]}")
-    extra = sorted(n for n in where.keys() - targets.keys() if not n.startswith(unused))
+    extra = sorted(n for n in where.keys() - ours.keys() if not n.startswith(unused))
     if extra:
         raise KeyError(
             f"{folder}: {len(extra)} tensors that this model has no place for, first {extra[0]}"
         )
-    for name, target in targets.items():
-        source = read_tensor(where[name], name)
-        if source.shape != target.shape:
+    head = None
+    for name, source in read_tensors(where):
+        if name in ours:
+            _fill(state[ours[name]], source, f"{where[name]}: {name}")
+        elif name == HEAD:
+            head = source
+    if head is not None:  # some files hold the embedding twice, as the head too
+        embedding = state[ours[EMBEDDING]]
+        if not torch.equal(head.to(embedding), embedding):
             raise ValueError(
-                f"{where[name]}: {name} has shape {tuple(source.shape)}, "
-                f"but the model needs {tuple(target.shape)}"
+                f"{where[HEAD]}: {HEAD} is not {EMBEDDING}, though config.json says "
+                "tie_word_embeddings"
             )
-        target.copy_(source)
+    return set(ours.values())
+
+
+def _fill(target: Tensor, source: Tensor, what: str):
+    if source.shape != target.shape:
+        raise ValueError(
+            f"{what} has shape {tuple(source.shape)}, but the model needs {tuple(target.shape)}"
+        )
+    target.copy_(source)
+    lowest, highest = target.aminmax()  # both are NaN where one number is
+    if not (lowest.isfinite() and highest.isfinite()):
+        raise ValueError(f"{what} is not finite in {target.dtype}: the model has diverged")
 
 
 def average_weights(folders: list[Path], names: list[tuple[str, str]]) -> dict[str, Tensor]:
@@ -157,10 +262,19 @@ def average_weights(folders: list[Path], names: list[tuple[str, str]]) -> dict[s
         odd = where.keys() ^ first.keys()
         if odd:
             raise ValueError(f"{folders[0]} or {folder} has no {min(odd)}: no average of both")
-        for name, path in where.items():
+        for name, tensor in read_tensors(where):
             ours = renamed(name, to_ours)
-            total[ours] = total.get(ours, 0) + read_tensor(path, name).float()
+            if ours is None:
+                raise ValueError(f"{where[name]}: {name} is no tensor of this model")
+            before = total.setdefault(ours, torch.zeros(tensor.shape))
+            if before.shape != tensor.shape:
+                raise ValueError(f"{where[name]}: {name} has another shape than in {folders[0]}")
+            before += tensor
     return {name: tensor / len(folders) for name, tensor in total.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# writing
 
 
 def save_weights(
@@ -168,33 +282,62 @@ def save_weights(
 ) -> None:
     """Write config.json and the weights by their official names; above 5 GB in shards.
 
-    state: our names, any device. Each file of weights is there whole or not at all.
+    state: our names, any device. What was there before stays whole until all of it is written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    aside = folder / "saving.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        index = _write_shards(state, aside, shard_bytes)
+        if index:
+            (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _replace_model(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace_model(aside: Path, folder: Path):
+    """Moves a model's files up into `folder`, in place of an older model's.
+
+    No reader takes a folder without config.json. So that goes first and comes last: a kill in
+    between leaves no mixture of two models that could be read.
+    """
+    (folder / "config.json").unlink(missing_ok=True)
+    for pattern in WEIGHTS:
+        for older in folder.glob(pattern):
+            older.unlink()
+    for path in aside.iterdir():
+        if path.name != "config.json":
+            os.replace(path, folder / path.name)
+    os.replace(aside / "config.json", folder / "config.json")
+
+
+def _write_shards(state: dict[str, Tensor], folder: Path, shard_bytes: int) -> dict | None:
+    """The files of weights; returns the index of several, None for one."""
     shards = [{}]
     size = 0  # bytes of the last one
     for name, tensor in state.items():
+        stored = renamed(name, KEYE_NAMES)
+        if stored is None:
+            raise KeyError(f"{name} has no name in the official layout")
         tensor = tensor.cpu().contiguous()
         if name.endswith(PATCH_EMBEDDING):
-            tensor = tensor.unflatten(1, (3, 14, 14))
+            tensor = tensor.unflatten(1, PATCH)
         if size and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][renamed(name, KEYE_NAMES)] = tensor
+        shards[-1][stored] = tensor
         size += tensor.nbytes
 
+    if len(shards) == 1:
+        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        return None
     weight_map = {}
-    single = len(shards) == 1
     for number, shard in enumerate(shards, 1):
-        file = SINGLE if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        with replacing(folder / file) as part:
-            save_file(shard, part, metadata={"format": "pt"})
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    if single:
-        (folder / INDEX).unlink(missing_ok=True)  # an older model's; readers would follow it
-        return
     total = sum(tensor.nbytes for tensor in state.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}

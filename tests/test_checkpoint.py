@@ -3,9 +3,11 @@
 import errno
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,6 +232,18 @@ def test_when_every_checkpoint_is_damaged_the_run_ends_and_keeps_them(copy_of):
     assert checkpoint_names(out) == ["step-3", "step-6"]
 
 
+def test_damaged_checkpoints_that_were_set_aside_are_no_fresh_start(copy_of):
+    out = copy_of(1)
+    flip_a_bit(folder_of(out) / "checkpoint" / "step-6" / "state.json")
+    run, model, opt = begin(out)
+    assert resume(run, model, opt).step == 3
+    shutil.rmtree(folder_of(out) / "checkpoint" / "step-3")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="every checkpoint .* is damaged; --fresh"):
+            resume(run, model, opt)
+    assert resume(*begin(out, "--fresh")).step == 0
+
+
 def test_a_checkpoint_of_another_model_is_refused_not_skipped(copy_of):
     out = copy_of(1)
     with pytest.raises(RuntimeError, match="other trained parts, e.g. optim.decoder"):
@@ -294,21 +308,62 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     assert resume(run, model, opt).loader == "one"
 
 
-def test_a_disk_that_really_is_full(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=480k", "none", str(disk)]
+@contextmanager
+def small_disk(folder: Path, size: str):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a tmpfs")
-    try:  # a checkpoint is of about 170 kB: the first two fit, the third does not
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_really_is_full(tmp_path):
+    # a checkpoint is of about 170 kB: the first two fit, the third does not
+    with small_disk(tmp_path / "disk", "480k") as disk:
         said = run_stage(disk, "--steps", 3, "--save-every", 1, code=1)
         assert "step-3 (the checkpoint before it stays valid)" in said
+        assert "No space left on device" in said
         assert checkpoint_names(disk) == ["step-1", "step-2"]
         shutil.rmtree(folder_of(disk) / "checkpoint" / "step-1")
         run_stage(disk, "--steps", 3)  # there is space again: the same command goes on
         assert [step for (step,) in curve(disk)] == [0, 1, 2]
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_every_rank_says_that_the_disk_is_full(tmp_path):
+    with small_disk(tmp_path / "disk", "250k") as disk:
+        said = run_stage(disk, "--steps", 2, "--save-every", 1, ranks=2, code=1)
+        full = "OSError: .*No space left on device"
+        assert len(re.findall(f"RuntimeError: .*rank 0: {full}.* rank 1: {full}", said)) == 2
+        assert checkpoint_names(disk) == []
+
+
+def test_a_full_disk_is_named_when_a_model_is_exported(tmp_path):
+    with small_disk(tmp_path / "disk", "40k") as disk:
+        run, model, _ = begin(disk, vocab=2000)
+        with pytest.raises(RuntimeError, match="cannot export to .*model: .*No space left"):
+            export(run, model, Processor())
+
+
+@pytest.mark.parametrize("written", ["dcp", "torch"])
+def test_the_cause_behind_torchs_error_is_named(tmp_path, monkeypatch, written):
+    """Its archives end with "unexpected pos" where the file below them could not be written."""
+    run, model, opt = begin(tmp_path)
+
+    def broken(*args, **kwargs):
+        try:
+            no_room()
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904
+
+    monkeypatch.setattr(getattr(checkpoint, written), "save", broken)
+    with pytest.raises(RuntimeError, match="step-2 .*stays valid.*No space left"):
+        save(run, 2, model, opt)
+    monkeypatch.setattr(getattr(checkpoint, written), "save", lambda *_, **__: 1 / 0)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: division by zero"):
+        save(run, 2, model, opt)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Decoder, 3D RoPE, projector, cache and loss, against transformers and against themselves packed
 and cached; sizes and the work of a step."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -170,25 +171,144 @@ def test_rope_of_transformers_5_is_read():
     assert got == replace(TINY, rope_theta=5e6, mrope_section=(4, 2, 2))
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type is 'linear'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"sliding_window": 4096}, "sliding_window is 4096"),
-    ],
-)
+def test_the_decoder_may_stand_in_text_config():
+    facts = TINY.to_json() | {"dtype": "bfloat16"}
+    vision = facts.pop("vision_config")
+    text = facts | {"model_type": "qwen3", "dtype": "float32"}
+    outer = {"model_type": "keye", "dtype": "bfloat16", "text_config": text}
+    assert Config.from_json(outer | {"vision_config": vision}) == TINY
+
+    text["rope_parameters"] = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
+    ids = {name: text.pop(name) for name in ("image_token_id", "tie_word_embeddings")}
+    assert Config.from_json(outer | ids | {"vision_config": vision}) == TINY
+    with pytest.raises(ValueError, match="its/config.json: tie_word_embeddings is True in text"):
+        text["tie_word_embeddings"] = True
+        Config.from_json(outer | ids, "its/config.json")
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+OTHER_DECODERS = [
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type is 'linear'"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type is 'dynamic'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3'"),
+    ({"rope_scaling": {"type": "mrope", "rope_type": "longrope"}}, "rope_type is 'longrope'"),
+    ({"rope_parameters": ROPE | {"factor": 4.0}}, "rope_parameters.factor is 4.0"),
+    ({"rope_parameters": ROPE | {"attention_factor": 0.9}}, "rope_parameters.attention_factor"),
+    ({"rope_parameters": ROPE | {"mscale": 0.7}}, "rope_parameters.mscale is 0.7"),
+    ({"rope_parameters": ROPE | {"mrope_interleaved": True}}, "mrope_interleaved is True"),
+    ({"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+    ({"rope_parameters": {"full_attention": ROPE}}, "rope_parameters.full_attention is"),
+    ({"rope_parameters": ROPE | {"rope_theta": 1e4}}, "rope_theta is 10000.0 in rope_parameters"),
+    ({"rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}}, "mrope_section is .* in rope_scal"),
+    ({"rope_parameters": "default"}, "'default', where an object was expected"),
+    ({"rope_scaling": {"type": "mrope", "mrope_section": [4, 4, 8]}}, "mrope_section is .4, 4, 8"),
+    ({"rope_scaling": {"type": "mrope", "mrope_section": 8}}, "mrope_section is 8; want three"),
+    ({"rope_scaling": {"type": "mrope"}}, "mrope_section is None"),
+    ({"rope_scaling": None}, "mrope_section is None"),
+    ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+    ({"attention_bias": True}, "attention_bias is True"),
+    ({"mlp_bias": True}, "mlp_bias is True"),
+    ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+    ({"use_qk_norm": False}, "use_qk_norm is False"),
+    ({"use_mrope": False}, "use_mrope is False"),
+    ({"mlp_only_layers": [1]}, "mlp_only_layers is"),
+    ({"sliding_window": 4096}, "sliding_window is 4096"),
+    ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window is 4096"),
+    ({"use_sliding_window": True}, "use_sliding_window is True"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*sliding"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+    ({"query_pre_attn_scalar": 224}, "query_pre_attn_scalar is 224"),
+    ({"embedding_multiplier": 12}, "embedding_multiplier is 12"),
+    ({"logit_scale": 0.5}, "logit_scale is 0.5"),
+    ({"num_experts": 64}, "num_experts is 64"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
+    ({"text_config": {"hidden_act": "gelu"}}, "hidden_act is 'gelu' in text_config"),
+    ({"text_config": {"residual_multiplier": 0.2}}, "residual_multiplier is 0.2"),
+    ({"rope_theta": None}, "no rope_theta"),
+    ({"num_key_value_heads": None}, "no num_key_value_heads"),
+    ({"hidden_size": "64"}, "hidden_size is '64'; want a positive int"),
+    ({"hidden_size": 64.0}, "hidden_size is 64.0; want a positive int"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0; want a positive int"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; want a positive float"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+    ({"eos_token_id": -1}, "eos_token_id is -1"),
+    ({"vision_config": []}, "vision_config: .., where an object was expected"),
+]
+
+
+@pytest.mark.parametrize("change, said", OTHER_DECODERS)
 def test_another_kind_of_decoder_is_refused(change, said):
-    with pytest.raises(ValueError, match=f"its/config.json: {said}"):
+    with pytest.raises(ValueError, match=f"its/config.json[:,] .*{said}"):
         Config.from_json(TINY.to_json() | change, "its/config.json")
 
 
-def test_facts_nested_out_of_sight_are_refused():
-    with pytest.raises(ValueError, match="its/config.json: no hidden_size"):
-        Config.from_json({"text_config": TINY.to_json()}, "its/config.json")
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'gelu_pytorch_tanh' is built here"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
+        ({"num_channels": 1}, "num_channels is 1; only 3"),
+        ({"patch_size": 16}, "patch_size is 16; only 14"),
+        ({"spatial_merge_size": 1}, "spatial_merge_size is 1; only 2"),
+        ({"temporal_patch_size": 4}, "temporal_patch_size is 4; only 1 or 2"),
+        ({"tokens_per_second": 4}, "tokens_per_second is 4; only 2"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"rope_theta": 1e6}, "rope_theta is 1000000.0; only 10000"),
+        ({"rope_parameters": {"rope_theta": 5e3}}, "rope_theta is 5000.0; only 10000"),
+        ({"qkv_bias": False}, "qkv_bias is False; only True"),
+        ({"window_size": 112}, "window_size is 112; nothing here honours that"),
+        ({"fullatt_block_indexes": [1]}, "fullatt_block_indexes is .1."),
+        ({"layer_scale_init": 0.1}, "layer_scale_init is 0.1"),
+        ({"image_size": "384"}, "image_size is '384'; want a positive int"),
+        ({"num_attention_heads": None}, "no num_attention_heads"),
+    ],
+)
+def test_another_kind_of_vit_is_refused(change, said):
+    facts = TINY.to_json()
+    facts["vision_config"] |= change
+    with pytest.raises(ValueError, match=f"its/config.json, vision_config: {said}"):
+        Config.from_json(facts, "its/config.json")
+
+
+def test_what_changes_nothing_is_passed_over():
+    notes = {
+        "_name_or_path": "a/b", "_attn_implementation_autoset": True, "architectures": ["Keye"],
+        "attn_implementation": "sdpa", "auto_map": {"AutoConfig": "x.Y"}, "dtype": "float16",
+        "id2label": {"0": "LABEL_0"}, "initializer_factor": 1.0, "initializer_range": 0.1,
+        "layer_types": None, "max_window_layers": 1, "pad_token_id": 7, "pruned_heads": {},
+        "return_dict": True, "output_attentions": False, "temperature": 0.7, "top_k": 50,
+        "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": False,
+        "unsloth_fixed": True, "vision_token_id": 5, "mlp_bias": False, "author": "me",
+    }
+    facts = TINY.to_json() | notes
+    facts["vision_config"] |= notes | {"vision_use_head": True, "tie_word_embeddings": True}
+    assert Config.from_json(facts) == TINY
+    text = TINY.to_json() | notes | {"layer_types": ["full_attention"] * 2}
+    text |= {"use_sliding_window": False, "sliding_window": 4096}
+    assert Config.from_json({"text_config": text, **notes}) == TINY
+
+
+def test_settings_of_the_vit_are_honoured():
+    facts = TINY.to_json()
+    facts["vision_config"] |= {"layer_norm_eps": 1e-3, "image_size": 56}
+    vision = Config.from_json(facts).vision
+    assert vision == replace(TINY.vision, layer_norm_eps=1e-3, image_size=56)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_key_value_heads must divide"),
+    ({"vision_config": None}, "no vision_config"),
+    ({"image_token_id": None}, "image_token_id or video_token_id is beyond vocab_size"),
+])
+def test_a_model_that_cannot_be_is_refused_before_it_is_built(tmp_path, change, said):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_json() | change))
+    with pytest.raises(ValueError, match=f"{tmp_path / 'config.json'}: {said}"):
+        KeyeVL.from_pretrained(tmp_path)
 
 
 # -- packs -----------------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
 """Files in the official layout: names, shapes, round trips, and the ways in which they go wrong."""
 
+import errno
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common import weights
 from common.weights import KEYE_NAMES, average_weights, read_config, renamed, save_weights
 from model import PRESETS, KeyeVL
 
@@ -56,11 +60,133 @@ def test_shards_come_back_bit_for_bit(keye, tmp_path):
     assert same(keye.state_dict(), KeyeVL.from_pretrained(tmp_path).state_dict())
 
 
-def test_a_model_saved_over_shards_is_the_one_that_is_read(keye, tmp_path):
-    in_shards(keye, tmp_path)
-    newer = {name: tensor + 1 for name, tensor in keye.state_dict().items()}
-    save_weights(newer, keye.config.to_json(), tmp_path)
+# -- what lay in the folder before -----------------------------------------------------------------
+
+MANY, FEW, ONE = 300_000, 600_000, 5 * 10**9  # bytes of a shard
+
+
+def save_plus(keye, by, folder, shard_bytes):
+    """The model with `by` added to all of it."""
+    state = {name: tensor + by for name, tensor in keye.state_dict().items()}
+    save_weights(state, keye.config.to_json() | {"rms_norm_eps": 0.1 + by}, folder, shard_bytes)
+    return state
+
+
+def read_as_transformers(folder):
+    """It prefers one file to an index, and that to pickled weights."""
+    if (folder / SINGLE).exists():
+        return load_file(folder / SINGLE)
+    files = json.loads((folder / INDEX).read_text())["weight_map"].values()
+    tensors = {}
+    for file in set(files):
+        tensors |= load_file(folder / file)
+    return tensors
+
+
+def which_model(folder):
+    """What was added to the model in a folder, if that is one number for all its parts."""
+    keye = KeyeVL.from_pretrained(folder)
+    assert keye.decoder.norm.weight[0] - 1 == keye.config.rms_norm_eps - 0.1
+    for layer in keye.decoder.layers:
+        assert torch.equal(layer.input_layernorm.weight, keye.decoder.norm.weight)
+    return keye.decoder.norm.weight[0].item() - 1
+
+
+@pytest.mark.parametrize("new", [MANY, FEW, ONE])
+@pytest.mark.parametrize("old", [MANY, FEW, ONE])
+def test_the_model_that_is_read_is_the_one_saved_last(keye, tmp_path, old, new):
+    save_plus(keye, 1, tmp_path, old)
+    for name in ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin"):
+        (tmp_path / name).write_text("an older model, pickled")
+    (tmp_path / "vocab.json").write_text("{}")
+    newer = save_plus(keye, 2, tmp_path, new)
     assert same(newer, KeyeVL.from_pretrained(tmp_path).state_dict())
+    theirs = read_as_transformers(tmp_path)
+    for name, tensor in newer.items():
+        assert torch.equal(theirs[renamed(name, KEYE_NAMES)].flatten(), tensor.flatten())
+    alone = tmp_path / "alone"
+    save_plus(keye, 2, alone, new)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "alone", "vocab.json", *(path.name for path in alone.iterdir())
+    }
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("old, new", [(ONE, FEW), (FEW, ONE), (FEW, MANY), (ONE, ONE)])
+def test_a_kill_while_saving_leaves_no_mixture(keye, tmp_path, monkeypatch, old, new):
+    """Wherever it comes, the folder holds the old model, the new one, or none that is read."""
+    left = 0  # steps until it comes
+
+    def dying(work):
+        def step(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return work(*args, **kwargs)
+
+        return step
+
+    found = []
+    while "new" not in found:
+        save_plus(keye, 1, tmp_path, old)
+        left = len(found)
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "save_file", dying(save_file))
+            patch.setattr(weights.os, "replace", dying(os.replace))
+            patch.setattr(Path, "unlink", dying(Path.unlink))
+            try:
+                save_plus(keye, 2, tmp_path, new)
+                found.append("new")
+            except Killed:
+                found.append("old" if (tmp_path / "config.json").exists() else "none")
+        if found[-1] == "none":
+            with pytest.raises(FileNotFoundError, match="no config.json"):
+                KeyeVL.from_pretrained(tmp_path)
+        else:
+            assert which_model(tmp_path) == {"old": 1, "new": 2}[found[-1]]
+    assert set(found) == {"old", "none", "new"}
+    assert found == sorted(found, key=["old", "none", "new"].index)
+
+
+def test_a_full_disk_keeps_the_model_before(keye, tmp_path, monkeypatch):
+    save_plus(keye, 1, tmp_path, FEW)
+    before = sorted(tmp_path.iterdir())
+
+    def half(tensors, path, metadata):
+        if "00003" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(weights, "save_file", half)
+    with pytest.raises(OSError, match="No space left"):
+        save_plus(keye, 2, tmp_path, MANY)
+    assert sorted(tmp_path.iterdir()) == before
+    assert which_model(tmp_path) == 1
+
+
+def test_one_file_beside_shards_is_a_question_not_a_guess(keye, tmp_path):
+    in_shards(keye, tmp_path)
+    save_plus(keye, 1, tmp_path / "other", ONE)
+    os.replace(tmp_path / "other" / SINGLE, tmp_path / SINGLE)
+    with pytest.raises(ValueError, match=f"{tmp_path}: holds both {SINGLE} and .*{INDEX}"):
+        KeyeVL.from_pretrained(tmp_path)
+
+
+def test_an_index_whose_shards_are_gone_is_passed_over(keye, tmp_path):
+    """So transformers leaves it, when it saves one file over shards."""
+    for file in set(in_shards(keye, tmp_path).values()):
+        (tmp_path / file).unlink()
+    other = tmp_path / "other"
+    state = save_plus(keye, 1, other, ONE)
+    os.replace(other / SINGLE, tmp_path / SINGLE)
+    assert same(state, KeyeVL.from_pretrained(tmp_path).state_dict())
+
+
+# -- names and shapes ------------------------------------------------------------------------------
 
 
 def test_official_names_and_shapes(folder):
@@ -101,6 +227,146 @@ def test_known_unused_tensors_are_passed_over(keye, folder):
 
     edit(folder / SINGLE, as_released)
     assert same(keye.state_dict(), KeyeVL.from_pretrained(folder).state_dict())
+
+
+NEWER = [("visual.", "model.visual."), ("mlp_AR.", "model.mlp_AR."),
+         ("model.", "model.language_model."), ("lm_head.", "lm_head.")]
+OLDER = [("visual.", "visual."), ("mlp_AR.", "mlp_AR."),
+         ("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")]
+BARE = [("visual.", "model.visual."), ("mlp_AR.", "mlp_AR."),
+        ("model.", "language_model."), ("lm_head.", "lm_head.")]
+
+
+@pytest.mark.parametrize("names", [NEWER, OLDER, BARE])
+@pytest.mark.parametrize("shards", [False, True])
+def test_names_of_transformers_are_read(keye, folder, names, shards):
+    files = [folder / SINGLE]
+    if shards:
+        weight_map = in_shards(keye, folder)
+        files = [folder / file for file in set(weight_map.values())]
+        weight_map = {renamed(name, names): file for name, file in weight_map.items()}
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    for path in files:
+        theirs = {renamed(name, names): tensor for name, tensor in load_file(path).items()}
+        save_file(theirs, path)
+    assert same(keye.state_dict(), KeyeVL.from_pretrained(folder).state_dict())
+
+
+# -- what goes wrong -------------------------------------------------------------------------------
+
+
+def test_a_tensor_in_two_files_is_named(keye, tmp_path):
+    weight_map = in_shards(keye, tmp_path)
+    name, file = next(iter(weight_map.items()))
+    other = max(weight_map.values())
+    edit(tmp_path / other, lambda tensors: tensors.update({name: torch.zeros(1)}))
+    with pytest.raises(ValueError, match=f"{other}: {name} is a second .*{file}"):
+        KeyeVL.from_pretrained(tmp_path)
+
+
+def test_a_tensor_by_two_names_is_named(folder):
+    twice = "model.language_model.norm.weight"
+    edit(folder / SINGLE, lambda tensors: tensors.update({twice: torch.ones(96)}))
+    with pytest.raises(ValueError, match=f"{SINGLE}: .* is a second model.norm.weight"):
+        KeyeVL.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_part_that_no_file_fills_is_named(folder, persistent):
+    """`empty` gives memory as it is: neither a parameter nor a buffer may stay so."""
+
+    class WithTable(KeyeVL):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.decoder.norm.register_buffer("table", torch.zeros(3), persistent)
+
+    with pytest.raises(KeyError, match="decoder.norm.table|model.norm.table"):
+        WithTable.from_pretrained(folder)
+
+    class WithGain(KeyeVL):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.gain = torch.nn.Parameter(torch.ones(1))
+
+    with pytest.raises(KeyError, match="nothing for 1 parts of the model: gain"):
+        WithGain.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_are_converted(keye, folder, dtype):
+    edit(folder / SINGLE, lambda t: t.update({name: x.to(dtype) for name, x in t.items()}))
+    want = {name: tensor.to(dtype).float() for name, tensor in keye.state_dict().items()}
+    assert same(want, KeyeVL.from_pretrained(folder).state_dict())
+
+
+@pytest.mark.parametrize(
+    "dtype, said",
+    [
+        (torch.float8_e4m3fn, "F8_E4M3"), (torch.float8_e5m2, "F8_E5M2"), (torch.int8, "I8"),
+        (torch.uint8, "U8"), (torch.int64, "I64"), (torch.bool, "BOOL"), (torch.complex64, "C64"),
+    ],
+)
+def test_other_dtypes_are_refused(folder, dtype, said):
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit(folder / SINGLE, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(ValueError, match=f"{SINGLE}: {name} is of dtype {said}; only"):
+        KeyeVL.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(folder, value):
+    edit(folder / SINGLE, lambda tensors: tensors["mlp_AR.linear_1.weight"][3].fill_(value))
+    with pytest.raises(ValueError, match=f"{SINGLE}: mlp_AR.linear_1.weight is not finite"):
+        KeyeVL.from_pretrained(folder)
+
+
+def test_weights_that_leave_the_wanted_dtype_are_refused(folder):
+    edit(folder / SINGLE, lambda tensors: tensors["model.norm.weight"].fill_(1e5))
+    KeyeVL.from_pretrained(folder)
+    with pytest.raises(ValueError, match="model.norm.weight is not finite in torch.float16"):
+        KeyeVL.from_pretrained(folder, torch.float16)
+
+
+def test_a_patch_embedding_of_another_order_is_refused(folder):
+    name = "visual.vision_model.embeddings.patch_embedding.weight"
+
+    def channels_last(tensors):
+        tensors[name] = tensors[name].permute(0, 2, 3, 1).contiguous()
+
+    edit(folder / SINGLE, channels_last)
+    with pytest.raises(ValueError, match=f"{name} has shape .64, 14, 14, 3., not"):
+        KeyeVL.from_pretrained(folder)
+
+
+def test_a_tied_head_must_be_the_embedding(tmp_path):
+    """Some files hold it twice."""
+    keye = KeyeVL(PRESETS["toy"]).init_weights()
+    keye.save_pretrained(tmp_path)
+
+    def twice(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    edit(tmp_path / SINGLE, twice)
+    for dtype in (torch.float32, torch.bfloat16):
+        KeyeVL.from_pretrained(tmp_path, dtype)
+    edit(tmp_path / SINGLE, lambda tensors: tensors["lm_head.weight"][5].add_(1))
+    with pytest.raises(ValueError, match=f"{SINGLE}: lm_head.weight is not .*tie_word_embeddings"):
+        KeyeVL.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_file_is_opened_for_its_names_and_for_its_tensors(keye, tmp_path, monkeypatch, shards):
+    save_plus(keye, 1, tmp_path, MANY if shards else ONE)
+    opened = []
+
+    def counting(path, *more):
+        opened.append(path)
+        return safe_open(path, *more)
+
+    safe_open = weights.safe_open
+    monkeypatch.setattr(weights, "safe_open", counting)
+    KeyeVL.from_pretrained(tmp_path)
+    assert sorted(opened) == sorted(2 * list(tmp_path.glob("*.safetensors")))
 
 
 def test_a_missing_tensor_is_named(folder):
@@ -150,6 +416,33 @@ def test_a_git_lfs_pointer_is_named(folder):
         KeyeVL.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("version https://git-lfs.github.com/spec/v1", "not JSON .*Git LFS pointer"),
+        ('{"weight_map": {', "not JSON .*cut short"),
+        (b"\xff\xfe{\x00}\x00", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "one JSON object was expected, not list"),
+    ],
+)
+def test_a_broken_json_file_is_named(keye, tmp_path, name, content, said):
+    in_shards(keye, tmp_path)
+    content = content.encode() if isinstance(content, str) else content
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path / name}: {said}"):
+        KeyeVL.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])
+def test_an_index_of_nothing_is_named(keye, tmp_path, content):
+    in_shards(keye, tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{INDEX}: no weight_map"):
+        KeyeVL.from_pretrained(tmp_path)
+
+
 def test_a_shard_without_a_tensor_that_the_index_promises_is_named(keye, tmp_path):
     name, file = next(iter(in_shards(keye, tmp_path).items()))
     edit(tmp_path / file, lambda tensors: tensors.pop(name))
@@ -194,4 +487,12 @@ def test_models_with_different_tensors_have_no_average(keye, folder, tmp_path):
     keye.save_pretrained(other)
     edit(other / SINGLE, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(ValueError, match="has no model.norm.weight"):
+        average_weights([folder, other], KEYE_NAMES)
+
+
+def test_models_of_different_shapes_have_no_average(folder, keye, tmp_path):
+    other = tmp_path / "other"
+    keye.save_pretrained(other)
+    edit(other / SINGLE, lambda tensors: tensors.update({"model.norm.weight": torch.ones(1)}))
+    with pytest.raises(ValueError, match="model.norm.weight has another shape than in"):
         average_weights([folder, other], KEYE_NAMES)
