@@ -311,7 +311,10 @@ def drop_rights(machine):
 # What the code can import: once the lock is in force, nothing more can be loaded.
 MODULES = """
     _strptime collections copy datetime decimal fractions functools io itertools json math os
-    random re statistics string time
+    random re statistics string time unicodedata
+    encodings.ascii encodings.cp1252 encodings.latin_1 encodings.raw_unicode_escape
+    encodings.unicode_escape encodings.utf_16 encodings.utf_16_be encodings.utf_16_le
+    encodings.utf_32 encodings.utf_8_sig
     numpy numpy.fft numpy.linalg numpy.random
     PIL.Image PIL.ImageChops PIL.ImageDraw PIL.ImageEnhance PIL.ImageFile PIL.ImageFilter
     PIL.ImageFont PIL.ImageOps PIL.ImageStat
@@ -391,9 +394,9 @@ def execute(code, names):
     """-> the error that ended the code, with its line; None where there was none."""
     try:
         exec(compile(code, "code", "exec"), names)
-    except SystemExit:
-        return None
     except BaseException as error:  # KeyboardInterrupt or a class of its own is just its failure
+        if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+            return None  # exit() and exit(1) say nothing, exit("why") does
         where = ""
         for frame, line in traceback.walk_tb(error.__traceback__):
             if frame.f_code.co_filename == "code":

@@ -107,7 +107,7 @@ class Judge:
 def score_of(said, mark):
     """The score in {"id": mark, "score": S}, alone or in ```json, behind a judge's own thinking."""
     said = said.rpartition("</think>")[2].strip()
-    said = re.sub(r"^```(?:json)?\s*|\s*```$", "", said)
+    said = said.removeprefix("```json").removeprefix("```").removesuffix("```")
     fields = json.loads(said, object_pairs_hook=list)  # a dict would hide that a name comes twice
     reply = dict(fields)
     score = reply["score"]

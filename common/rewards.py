@@ -61,10 +61,7 @@ def reward(
     parsed = parse(completion, mode, finished)
     final = parsed.final or ""
     outcome, right = verify(final, meta)
-    kind = meta["verifier"]
-    words = kind in ("exact", "text")
-    undecided = words or (kind not in COORDINATES and read(final, meta) is None)
-    if judge and undecided and not right and 0 < len(final) < JUDGED:
+    if judge and not right and 0 < len(final) < JUDGED and undecided(final, meta):
         outcome = judge("outcome", question=question, reference=meta["answer"], candidate=final)
         right = None if outcome is None else float(outcome >= 0.5)
     follows = float(consistent(parsed, meta))
@@ -76,6 +73,12 @@ def reward(
     parts = Reward(outcome, right, form, follows, repetition(parsed.own), penalty, parsed)
     parts.total = total(parts)
     return parts
+
+
+def undecided(final, meta):
+    """Whether rules say nothing of a wrong answer: it is text, or names no readable value."""
+    kind = meta["verifier"]
+    return kind in ("exact", "text") or (kind not in COORDINATES and read(final, meta) is None)
 
 
 def total(parts: Reward) -> float | None:
@@ -359,6 +362,8 @@ def consistent(parsed: Parsed, meta: dict) -> bool:
             values = named(part, meta)
             if values:
                 return values[-1] == answer
+            if read(part, meta) == answer:  # 0, as "no circles" names it
+                return True
         return False
     if kind == "order":
         said = sequence(tail, meta)

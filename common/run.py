@@ -134,10 +134,11 @@ def previous_model(args, stage: str) -> Path:
 # the start of a run
 
 
-def start(args, stage: str) -> "Run":
+def start(args, stage: str, later=()) -> "Run":
     """Joins the processes, picks device, dtype and threads, and says them in one line.
 
-    Every generator is seeded alike on all ranks, so that fresh weights agree.
+    Every generator is seeded alike on all ranks, so that fresh weights agree. later: stages that
+    follow in this process. SystemExit where the folder of one of them cannot be written to.
     """
     device = pick_device(args)
     dtype = args.dtype
@@ -152,7 +153,7 @@ def start(args, stage: str) -> "Run":
     join_processes(device)
     seed_everything(args.seed)
 
-    run = Run(args, stage, device, DTYPES[dtype])
+    run = Run(args, stage, device, DTYPES[dtype], later)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peak = datasheet_peak(name) if dtype == "bf16" else None
     source = "datasheet" if peak else "measured"
@@ -226,6 +227,27 @@ def leave_processes():
     time.sleep(0.3)
 
 
+# What a run leaves in its folder.
+FILES = ("made.json", "built.json", "metrics.jsonl", "done.json", "score.json", "samples.md")
+FOLDERS = ("checkpoint", "data", "model")
+
+
+def make_folder(folder: Path, rank: int):
+    """Makes a run's folder and tries all that will be written there. OSError: it cannot be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in map(folder.joinpath, FOLDERS):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} is a file, and must be a folder")
+    for path in map(folder.joinpath, FILES):
+        if path.exists():
+            open(path, "r+").close()  # its text stays
+    trial = folder / f"trial-{rank}"
+    try:
+        trial.write_bytes(bytes(4096))  # ours: with less room there is not even a log
+    finally:
+        trial.unlink(missing_ok=True)
+
+
 def datasheet_peak(name: str) -> float | None:
     """FLOP/s in bf16 of a GPU by its name, None for one that is not listed."""
     return next((flops for card, flops in PEAKS.items() if card in name), None)
@@ -269,7 +291,7 @@ class Run:
     peak: FLOP/s of all ranks; totals: tokens, visual tokens, seconds so far; stop: 0 or a signal.
     """
 
-    def __init__(self, args, stage: str, device: torch.device, dtype: torch.dtype):
+    def __init__(self, args, stage: str, device: torch.device, dtype: torch.dtype, later=()):
         self.args = args
         self.stage = stage
         self.device = device
@@ -284,7 +306,7 @@ class Run:
         self.clock = time.perf_counter()
         self.stop = 0
         self.folder = Path(args.out) / args.size / stage
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.make_folders([self.folder, *[self.folder.with_name(name) for name in later]])
         if args.fresh:
             self.attempt(f"cannot clean {self.folder}", self.forget)
         self.catch_signals()
@@ -326,6 +348,18 @@ class Run:
 
     def barrier(self):
         self.gather_objects(None)
+
+    def make_folders(self, folders: list[Path]):
+        """make_folder on every rank; SystemExit on all where one cannot: later costs a training."""
+
+        def make():
+            for folder in folders:
+                make_folder(folder, self.rank)
+
+        try:
+            self.attempt(f"--out {self.args.out}", make)
+        except RuntimeError as e:
+            raise SystemExit(str(e)) from None
 
     def sum(self, x):
         """Sum over ranks of a number or a tensor (a new one)."""
@@ -419,8 +453,11 @@ class Run:
                 result = scorer()
                 if result:
                     self.write_json("score.json", result)
-            except Exception:
-                traceback.print_exc()
+            except (Exception, SystemExit) as e:
+                if isinstance(e, SystemExit):  # one line that says what is wrong with the data
+                    self.say(str(e))
+                else:
+                    traceback.print_exc()
                 self.say(
                     f"WARNING: {self.stage} is trained and saved, but scoring it failed (above); "
                     "the same command scores it again"

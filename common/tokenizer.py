@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer of Qwen and Keye, from vocab.json alone.
+"""The byte-level BPE tokenizer of Qwen and Keye, from its vocabulary alone.
 
     tokenizer = Tokenizer("vocab.json")
     ids = tokenizer.encode("What is this?")     # a list of ints
@@ -55,12 +55,54 @@ def byte_of_char() -> dict[str, int]:
     return dict(zip(map(chr, codes), printable + others))
 
 
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """vocab.json -> {token: rank}. ValueError naming the file when it is no whole vocabulary."""
+def vocab_file(folder: str | Path) -> Path:
+    """vocab.json of a model's folder, else its tokenizer.json. FileNotFoundError names both."""
+    for name in ("vocab.json", "tokenizer.json"):
+        if (Path(folder) / name).exists():
+            return Path(folder) / name
+    raise FileNotFoundError(f"{folder}: neither vocab.json nor tokenizer.json")
+
+
+def read_vocab(path: Path) -> dict[str, int]:
+    """vocab.json, or what a tokenizer.json holds of it: {token in byte-level characters: id}.
+
+    ValueError naming the file when it is no vocabulary, or one of another kind of tokenizer.
+    """
     try:
-        vocab = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+        vocab = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not a JSON vocabulary ({e})") from e
+    if isinstance(vocab, dict) and isinstance(vocab.get("model"), dict):
+        why = _unlike_qwens(vocab)
+        if why:
+            raise ValueError(f"{path}: {why}: not Qwen's tokenizer, the only one that is read")
+        return vocab["model"]["vocab"]
+    return vocab
+
+
+def _unlike_qwens(facts: dict) -> str | None:
+    """Whether a tokenizer.json cuts, merges or counts otherwise than Tokenizer, and in what."""
+    model = facts["model"]
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if model.get("type") != "BPE" or not isinstance(vocab, dict) or not isinstance(merges, list):
+        return "no BPE model with its vocab and merges"
+    ids = [vocab.get("".join(pair).replace(" ", ""), -1) for pair in merges]  # ["a", "b"] or "a b"
+    if -1 in ids or ids != sorted(ids):
+        return "its ids are not the ranks of its merges"
+    if json.dumps(PATTERN) not in json.dumps(facts.get("pre_tokenizer")):
+        return "its pre_tokenizer splits text by another pattern"
+    if facts.get("normalizer") != {"type": "NFC"}:
+        return "its normalizer is not NFC"
+    keyes = {token: i for i, token in enumerate(ADDED, len(vocab))}
+    for token in facts.get("added_tokens") or []:
+        if keyes.get(token["content"]) != token["id"]:
+            return f"its added token {token['content']} has the id {token['id']}"
+    return None
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """A file of a vocabulary -> {token: rank}. ValueError names it when that is not whole."""
+    vocab = read_vocab(path)
     if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
         raise ValueError(f"{path}: expected one object of token text -> integer id")
     wrong = set(vocab.values()) ^ set(range(len(vocab)))

@@ -1,8 +1,9 @@
 """SigLIP's text tokenizer, for stage 0 from released weights: the likeliest split into pieces."""
 
-import json
 import string
 from pathlib import Path
+
+from common.weights import read_json
 
 END = 1  # </s>, also the padding
 DROPPED = str.maketrans("", "", string.punctuation)
@@ -12,9 +13,9 @@ class Unigram:
     """Reads SigLIP's tokenizer.json. Call it with a caption; returns `context` ids."""
 
     def __init__(self, path: Path, context: int):
-        model = json.loads(path.read_text())["model"]
-        if model["type"] != "Unigram":
-            raise ValueError(f"{path}: a Unigram model was expected, not {model['type']}")
+        model = read_json(path).get("model") or {}
+        if model.get("type") != "Unigram":
+            raise ValueError(f"{path}: a Unigram model was expected, not {model.get('type')}")
         self.context = context
         self.pieces = {piece: (score, i) for i, (piece, score) in enumerate(model["vocab"])}
         self.longest = max(map(len, self.pieces))

@@ -141,6 +141,23 @@ def test_python_errors_are_short_and_name_the_line(python):
     assert success("import sys; print(1); sys.exit(3)").text == "1"
 
 
+def test_python_shows_what_an_exit_says(python):
+    said = failure("import sys\nsys.exit('no <cross>')")
+    assert said == "error: line 2: SystemExit: no ‹cross>"
+    assert failure("raise SystemExit(['a'])") == "error: line 1: SystemExit: ['a']"
+    assert "nothing was shown" in failure("raise SystemExit")
+
+
+def test_python_reads_names_and_text_beyond_ascii(python):
+    assert success("größe = 3\nprint(größe)").text == "3"
+    assert success("数 = 2\nﬁ = 1\nprint(数 * 2, fi)").text == "4 1"  # NFKC, as Python has it
+    assert success("print('\\N{BULLET}', ascii('é'))").text == "• '\\xe9'"
+    assert success("import unicodedata as u; print(u.name('é'))").text.endswith("WITH ACUTE")
+    code = """for name in ("ascii", "latin-1", "cp1252", "utf-8-sig", "utf-16", "utf-16-le", "u32"):
+    print("a".encode(name).decode(name), end="")"""
+    assert success(code).text == "a" * 7
+
+
 # -- attempts that get through in an interpreter which is not confined
 
 EACH = """

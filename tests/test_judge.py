@@ -120,6 +120,13 @@ NO_VERDICTS = {
     "no score": lambda mark: f'{{"id": "{mark}"}}',
     "no score but two fields": lambda mark: f'{{"id": "{mark}", "value": 1}}',
     "an id that is an object": lambda mark: '{"id": {"a": 1}, "score": 1}',
+    "endless spaces": lambda mark: "{" + " " * 500_000 + verdict(mark, 1),
+    "endless fences": lambda mark: "``` " * 100_000 + verdict(mark, 1),
+    "a tiny minus": lambda mark: f'{{"id": "{mark}", "score": -1e-300}}',
+    "a nested score": lambda mark: verdict(mark, [[1]]),
+    "a nested id": lambda mark: verdict([mark], 1),
+    "surrogates": lambda mark: verdict("\ud800" + mark, 1),
+    "a surrogate alone": lambda mark: "\ud800\0",
     "endless digits": lambda mark: f'{{"id": "{mark}", "score": 1{"0" * 5000}}}',
     "status 500": lambda mark: (500, b"{}"),
     "status 404": lambda mark: (404, b"no"),
@@ -170,6 +177,14 @@ def test_a_judge_that_is_down_is_rarely_asked(server):
     for i in range(100):
         judge("outcome", candidate=f"after {i}")
     assert before < judge.asked < before + 40  # about ten, one try each
+
+
+def test_any_text_can_be_judged(server):
+    """Lone surrogates and control characters of a candidate reach the judge as they are."""
+    server.say = lambda mark, data: verdict(mark, int(data["candidate"] == odd))
+    odd = "\ud800\0\x1b \udfff"
+    assert server.judge()("outcome", candidate=odd) == 1
+    assert reward(odd + " x", TEXT, "no_think", judge=server.judge()).total == 0
 
 
 def test_judge_timeouts(server):
@@ -238,7 +253,7 @@ def test_judge_is_not_asked_where_rules_decide(server):
 def test_judge_is_asked_where_rules_do_not_decide(server):
     server.say = lambda mark, data: verdict(mark, 1)
     judge = server.judge()
-    r = reward("five", NUMBER, "no_think", question="q", judge=judge)
+    r = reward("a handful", NUMBER, "no_think", question="q", judge=judge)
     # same scale as the rule's
     assert r.outcome == r.right == 1 and r.total == 1.5 and len(server.seen) == 1
     r = reward("a star below a red cross", TEXT, "no_think", question="q", judge=judge)

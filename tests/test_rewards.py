@@ -228,6 +228,17 @@ HARD = [
     "\\boxed{" * 20000,
     "<|clip_time_start|>" * 1000 + "<|clip_time_end|>",
     "{" * 20000,
+    "<|box_start|>" * 1500 + "<|box_end|>",
+    "<|object_ref_start|>" * 900,
+    '{"bbox_2d": [1, 1, 2, 2]}, ' * 700,
+    "(1,1),(2,2)," * 1600,
+    "one " * 4999 + "or",
+    "twenty-" * 2800,
+    "two hundred and " * 1200,
+    "三个" * 9999,
+    "1 234 " * 3300,
+    "b, or " * 3300,
+    "so 5 (3 red, " * 1500,
 ]
 METAS = [
     LETTER,

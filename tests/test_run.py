@@ -1,5 +1,6 @@
 """common/run.py: flags, devices, the run's folder, what counts as done, the log, signals."""
 
+import errno
 import json
 import os
 import random
@@ -351,6 +352,75 @@ def test_another_start_is_refused_by_name_unless_the_run_is_fresh(tmp_path):
     run.made_from(init=tmp_path / "b")
     with pytest.raises(SystemExit):
         run.made_from(init=tmp_path / "a")
+
+
+# ----------------------------------------------------------------------------------------------
+# the folder
+
+
+def in_the_way(out, what: str):
+    """out with something where a run wants a folder or a file of its own."""
+    folder = out / "toy" / "small"
+    if what == "out":
+        out.touch()
+    elif what == "stage":
+        folder.parent.mkdir(parents=True)
+        folder.touch()
+    elif "." in what:
+        (folder / what).mkdir(parents=True)
+    else:
+        folder.mkdir(parents=True)
+        (folder / what).touch()
+
+
+@pytest.mark.parametrize("what", ["out", "stage", "model", "checkpoint", "metrics.jsonl"])
+def test_a_folder_that_cannot_be_used_is_refused_at_the_start(tmp_path, what):
+    in_the_way(tmp_path / "o", what)
+    with pytest.raises(SystemExit) as refusal:
+        begin(tmp_path / "o")
+    line = str(refusal.value)
+    assert line.startswith(f"--out {tmp_path / 'o'}: rank 0: ") and "\n" not in line
+    assert str(folder_of(tmp_path / "o")) in line
+
+
+def test_folders_of_later_stages_are_made_at_the_start(tmp_path):
+    args = parse("--out", str(tmp_path), "--device", "cpu", "--threads", "1")
+    start(args, "small", later=["next"]).close()
+    assert (tmp_path / "toy" / "next").is_dir() and not list(folder_of(tmp_path).iterdir())
+    (tmp_path / "toy" / "last").touch()
+    with pytest.raises(SystemExit, match="toy/last"):
+        start(args, "small", later=["next", "last"])
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+def test_a_folder_without_right_or_room_is_refused(tmp_path, monkeypatch, number):
+    def refuse(path, data):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_module.Path, "write_bytes", refuse)
+    with pytest.raises(SystemExit, match=os.strerror(number)):
+        begin(tmp_path)
+
+
+def test_all_ranks_refuse_alike(tmp_path):
+    in_the_way(tmp_path / "o", "stage")
+    said = run_stage(tmp_path / "o", ranks=2, code=1)
+    assert said.count(f"--out {tmp_path / 'o'}: rank 0: ") == 2 and "Traceback" not in said
+
+
+def test_odd_texts_survive_all_that_a_run_writes(tmp_path, capfd):
+    odd = "\ud800\0\x1b\u2028 数"
+    run, _, _ = begin(tmp_path)
+    run.say(odd)
+    run.write({"said": odd})
+    run.made_from(said=odd)
+    run.score(lambda: {"said": odd})
+    run.totals["said"] = odd
+    run.mark_trained()
+    assert metrics(tmp_path) == [{"said": odd}]
+    for name in ("made.json", "score.json", "done.json"):
+        assert json.loads((run.folder / name).read_text())["said"] == odd
+    assert "数" in capfd.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------

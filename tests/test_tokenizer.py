@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.tokenizer import ADDED, CONTROL, PATTERN, Tokenizer, byte_of_char
+from common.tokenizer import ADDED, CONTROL, PATTERN, Tokenizer, byte_of_char, vocab_file
 
 OFFICIAL = os.environ.get("KEYE_OFFICIAL")
 MIXED = [
@@ -155,6 +155,33 @@ def test_decode(tokenizer):
             tokenizer.decode([5, wrong])
 
 
+BLANKS = [" ", "\t", "\n", "\r\n", " \n", "\t ", "\u3000", "\xa0\n ", "\x1c ", "\x85\u2028"]
+
+
+def test_runs_of_blanks_have_the_ids_of_the_tokenizers_library(vocab):
+    ours, reference = Tokenizer(vocab), reference_tokenizer(vocab)
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(BLANKS, k=rng.randint(1, 60))) for _ in range(200)]
+    texts += [blank * 7 + end for blank in BLANKS for end in ("", "a", "1", ".", "\n", " a")]
+    texts += [(blank * 60_000)[:60_000] + end for blank in BLANKS for end in ("", "a")]
+    texts.append("".join(rng.choices(BLANKS, k=30_000)))
+    for text in texts:
+        assert ours.encode(text) == reference.encode(text).ids, repr(text[-10:])
+
+
+@pytest.mark.parametrize("text, kept", [
+    ("\ud800", "\ufffd"),
+    ("a\udfff b", "a\ufffd b"),
+    ("\udc00\ud800\ud800x", "\ufffd\ufffd\ufffdx"),
+    ("\ud83d\ude00", "\U0001f600"),  # two halves of one character
+    ("\0\x1b[2J\x7f\x85", "\0\x1b[2J\x7f\x85"),
+])
+def test_any_text_becomes_ids(tokenizer, text, kept):
+    for added in (False, True):
+        ids = tokenizer.encode(text, added)
+        assert tokenizer.decode(ids) == kept and ids == tokenizer.encode(kept, added)
+
+
 def test_a_million_spaces_do_not_kill_the_process(tokenizer):
     ids = tokenizer.encode("a" + " " * 1_000_000 + "b")
     assert 0 < len(ids) < 100_000
@@ -210,3 +237,72 @@ def test_a_file_that_is_no_vocabulary_is_named(tmp_path, text):
     (tmp_path / "v.json").write_text(text)
     with pytest.raises(ValueError, match="v.json: "):
         Tokenizer(tmp_path / "v.json")
+
+
+# -- tokenizer.json of Hugging Face ----------------------------------------------------------------
+
+
+def as_tokenizer_json(vocab, folder, change=None):
+    facts = json.loads(reference_tokenizer(vocab).to_str())
+    if change:
+        change(facts)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    return path
+
+
+def older_merges(facts):  # "a b" for ["a", "b"]
+    facts["model"]["merges"] = [" ".join(pair) for pair in facts["model"]["merges"]]
+
+
+def fewer_added(facts):  # Qwen3 has the first 26 of Keye's
+    del facts["added_tokens"][26:]
+
+
+@pytest.mark.parametrize("change", [None, older_merges, fewer_added])
+def test_a_tokenizer_json_gives_the_same_ids(vocab, tmp_path, change):
+    path = as_tokenizer_json(vocab, tmp_path, change)
+    assert vocab_file(tmp_path) == path
+    ours, theirs = Tokenizer(path), Tokenizer(vocab)
+    assert ours.special == theirs.special
+    for text in MIXED:
+        assert ours.encode(text) == theirs.encode(text)
+
+
+def swap_merges(facts):
+    merges = facts["model"]["merges"]
+    merges[0], merges[-1] = merges[-1], merges[0]
+
+
+def unigram(facts):
+    facts["model"]["type"] = "Unigram"
+
+
+def by_three_digits(facts):
+    split = facts["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+    split["Regex"] = split["Regex"].replace(r"\p{N}", r"\p{N}{1,3}", 1)
+
+
+def no_normalizer(facts):
+    facts["normalizer"] = None
+
+
+def another_added(facts):
+    facts["added_tokens"][24]["content"] = "<reason>"
+
+
+@pytest.mark.parametrize("change, said", [
+    (unigram, "no BPE model"), (swap_merges, "ids are not the ranks of its merges"),
+    (by_three_digits, "pre_tokenizer"), (no_normalizer, "normalizer is not NFC"),
+    (another_added, "added token <reason>"),
+])
+def test_another_kind_of_tokenizer_json_is_refused(vocab, tmp_path, change, said):
+    path = as_tokenizer_json(vocab, tmp_path, change)
+    with pytest.raises(ValueError, match=f"{path}: .*{said}.*: not Qwen's tokenizer"):
+        Tokenizer(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_vocabulary(vocab, tmp_path):
+    path = tmp_path / "vocab.json"
+    path.write_bytes(b"\xef\xbb\xbf" + vocab.read_bytes())
+    assert Tokenizer(path).encode("Hello") == Tokenizer(vocab).encode("Hello")

@@ -37,8 +37,13 @@ CASES = [
         + ["10/2", "\\frac{10}{2}", "4 2/2", "0.5e1", "0.5 × 10^1", "2 + 3 = 5", "x \\approx 5"]
         + ["Answer: 5", "The answer is 5 because 2 and 3 are there.", "There are 5; yes, 5."]
         + ["The answer to 2 + 3 is 5.", "The answer is 4. No, the answer is 5."]
-        + ["not 4 but 5", "It isn't 4: 5"],
-        ["", "five", "5 or 6", "55", "-5", "−5", "5-6", "5 - 6", "15", "5^2", "5²", "5½", "5,5"]
+        + ["not 4 but 5", "It isn't 4: 5", "five", "Five.", "There are five circles.", "五个"]
+        + ["5 (3 red and 2 blue)", "3 red and 2 blue, so 5 objects.", "5 rather than 6"]
+        + ["3 red, 2 blue: a total of five", "5 (five)", "There are 5 circles and no squares."],
+        ["", "5 or 6", "five or 6", "five or six", "5 (or 6)", "fifty-five", "five-sided", "五角星"]
+        + ["two fifths", "5th", "fifth", "5x", "第五个", "四五个", "十五", "5 million", "五万", "5k"]
+        + ["three circles and two squares", "4 so far, or 5", "minus five", "负五"]
+        + [ "55", "-5", "−5", "5-6", "5 - 6", "15", "5^2", "5²", "5½", "5,5"]
         + ["\\frac{5}{\\sqrt{2}}", "5\\pi", "nan", "inf", "5.5.5", "5/2/1", "5:5:1", "A5", "5/0"]
         + ["not 5", "It is not 5.", "x = 4 or x = 5", "The answer is not 5.", "The answer is 4."]
         + ["1e999", "5e99999", "9" * 400, "9" * 5000, "5/" + "9" * 5000, "5" + " " * 20000]
@@ -47,9 +52,35 @@ CASES = [
     (
         meta("number", "1234.5"),
         ["1,234.5", "$1{,}234.50", "1\\,234.5", "1234½", "2469/2", "1.2345e3"]
-        + ["1.2345 \\times 10^{3}"],
-        ["1.234,5", "1,23,4.5", "12,34.5", "1 234.5"],
+        + ["1.2345 \\times 10^{3}", "1 234.5", "1\u202f234.5 km"],
+        ["1.234,5", "1,23,4.5", "12,34.5", "1 23 4.5", "1 2345"],
     ),
+    (
+        meta("number", "21"),
+        ["twenty-one", "Twenty one", "二十一", "一共二十一个", "2,1 - no: 21"],
+        ["twenty", "twenty-first", "one", "twenty, one", "二十", "twenty one thousand"],
+    ),
+    (
+        meta("number", "1"),
+        ["one", "Only one.", "There is one circle.", "一", "有一个圆形", "one, not two"],
+        ["the red one", "No one can say.", "one or two", "统一", "一样", "two, one of them red"],
+    ),
+    (
+        meta("number", "0"),
+        ["zero", "none", "None.", "There are no circles.", "No circles", "I don't see any circles."]
+        + ["零", "没有圆形。", "Nobody", "There are not any."],
+        ["no", "No.", "I have no idea.", "There is no way to tell.", "no more than 3", "nothing"]
+        + ["I don't have any information", "没有答案", "no other", "no, there are 3"],
+    ),
+    (meta("number", "12"), ["A dozen.", "12", "one dozen"], ["about a dozen circles", "two dozen"]),
+    (meta("number", "24"), ["two dozen", "2 dozen"], ["a dozen", "dozens"]),
+    (
+        meta("number", "2000000"),
+        ["2 million", "two million", "2,000,000", "2 000 000", "200万", "两百万"],
+        ["2", "two", "2 billion", "a million"],
+    ),
+    (meta("number", "1500"), ["1.5k", "1.5 thousand", "one thousand five hundred"], ["1.5 km"]),
+    (meta("number", "2.5"), ["two point five", "two and a half", "5/2", "\\frac52"], ["2", "half"]),
     (
         meta("number", "-2.5"),
         ["-2.5", "−2.50", "-5/2", "-\\frac{5}{2}", "-2 1/2", "-$2.5"],
@@ -67,15 +98,26 @@ CASES = [
         ["B", "b", "(B)", "[B]", "B)", "B.", "**B**", "\\text{B}", "B. dog", "(B) dog", "So, B."]
         + ["Answer: B", "The answer is B because A is too small.", "option b", "B is correct."]
         + ["The correct option is (B).", "答案是B。", "答案：（B）"]
-        + ["dog", "The dog.", "It shows a dog: B", "B, not A", "It is not A. The answer is B."],
+        + ["dog", "The dog.", "It shows a dog: B", "B, not A", "It is not A. The answer is B."]
+        + ["It is not A. It is B.", "I think B", "B because it barks", "B - it barks", "It's B!"]
+        + ["I would choose option B", "A is wrong, B is right.", "B rather than C", "B\nIt barks."]
+        + ["(b)", "b) It barks.", "b, because it barks", "I'd go with b.", "选B", "B选项", "我选择B"]
+        + ["Option B is the answer.", "C isn't correct; B is"],
         ["", "A", "A or B", "A, B", "A/B", "A B", "B or C", "B. cat", "AB", "Be", "E", "7"]
         + ["not B", "It is not a dog", "neither B nor C", "cat and dog", "A dog and a cat"]
-        + ["Plan B will show it", "dogs", "the hotdog", "BECAUSE", "(A)(B)", "B?A"],
+        + ["Plan B will show it", "dogs", "the hotdog", "BECAUSE", "(A)(B)", "B?A"]
+        + ["b or c", "b, or c", "a, b", "(a) or (b)", "B is wrong", "vitamin b is shown", "B-rated"]
+        + ["the picture(s) of b", "I think B or C", "It is B and C"],
+    ),
+    (
+        LETTER | {"choices": ["A. cat", "B. dog", "C. bird", "D. fish"]},
+        ["B", "dog", "B. dog", "b. dog", "(B)", "The dog."],
+        ["A. cat", "cat", "B. cat", "hotdog"],
     ),
     (
         meta("choice", "A", choices=list("ABCD")),
         ["A", "(a)", "a", "A.", "option a", "Answer: A", "A is right"],
-        ["A cat is here", "It is a.", "The answer is A or B", "I"]
+        ["A cat is here", "It is a.", "The answer is A or B", "I", "I choose a cat", "so a cat"]
         + ["the option a person takes", "An option: a cat"],
     ),
     (
@@ -123,9 +165,10 @@ CASES = [
     ),
     (
         meta("yesno", "no"),
-        ["no", "No, it is not.", "No dog is there.", "it is no", "否", "False"],
+        ["no", "No, it is not.", "No dog is there.", "it is no", "否", "False", "There is no dog."]
+        + ["There are no dogs in it", "不，没有狗"],
         ["yes", "I do not know", "Nothing", "know", "snow", "none", "not"]
-        + ["I have no doubt that it is so"],
+        + ["I have no doubt that it is so", "There is no doubt.", "No, but yes in another sense"],
     ),
     (
         meta("order", "2 1 3"),
@@ -135,8 +178,8 @@ CASES = [
     ),
     (
         meta("order", "cat dog"),
-        ["cat, dog", "Cat dog", "cat → dog"],
-        ["dog cat", "cat", "catdog"],
+        ["cat, dog", "Cat dog", "cat → dog", "1. cat\n2. dog", "1) cat\n2) dog", "cat, then dog"],
+        ["dog cat", "cat", "catdog", "1. dog\n2. cat", "cat, bird, dog"],
     ),
     (meta("exact", "Ab"), ["Ab", " Ab. "], ["ab", "A b", "The answer is Ab"]),
     (
@@ -202,6 +245,7 @@ def test_a_wrong_truth_is_an_error_and_a_wrong_answer_is_none():
     for m in (
         meta("mood", "good"),
         meta("number", "many"),
+        meta("number", "None"),  # what an empty cell became
         meta("yesno", "maybe"),
         meta("box", "here"),
         meta("interval", "[2, 1]"),
@@ -241,6 +285,61 @@ def test_boxes():
         json.dumps([[0, 0, 100, 100]] * 101),
     ):
         assert verify(BOX.format(text), one) == (0, 0) and verify(text, one) == (0, 0)
+
+
+def test_boxes_as_other_models_write_them():
+    """JSON of Qwen's, in a fence or not, and rows in a sentence: read, but no score."""
+    one = meta("box", "[[10, 20, 300, 400]]")
+    two = meta("box", "[[10, 20, 300, 400], [500, 500, 600, 600]]")
+    first, second = '{"bbox_2d": [10, 20, 300, 400], "label": "a [1]"}', "[500, 500, 600, 600]"
+    for text in (
+        first,
+        f"[{first}]",
+        f"```json\n[\n\t{first}\n]\n```",
+        f"Here it is:\n```json\n[{first}]\n```\nIt is red.",
+        "```[10, 20, 300, 400]```",
+        '{"label": "cat", "bbox": [10, 20, 300, 400]}',
+        "The box is [10, 20, 300, 400].",
+        "(10,20),(300,400)",
+        "It spans (10, 20, 300, 400)",
+    ):
+        assert verify(text, one) == (1, 1) and score(text, one) == 0, text
+        assert verify(text, two) == (0.5, 0), text
+    for text in (
+        f'[{first}, {{"bbox_2d": {second}}}]',
+        f'{first}\n{{"bbox_2d": {second}}}',
+        f"[10, 20, 300, 400] and {second}",
+    ):
+        assert right(text, two) == 1 and right(text, one) == 0, text
+    for text in (
+        '[{"point_2d": [10, 20]}]',
+        '[{"bbox_2d": [10, 20, 300]}]',
+        '[{"bbox_2d": ["10", 20, 300, 400]}]',
+        '[{"bbox_2d": [10, 20, 300, NaN]}]',
+        '[{"label": "cat"}]',
+        "[10, 20, 300, 400], [5, 6]",
+        "[1.2.3, 20, 300, 400]",
+        "10, 20, 300, 400",
+        '{"bbox_2d": ' * 9000,
+    ):
+        assert verify(text, one) == (0, 0), text
+    assert right("```json\n[]\n```", meta("box", "[]")) == 1 and right("{}", meta("box", "[]")) == 0
+
+
+def test_points_as_other_models_write_them():
+    m = meta("point", "[[500, 500]]")
+    for text in ('[{"point_2d": [505, 495], "label": "x"}]', "It is at (500, 500).", "[500, 500]"):
+        assert right(text, m) == 1 and score(text, m) == 0
+    for text in ('{"point_2d": [1, 1]}', "(500, 500) or (1, 1)", "500, 500", '{"bbox_2d": [5, 5]}'):
+        assert right(text, m) == 0
+
+
+def test_a_runaway_edit_distance_is_counted():
+    """Python's own table of 20,000 by 20,000 cells would take minutes."""
+    assert edit_distance("ab" * 10_000, "ba" * 10_000) == 2
+    assert edit_distance("a" * 20_000, "b" * 15_000) == 20_000
+    assert verify("x" * 20_000, meta("text", "y" * 20_000)) == (0, 0)
+    assert grade("ab" * 20_000, meta("text", "ba" * 20_000)) == 2 / 40_000
 
 
 def test_matching_is_the_best_one():
