@@ -19,12 +19,13 @@ with M pictures and clips of N patches in all is a dict of tensors:
 A batch is its samples end to end, and segments (S+1,) int32, where each of the S samples starts.
 """
 
+import argparse
 import bisect
 import json
 import math
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,8 +35,10 @@ from einops import rearrange
 from PIL import Image
 
 from common.conversation import check_conversation
-from common.media import PIXEL_LIMIT, Clip, MediaError, load_picture
-from common.tokenizer import Tokenizer
+from common.jsonl import replacing
+from common.media import PIXEL_LIMIT, Clip, MediaError, load_picture, reading
+from common.tokenizer import Tokenizer, read_vocab, vocab_file
+from common.weights import read_json
 
 PATCH = 14  # pixels, the side of a patch
 TOKEN = 28  # pixels, the side of a visual token
@@ -46,7 +49,7 @@ SYSTEM = "You are a helpful assistant."  # what Keye's template says where no sy
 
 
 @lru_cache(4096)  # a data set has few sizes, and each is asked for several times
-def smart_resize(height: int, width: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
+def smart_resize(height: float, width: float, min_tokens: float, max_tokens: float) -> tuple:
     """The size in pixels, (height, width), at which a picture is shown to the model.
 
     Keye's released rule: sides are multiples of 28 pixels, the area is min_tokens to max_tokens,
@@ -59,7 +62,8 @@ def smart_resize(height: int, width: int, min_tokens: int, max_tokens: int) -> t
         shrink = math.sqrt(height * width / (max_tokens * TOKEN**2))
         # ours: at most max_tokens; the released rule lets a strip of one row be longer
         rows, columns = (
-            min(max(1, math.floor(side / shrink / TOKEN)), max_tokens) for side in (height, width)
+            min(max(1, math.floor(side / shrink / TOKEN)), math.floor(max_tokens))
+            for side in (height, width)
         )
     elif rows * columns < min_tokens:
         grow = math.sqrt(min_tokens * TOKEN**2 / (height * width))
@@ -114,7 +118,21 @@ class Text:
 
 @dataclass
 class Medium:
-    """A picture or clip, as the keys of its item in the conversation or its header describe it."""
+    """A picture or clip, as the keys of its item in the conversation or its header describe it.
+
+    Besides their size the item's keys say, with the meaning of keye-vl-utils and instead of the
+    processor's budgets, what is taken of it:
+
+    min_pixels, max_pixels           of the picture, or of each frame
+    resized_height, resized_width    its size, in pixels, rounded to multiples of 28
+    video_start, video_end           seconds of the clip: the cut that is shown
+    fps, or nframes                  of the cut; nframes are spread evenly over it
+    min_frames, max_frames           how many an fps may lead to
+    total_pixels                     of all frames; then there are smaller ones, and then fewer
+
+    A clip never takes more than its total, nor more frames than there are. Keys that contradict
+    each other are a MediaError.
+    """
 
     kind: str  # "image" or "video"
     source: object  # a path, a picture, or a list of these: the frames of a clip
@@ -126,10 +144,18 @@ class Medium:
     width: float | None
     seconds: float | None
     frames: int  # of a clip's source; 0: not known
-    fps: float  # wanted of a clip; 0: as the cap allows
+    fps: float  # wanted of a clip, or that of a list of frames; 0: as the cap allows
+    keys: dict  # of the item
+    start: float = 0.0  # seconds of the clip that the cut leaves out
+
+    @property
+    def name(self) -> str:
+        return str(self.source) if isinstance(self.source, (str, Path)) else "<memory>"
 
     def read_header(self):
         """Fills in what is not known."""
+        self._check_keys()
+        self._take_budgets()
         known = self.height and self.width
         if self.kind == "image":
             if not known:
@@ -138,19 +164,71 @@ class Medium:
             if not self.source:
                 raise MediaError("<frames>", "empty")
             self.fps = self.fps or 2.0
-            self.frames = len(self.source)
-            self.seconds = self.frames / self.fps
+            self._cut(len(self.source) / self.fps, len(self.source))
             self._measure(self.source[0])
-        elif not (known and self.seconds):
+        elif known and self.seconds:
+            self._cut(self.seconds, self.frames)
+        else:
             with Clip(self.source, **self.limits) as clip:
                 self._describe(clip)
+
+    def _refuse(self, detail):
+        raise MediaError(self.name, "bad_keys", detail)
+
+    def _check_keys(self):
+        keys = self.keys
+        for key in OF_CLIPS & set(keys):
+            if self.kind == "image":
+                self._refuse(f"{key} is of clips, this is a picture")
+            if key.endswith("frames") and keys[key] != int(keys[key]):
+                self._refuse(f"{key} is {keys[key]}, not a whole number")
+        if ("resized_height" in keys) != ("resized_width" in keys):
+            self._refuse("resized_height and resized_width stand together")
+        if "nframes" in keys and self.fps and not isinstance(self.source, (list, tuple)):
+            self._refuse("nframes and fps: either of them")
+        for low, high in ORDERED:
+            if low in keys and high in keys and keys[low] > keys[high]:
+                self._refuse(f"{low} is {keys[low]}, above {high}, {keys[high]}")
+
+    def _take_budgets(self):
+        """Of the item's keys those in pixels, as tokens, which need not be whole."""
+        keys = self.keys
+        if "resized_height" in keys:
+            sides = keys["resized_height"], keys["resized_width"]
+            self.high = math.prod(max(1, round(side / TOKEN)) for side in sides)
+            # A clip has fewer frames instead where these take too much.
+            self.low = self.high if self.kind == "video" else min(self.low, self.high)
+        else:
+            low, high = (keys.get(key, 0) / TOKEN**2 for key in ("min_pixels", "max_pixels"))
+            self.high = max(1, high) if high else max(self.high, low)
+            self.low = low or min(self.low, self.high)
+        if self.kind == "image":
+            self.cap = math.ceil(self.high)
+        elif "total_pixels" in keys:
+            self.cap = int(keys["total_pixels"] / TOKEN**2)
+
+    def _cut(self, seconds, frames):
+        """Sets seconds and frames to what video_start and video_end leave of a clip."""
+        self.start = self.keys.get("video_start", 0.0)
+        end = min(self.keys.get("video_end", seconds), seconds)
+        if self.start >= end:
+            self._refuse(f"video_start is {self.start}, not before the end at {end:.3f} s")
+        self.seconds = end - self.start
+        self.frames = max(1, round(frames * self.seconds / seconds)) if frames else 0
+        if frames and self.keys.get("nframes", 0) > self.frames:
+            self._refuse(f"nframes is {self.keys['nframes']}, of {self.frames} frames")
+
+    def _resized(self, low, high):
+        height = self.keys.get("resized_height", self.height)
+        width = self.keys.get("resized_width", self.width)
+        return smart_resize(height, width, low, high)
 
     def _measure(self, picture):
         self.height, self.width = load_picture(picture, **self.limits, header_only=True)
 
     def _describe(self, clip):
         self.height, self.width = clip.height, clip.width
-        self.seconds, self.frames = clip.duration, len(clip.times)
+        self._cut(clip.duration, len(clip.times))
 
     def plan(self) -> tuple[tuple, float | None]:
         """Its form under the cap: (grid (t, h, w) in patches, fps or for a picture None).
@@ -161,27 +239,31 @@ class Medium:
         try:
             n, fps = self._pace() if self.kind == "video" else (1, None)
             high = max(self.low, min(self.high, self.cap // n))
-            height, width = smart_resize(self.height, self.width, self.low, high)
-        except ValueError as e:
-            name = self.source if isinstance(self.source, str) else "<memory>"
-            raise MediaError(name, "aspect", e) from e
+            height, width = self._resized(self.low, high)
+        except (ValueError, ArithmeticError) as e:
+            raise MediaError(self.name, "aspect", e) from e
         return (n, height // PATCH, width // PATCH), fps
 
     def _pace(self):
         """-> (frames to take, their fps)."""
         # The least that a frame takes: a small one is enlarged to `low` tokens, and rounded up.
-        height, width = smart_resize(self.height, self.width, self.low, self.low)
-        most = max(1, self.cap // max(self.low, height * width // TOKEN**2))
+        height, width = self._resized(self.low, self.low)
+        most = max(1, int(self.cap // max(self.low, height * width // TOKEN**2)))
         if self.frames:
             most = min(most, self.frames)
-        # ours: the highest of 2, 1 and 0.5 fps at which every frame still gets its least tokens.
-        for fps in (self.fps,) if self.fps else (2.0, 1.0, 0.5):
-            n = max(1, round(self.seconds * fps))
-            if n <= most:
-                return n, float(fps)
+        most = min(most, int(self.keys.get("max_frames", most)))
+        least = min(most, int(self.keys.get("min_frames", 1)))
+        n = int(self.keys.get("nframes", 0))
+        if not n:
+            # ours: the highest of 2, 1 and 0.5 fps at which every frame gets its least tokens.
+            for fps in (self.fps,) if self.fps else (2.0, 1.0, 0.5):
+                n = max(1, round(self.seconds * fps))
+                if least <= n <= most:
+                    return n, float(fps)
         # Else as many frames as there may be, evenly spread, with their true fps: positions count
         # seconds, whatever frames were taken.
-        return most, most / self.seconds
+        n = min(max(n, least), most)
+        return n, n / self.seconds
 
     @property
     def tokens(self) -> int:
@@ -193,19 +275,21 @@ class Medium:
 
         Its size is corrected to what the file really has, and planned anew.
         """
-        with ExitStack() as stack:
+        with ExitStack() as stack, reading(self.name):
             if self.kind == "image":
                 fps = None
                 frames = [load_picture(self.source, **self.limits)]
             elif isinstance(self.source, (list, tuple)):
                 (n, _, _), fps = self.plan()
-                chosen = [self.source[k * len(self.source) // n] for k in range(n)]
+                first = round(self.start * self.fps)
+                chosen = [self.source[first + k * self.frames // n] for k in range(n)]
                 frames = (load_picture(frame, **self.limits) for frame in chosen)
             else:
                 clip = stack.enter_context(Clip(self.source, **self.limits))
                 self._describe(clip)
                 (n, _, _), fps = self.plan()
-                frames = map(Image.fromarray, clip.frames([k / fps for k in range(n)]))
+                seconds = [self.start + k / fps for k in range(n)]
+                frames = map(Image.fromarray, clip.frames(seconds))
             # Each frame is resized before the next one is decoded: at full size they would fill
             # the memory. All take the size of the first, which unlike its header is upright.
             pixels = []
@@ -216,7 +300,19 @@ class Medium:
                 if frame.size != (w * PATCH, h * PATCH):
                     frame = frame.resize((w * PATCH, h * PATCH), Image.Resampling.BICUBIC)
                 pixels.append(np.asarray(frame))
-        return patchify(np.stack(pixels)), (len(pixels), h, w), fps
+            return patchify(np.stack(pixels)), (len(pixels), h, w), fps
+
+
+# Keys of a clip's item alone, and pairs of keys of which the first may not be the larger.
+OF_CLIPS = {"video_start", "video_end", "nframes", "min_frames", "max_frames", "total_pixels"}
+ORDERED = [
+    ("min_frames", "max_frames"),
+    ("min_frames", "nframes"),
+    ("nframes", "max_frames"),
+    ("min_pixels", "max_pixels"),
+    ("min_pixels", "total_pixels"),
+    ("video_start", "video_end"),
+]
 
 
 @dataclass
@@ -405,6 +501,7 @@ class Processor:
             seconds=item.get("duration"),
             frames=round(item.get("duration", 0) * item.get("fps_source", 0)),
             fps=item.get("fps", 0),
+            keys=item,
         )
         if kind == "video":
             medium.low, medium.high = self.frame_min, self.frame_max
@@ -485,36 +582,32 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes) -> "Processor":
-        """From a folder with vocab.json and preprocessor_config.json, ours or Keye's.
+        """From a folder with vocab.json or tokenizer.json, and preprocessor_config.json, ours or
+        Keye's.
 
-        Keye's file caps pictures at 1,280 tokens: pass image_max=16384 for the report's budget.
+        Keye's file caps pictures at 1,280 tokens: pass image_max=16384 for the report's budget,
+        which also holds where a file has none. FileNotFoundError or ValueError name the file.
         """
-        path = Path(folder) / "preprocessor_config.json"
-        config = json.loads(path.read_text())
-        for key, value in FIXED.items():
-            if config.get(key, value) != value:
-                raise ValueError(f"{path}: {key} is {config[key]}, only {value} is implemented")
-        budget = {
-            "image_min": config["min_pixels"] // TOKEN**2,
-            "image_max": config["max_pixels"] // TOKEN**2,
-        }
-        budget |= config.get("budget", {}) | changes
-        return cls(Path(folder) / "vocab.json", **budget)
+        budget = saved_budget(Path(folder) / "preprocessor_config.json")
+        try:
+            return cls(vocab_file(folder), **budget | changes)
+        except ValueError as e:
+            raise ValueError(f"{folder}: {e}") from None
 
     def save_pretrained(self, folder: str | Path):
         """Writes vocab.json and preprocessor_config.json: Keye's keys, and "budget" with ours."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vocab.json").write_bytes(Path(self.vocab_path).read_bytes())
-        budget = asdict(self)
-        del budget["vocab_path"], budget["allow_outside"]
+        vocab = json.dumps(read_vocab(Path(self.vocab_path)), ensure_ascii=False)
+        with replacing(folder / "vocab.json") as part:
+            part.write_text(vocab, "utf-8")
         config = FIXED | {
             "min_pixels": self.image_min * TOKEN**2,
             "max_pixels": self.image_max * TOKEN**2,
             "processor_class": "KeyeProcessor",
-            "budget": budget,
+            "budget": {name: getattr(self, name) for name in SAVED},
         }
-        (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with replacing(folder / "preprocessor_config.json") as part:
+            part.write_text(json.dumps(config, indent=2) + "\n")
 
 
 # Keys of preprocessor_config.json that are not ours to choose.
@@ -522,9 +615,49 @@ FIXED = {
     "patch_size": PATCH,
     "temporal_patch_size": 1,
     "merge_size": 2,
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "resample": 3,  # Pillow's bicubic
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
     "image_mean": [0.5] * 3,
     "image_std": [0.5] * 3,
 }
+
+
+SAVED = [f.name for f in fields(Processor) if f.name not in ("vocab_path", "allow_outside")]
+
+
+def saved_budget(path: Path) -> dict:
+    """What a preprocessor_config.json says for Processor: Keye's pixels of a picture, or the "size"
+    that transformers has in their place, and our own "budget". ValueError names the file and key.
+    """
+    config = read_json(path)
+    for key, value in FIXED.items():
+        if config.get(key) not in (None, value):
+            raise ValueError(f"{path}: {key} is {config[key]}, only {value} is implemented")
+    size = config.get("size")
+    edges = size if isinstance(size, dict) else {}
+    stated = {}
+    for name, key, edge, whole in (
+        ("image_min", "min_pixels", "shortest_edge", math.ceil),
+        ("image_max", "max_pixels", "longest_edge", math.floor),
+    ):
+        pixels = edges.get(edge) if config.get(key) is None else config[key]
+        if pixels is not None:
+            if type(pixels) is not int or pixels <= 0:
+                raise ValueError(f"{path}: {key} is {pixels!r}; want a number of pixels")
+            stated[name] = whole(pixels / TOKEN**2)
+    ours = config.get("budget") or {}
+    if not isinstance(ours, dict):
+        raise ValueError(f"{path}: budget is {ours!r}, where an object was expected")
+    for key, value in ours.items():
+        if key not in SAVED or type(value) is not type(getattr(Processor, key)):
+            raise ValueError(f"{path}: budget: {key} is {value!r}; known are {', '.join(SAVED)}")
+        if stated.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {value} in budget, but {stated[key]} by its pixels")
+    return stated | ours
 
 
 # Samples -> batch
@@ -550,3 +683,38 @@ def pack(samples: list[dict]) -> dict:
 
 
 Processor.pack = staticmethod(pack)  # the loader knows data.py by its processor alone
+
+
+# The command: python data.py --check FOLDER
+
+
+def main():
+    # here, as these stand above this file, and only the command needs them
+    from common.survey import survey
+    from common.weights import read_config
+    from model import PRESETS, SCALE
+
+    parser = argparse.ArgumentParser(description="What a folder of data holds, and its faults.")
+    add = parser.add_argument
+    add("--check", required=True, metavar="FOLDER", help="with train and heldout, or of one part")
+    add("--size", choices=list(SCALE), help="whose packs count (default: toy, or --init's like)")
+    add("--init", metavar="MODEL", help="folder whose vocabulary and budgets count")
+    args = parser.parse_args()
+    try:
+        if args.init:
+            processor = Processor.from_pretrained(args.init)
+            like = "toy" if read_config(args.init)["hidden_size"] < 1024 else "8b"
+        else:
+            like = args.size or "toy"
+            if PRESETS[like].vocab_size != 1024:
+                raise ValueError(f"--size {like} needs a vocabulary: name a model by --init")
+            vocab = Path(__file__).parent / "toyworld" / "vocab.json"
+            processor = Processor(vocab, **SCALE[like].budget)
+        well = survey(Path(args.check), processor, SCALE[args.size or like].pack)
+    except (OSError, ValueError) as e:
+        raise SystemExit(str(e)) from None
+    raise SystemExit(0 if well else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,8 @@ A conversation is a dict, in files one JSON object a line. Paths are relative to
 
 A preference has two answers to compare beside its messages, "chosen" and "rejected": each is what
 the content of an assistant's message would be.
+
+Files may hold other forms: common/jsonl.py brings all of them into this one, see common/forms.py.
 """
 
 import copy
@@ -22,8 +24,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.forms import CLIP_KEYS
 from common.jsonl import replacing
-from common.media import load_picture, open_media
+from common.media import Clip, load_picture, open_media
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -67,8 +70,9 @@ def _check_item(item, where):
     # Pictures in memory and lists of frames are allowed: the reader of media says what it refuses.
     if value is None or isinstance(value, (int, float, dict)):
         raise ValueError(f"{where}: {kind} must be a path")
-    for key in ("fps", "width", "height", "duration", "fps_source"):
-        number = item.get(key, 1)
+    for key, number in item.items():
+        if key not in CLIP_KEYS or (key == "video_start" and number == 0):
+            continue
         if number is True or not isinstance(number, (int, float)) or not 0 < number < 1e9:
             raise ValueError(f"{where}: {key} must be a positive number")
 
@@ -79,6 +83,8 @@ def check_training(record: dict):
     if _is_preference(record):
         for key in ("chosen", "rejected"):
             _check_content(record.get(key), key)
+        if record["messages"][-1]["role"] == "assistant":
+            raise ValueError('the messages of "chosen" and "rejected" end with another answer')
     elif all(message["role"] != "assistant" for message in record["messages"]):
         raise ValueError("no assistant message: nothing to learn")
 
@@ -169,6 +175,18 @@ def media_items(conversation: dict) -> list[tuple[dict, str]]:
     return found
 
 
+def read_header(source, kind: str, root=None, **limits):
+    """MediaError where a picture, a clip or a clip's frames cannot be used, as far as headers say.
+
+    limits: see load_picture.
+    """
+    if kind == "video" and not isinstance(source, (list, tuple)):
+        with Clip(source, root, **limits):
+            return
+    for picture in source if kind == "video" else [source]:
+        load_picture(picture, root, header_only=True, **limits)
+
+
 def pictures_of(conversation: dict, root=None, **limits) -> list[Image.Image]:
     """The conversation's pictures at full size. MediaError as load_picture, which takes limits."""
     return [
@@ -208,6 +226,9 @@ def _linked(source, root, folder):
         if not target.exists():
             with replacing(target) as part:
                 part.write_bytes(png.getvalue())
+    elif str(source).startswith("data:"):
+        load_picture(source, root, header_only=True)
+        return source  # its bytes are in the line
     elif root == folder:
         return source
     else:

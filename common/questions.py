@@ -12,18 +12,23 @@ The task defaults to the file's name, the category to the task.
     prompts = draw_prompts(question_pool(folder), 64, {"think": 1, "auto_think": 2}, "0/7")
 """
 
+import logging
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from common.conversation import check_conversation, media_items
-from common.jsonl import Lines
+from common.conversation import check_conversation, media_items, read_header
+from common.failures import counted, refuse_many
+from common.jsonl import Lines, data_files, data_name
+from common.media import MediaError
 from common.rollout import Prompt
 from common.verifiers import verify
 
-POOL = ("questions.jsonl", "detail.jsonl", "instruct.jsonl")  # files that post-training asks from
+log = logging.getLogger("questions")
+
+POOL = ("questions", "detail", "instruct")  # files that post-training asks from
 
 
 @dataclass
@@ -49,8 +54,13 @@ def check_question(record: dict):
     roles = [message["role"] for message in record["messages"]]
     if roles[-1] != "assistant" or "user" not in roles:
         raise ValueError("a user's question and, last, the assistant's true answer are expected")
+    meta = record.get("meta")
+    if not isinstance(meta, dict) or not {"answer", "verifier"} <= meta.keys():
+        raise ValueError('meta with "answer" and "verifier", to judge answers by, is missing')
+    if not isinstance(meta["answer"], str):
+        raise ValueError(f'meta: "answer" must be a text, not {type(meta["answer"]).__name__}')
     try:
-        verify("", record["meta"])
+        verify("", meta)
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"meta: {type(e).__name__}: {e}") from e
 
@@ -58,21 +68,21 @@ def check_question(record: dict):
 def read_questions(
     path: str | Path, limit_per_task: int | None = None, tasks: list[str] | None = None
 ) -> list[Question]:
-    """The questions of a JSONL file, or of all *.jsonl files of a folder, in order.
+    """The questions of a file, or of all data files of a folder (see data_files), in order.
 
     limit_per_task: the first so many of each task. tasks: names of tasks or categories to keep.
     ValueError, with file:line, for a line that is no question; also for an unknown name in tasks.
     """
     path = Path(path)
-    files = [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))
+    files = {data_name(path): path} if path.is_file() else data_files(path)
     if not files:
-        raise ValueError(f"{path}: no *.jsonl files with questions here")
+        raise ValueError(f"{path}: no .jsonl or .json files with questions here")
     questions = []
-    for file in files:
+    for name, file in files.items():
         lines = Lines(file, check_question)
         for i, record in enumerate(lines):
             meta = record["meta"]
-            meta.setdefault("task", file.stem)
+            meta.setdefault("task", name)
             meta.setdefault("category", meta["task"])
             questions.append(Question(record, lines.root, lines.where(i)))
 
@@ -93,33 +103,63 @@ def read_questions(
     return kept
 
 
+def pool_files(folder: Path) -> list[Path]:
+    """Those files of POOL that are in folder/train."""
+    files = files_or_exit(folder / "train")
+    return [files[name] for name in POOL if name in files]
+
+
 def question_pool(folder: Path) -> list[Question]:
     """The questions that post-training asks, of the files of POOL in folder/train.
 
     SystemExit where there is none, or a line is no question.
     """
     questions = []
-    for name in POOL:
-        path = folder / "train" / name
-        if path.exists():
-            questions += read_or_exit(path)
+    for path in pool_files(folder):
+        questions += read_or_exit(path)
     if not questions:
-        raise SystemExit(f"{folder / 'train'} has none of {', '.join(POOL)}: no question to ask")
+        names = ", ".join(f"{name}.jsonl" for name in POOL)
+        raise SystemExit(f"{folder / 'train'} has none of {names}: no question to ask")
     return questions
 
 
-def check_heldout(folder: Path):
-    """SystemExit where a line of folder/heldout, if there is such a folder, is no question.
+def check_heldout(folder: Path, limit: int | None = None):
+    """SystemExit where folder/heldout, if there is such a folder, cannot be scored.
 
-    Scripts look when they start, as scoring comes after hours of training.
+    Scripts look when they start, as scoring comes after hours of training: at the form of every
+    line, and at the headers of the media of those that will be asked, the first `limit` of a task.
+    Few may have lost them: they will count as wrong.
     """
-    if (folder / "heldout").is_dir():
-        read_or_exit(folder / "heldout")
+    if limit == 0 or not (folder / "heldout").is_dir():
+        return
+    questions = read_or_exit(folder / "heldout", limit)
+    failures = []
+    for question in questions:
+        try:
+            read_headers(question)
+        except MediaError as e:
+            failures.append(f"{question.where}: {e}")
+    refuse_many(failures, len(questions), "held-out questions")
+    if failures:
+        log.warning(counted(failures, len(questions), "held-out questions"))
 
 
-def read_or_exit(path: Path) -> list[Question]:
+def read_headers(question: Question):
+    """MediaError where a picture or clip of the question is missing or none; nothing is decoded."""
+    for item, kind in media_items(question.record):
+        read_header(item[kind], kind, question.root)
+
+
+def files_or_exit(folder: Path) -> dict[str, Path]:
     try:
-        return read_questions(path)
+        return data_files(folder)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+
+
+def read_or_exit(path: Path, limit_per_task: int | None = None) -> list[Question]:
+    try:
+        return read_questions(path, limit_per_task)
     except ValueError as e:
         raise SystemExit(str(e)) from None
 

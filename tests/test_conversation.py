@@ -1,7 +1,8 @@
 """common/conversation.py: what a conversation is, switches of modes, and media that move."""
 
-import os
+import base64
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from common.conversation import (
     media_items,
     pictures_of,
     prompt_of,
+    read_header,
     text_of,
     with_switch,
 )
@@ -48,6 +50,8 @@ def video(source, **keys):
         [user("x", image("a.png")), assistant("y"), {"role": "tool", "content": [image("b.png")]}],
         [user(image(Image.new("RGB", (4, 4))), video(["a.png", "b.png"], fps=0.5))],
         [user(video("a.mp4", width=640, height=360, duration=2.5, fps_source=29.97))],
+        [user(video("a.mp4", video_start=0, video_end=2, nframes=4, min_frames=2, max_frames=8))],
+        [user(video("a.mp4", video_start=1.5, total_pixels=90000, resized_height=56))],
         [user()],
     ],
 )
@@ -80,6 +84,10 @@ def test_conversations_pass(messages):
         ({"messages": [user(video("a", width=-1))]}, "width must be a positive number"),
         ({"messages": [user(video("a", duration=1e9))]}, "duration must be a positive number"),
         ({"messages": [user(video("a", height=None))]}, "height must be a positive number"),
+        ({"messages": [user(video("a", video_start=-1))]}, "video_start must be a positive number"),
+        ({"messages": [user(video("a", video_end=0))]}, "video_end must be a positive number"),
+        ({"messages": [user(video("a", nframes="8"))]}, "nframes must be a positive number"),
+        ({"messages": [user(video("a", max_pixels=[9]))]}, "max_pixels must be a positive number"),
     ],
 )
 def test_wrong_conversations_say_where(record, message):
@@ -103,6 +111,7 @@ def test_training_needs_something_to_learn():
         ({"rejected": "b"}, "chosen: content must be"),
         ({"chosen": "a", "rejected": 3}, "rejected: content must be"),
         ({"chosen": [image(None)], "rejected": "b"}, r"chosen\.content\[0\]: image must be"),
+        ({"messages": [assistant("y")], "chosen": "a", "rejected": "b"}, "another answer"),
     ],
 )
 def test_half_a_preference_is_an_error(answers, message):
@@ -189,6 +198,27 @@ def test_pictures_of_a_conversation(tmp_path):
     assert [p.size for p in pictures_of(conversation, tmp_path)] == [(40, 30), (9, 8)]
     with pytest.raises(MediaError, match="too_large"):
         pictures_of(conversation, tmp_path, pixel_limit=100)
+
+
+def test_headers_are_read_and_nothing_more(tmp_path):
+    noise = Image.effect_noise((60, 60), 60).convert("RGB")
+    noise.save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "none.mp4").write_bytes(b"none")
+    for source in ("a.jpg", "cut.jpg", noise):
+        read_header(source, "image", tmp_path)
+    read_header(["a.jpg", "cut.jpg"], "video", tmp_path)
+    for source, kind, reason in (
+        ("none.jpg", "image", "missing"),
+        (["a.jpg", "none.jpg"], "video", "missing"),
+        ("none.mp4", "image", "unsupported"),
+        ("none.mp4", "video", "corrupt|unsupported"),
+    ):
+        with pytest.raises(MediaError, match=reason):
+            read_header(source, kind, tmp_path)
+    with pytest.raises(MediaError, match="too_large"):
+        read_header("a.jpg", "image", tmp_path, pixel_limit=100)
 
 
 @pytest.fixture
@@ -278,3 +308,14 @@ def test_no_path_leads_out_of_the_folder_it_is_linked_into(tmp_path, source):
     for path in (f"../{folder.name}/deep/0.png", "deep/../deep/0.png", "inner.png"):
         record["messages"][0]["content"][0]["image"] = path
         assert path_of(link_media(record, folder, tmp_path / "to")) == "media/deep/0.png"
+
+
+def test_a_data_url_stays_in_its_line(tmp_path, source):
+    folder, _ = source
+    data = base64.b64encode((folder / "deep/0.png").read_bytes()).decode()
+    record = {"messages": [user(image(f"data:image/png;base64,{data}"))]}
+    for to in (folder, tmp_path / "to"):
+        assert link_media(record, folder, to) == record
+    broken = {"messages": [user(image("data:image/png;base64,QUJD"))]}
+    with pytest.raises(MediaError):
+        link_media(broken, folder, tmp_path / "to")

@@ -1,5 +1,6 @@
 """data.py: chat format, sizes of media, positions, samples and packs."""
 
+import base64
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from PIL import Image
 from test_media import noise, reason, write_clip
 from test_tokenizer import reference_tokenizer, vocab  # noqa: F401  (a fixture)
 
+from common.media import MediaError
 from common.tokenizer import CONTROL
 from data import (
     Medium,
@@ -294,6 +296,150 @@ def test_small_frames_that_are_enlarged_keep_to_the_budget_too(keye):
     # A frame of 240x320 is enlarged to 128 tokens and, rounded up, takes 140: 192 of them would
     # pass the clip's 24,576.
     assert clip_of(keye, 96, height=240, width=320).plan() == ((96, 20, 28), 1)
+
+
+# The keys of keye-vl-utils
+
+
+def utils_resize(height, width, low, high):
+    """Its rule in pixels, stated anew: sides in units of 28, the area from low to high."""
+    sides = [max(28, round(side / 28) * 28) for side in (height, width)]
+    if math.prod(sides) > high:
+        shrink = math.sqrt(height * width / high)
+        sides = [max(28, math.floor(side / shrink / 28) * 28) for side in (height, width)]
+    elif math.prod(sides) < low:
+        grow = math.sqrt(low / (height * width))
+        sides = [math.ceil(side * grow / 28) * 28 for side in (height, width)]
+    return tuple(side // 14 for side in sides)
+
+
+def test_pixel_keys_take_the_place_of_the_budgets(keye):
+    rng = random.Random(2)
+    for _ in range(500):
+        height, width = rng.randint(30, 2000), rng.randint(30, 2000)
+        keys = {"max_pixels": rng.randint(784, 3_000_000)}
+        if rng.random() < 0.5:
+            keys["min_pixels"] = rng.randint(1, keys["max_pixels"])
+        low, high = keys.get("min_pixels", 4 * 784), keys["max_pixels"]
+        size = dict(height=height, width=width)
+        (medium,) = keye.layout(talk(user(image("x.png", **size, **keys)))).media
+        assert medium.plan()[0] == (1, *utils_resize(height, width, low, high))
+        # of each frame of a clip
+        (_, h, w), _ = clip_of(keye, 2, **size, **keys).plan()
+        low = keys.get("min_pixels", min(128 * 784, high))
+        assert (h, w) == utils_resize(height, width, low, high)
+    photo = image("x.png", height=3000, width=4000, min_pixels=20_000 * 784)
+    assert 20_000 <= keye.layout(talk(user(photo))).media[0].tokens < 20_400  # above image_max
+
+
+def test_a_size_can_be_asked_for(processor, tmp_path):
+    noise(300, 200).save(tmp_path / "a.png")
+    write_clip(tmp_path / "a.mp4")
+    size = dict(resized_height=85, resized_width=139)
+    for item in (image("a.png", **size), video("a.mp4", **size), video([noise()], **size)):
+        layout = processor.layout(talk(user(item)), tmp_path)
+        sample = processor.load(layout)
+        assert sample["grids"][0, 1:].tolist() == [6, 10]
+        assert len(sample["tokens"]) == layout.tokens
+    # Of a large size fewer frames fit into the clip's 96 tokens; a pack's cap shrinks pictures.
+    assert clip_of(processor, 9, **size).plan()[0] == (4, 6, 10)
+    layout = processor.layout(talk(user(image("a.png", **size))), tmp_path)
+    processor.fit([layout], layout.tokens - 1)
+    assert layout.media[0].tokens < 15
+
+
+def test_total_pixels_are_those_of_all_frames(keye):
+    for tokens in (300, 2000, 5000):
+        clip = clip_of(keye, 30, total_pixels=tokens * 784)
+        assert 0.5 * tokens < clip.tokens <= tokens
+    assert clip_of(keye, 30, total_pixels=60 * 128 * 784 - 1).plan()[0][0] == 30  # 1 a second
+    assert clip_of(keye, 30, total_pixels=60 * 128 * 784).plan()[0][0] == 60
+
+
+def test_frames_are_counted_as_asked_for(keye):
+    counts = {
+        (("nframes", 7),): (7, 0.7),
+        (("max_frames", 12),): (10, 1),
+        (("max_frames", 3),): (3, 0.3),
+        (("min_frames", 25),): (25, 2.5),
+        (("fps", 1), ("min_frames", 12)): (12, 1.2),
+        (("fps", 4), ("max_frames", 30)): (30, 3),
+        (("fps", 4), ("max_frames", 50)): (40, 4),
+        (("nframes", 7), ("min_frames", 7), ("max_frames", 7)): (7, 0.7),
+        (("min_frames", 99), ("fps_source", 3)): (30, 3),  # as many as there are
+        (("video_start", 2), ("video_end", 5)): (6, 2),
+        (("video_start", 9),): (2, 2),
+        (("video_end", 99),): (20, 2),
+        (("video_start", 2), ("video_end", 4), ("nframes", 5)): (5, 2.5),
+    }
+    for keys, expected in counts.items():
+        n, fps = pace(keye, 10, **dict(keys))
+        assert (n, fps) == (expected[0], pytest.approx(expected[1])), keys
+
+
+def greys(sample):
+    n = int(sample["grids"][0, 0])
+    return sample["patches"].reshape(n, -1).float().mean(1)
+
+
+def test_a_cut_of_a_clip_is_shown(tmp_path, processor):
+    write_clip(tmp_path / "a.mp4", n=96, fps=24, shade=lambda k: 2 * k)
+
+    def shown(**keys):  # seconds; a frame's mean is 3/4 of its shade
+        return greys(processor(talk(user(video("a.mp4", **keys))), tmp_path)) / 0.75 / 48
+
+    cuts = {
+        (("video_start", 1.5),): [1.5, 2, 2.5, 3, 3.5],
+        (("video_end", 1.5),): [0, 0.5, 1],
+        (("video_start", 1), ("video_end", 3), ("fps", 1)): [1, 2],
+        (("video_start", 1), ("video_end", 3), ("nframes", 5)): [1, 1.4, 1.8, 2.2, 2.6],
+        # what the item says of its length was wrong
+        (("video_start", 3), ("duration", 60), ("height", 64), ("width", 96)): [3, 3.5],
+    }
+    for keys, seconds in cuts.items():
+        assert shown(**dict(keys)) == pytest.approx(seconds, abs=0.06), keys
+    frames = [np.full((56, 56, 3), 10 * k, np.uint8) for k in range(20)]
+    cut = video(frames, fps=4, video_start=2, video_end=4, nframes=4)
+    assert greys(processor(talk(user(cut)))).tolist() == [80, 100, 120, 140]
+    # Time counts from the cut's start.
+    sample = processor(talk(user(video("a.mp4", video_start=2))), tmp_path)
+    at = sample["tokens"] == processor.pads["video"]
+    times = sample["positions"][0, at]
+    assert (times - times[0]).unique().tolist() == [0, 1, 2, 3]
+
+
+def test_keys_that_contradict_each_other_are_named(processor, tmp_path):
+    write_clip(tmp_path / "a.mp4")
+    noise().save(tmp_path / "a.png")
+    wrong = {
+        "nframes and fps": dict(nframes=2, fps=1),
+        "nframes is 49, of 48 frames": dict(nframes=49),
+        "nframes is 2.5": dict(nframes=2.5),
+        "min_frames is 3, above max_frames": dict(min_frames=3, max_frames=2),
+        "min_frames is 3, above nframes": dict(min_frames=3, nframes=2),
+        "nframes is 3, above max_frames": dict(max_frames=2, nframes=3),
+        "video_start is 1.5, above video_end": dict(video_start=1.5, video_end=1),
+        "video_start is 1, not before the end at 1.000": dict(video_start=1, video_end=1),
+        "video_start is 2.5, not before the end at 2.000": dict(video_start=2.5),
+        "min_pixels is 9000, above max_pixels": dict(min_pixels=9000, max_pixels=8000),
+        "min_pixels is 9000, above total_pixels": dict(min_pixels=9000, total_pixels=8000),
+        "resized_height and resized_width": dict(resized_height=56),
+    }
+    for why, keys in wrong.items():
+        with pytest.raises(MediaError, match=f"^a.mp4: bad_keys .{why}"):
+            processor(talk(user(video("a.mp4", **keys))), tmp_path)
+    for key in ("video_start", "video_end", "nframes", "min_frames", "max_frames", "total_pixels"):
+        with pytest.raises(MediaError, match=f"^a.png: bad_keys .{key} is of clips"):
+            processor(talk(user(image("a.png", **{key: 1}))), tmp_path)
+
+
+def test_data_urls_become_samples(processor, tmp_path):
+    noise(90, 70).save(tmp_path / "a.png")
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    ours = processor(talk(user(image(url), video([url, url]))))
+    seen = processor(talk(user(image(noise(90, 70)))))["patches"]
+    assert torch.equal(ours["patches"][: len(seen)], seen)
+    assert reason(processor, talk(user(image(url[:60])))) == "corrupt"
 
 
 # The budget of a pack
@@ -648,3 +794,83 @@ def test_the_official_keys_are_written_and_read(processor, tmp_path):
     path.write_text(json.dumps(config | {"image_mean": [0.4, 0.5, 0.5]}))
     with pytest.raises(ValueError, match="image_mean"):
         Processor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, tokens",
+    [
+        ({"min_pixels": None, "max_pixels": None}, (4, 16384)),  # the report's
+        ({"min_pixels": None}, (4, 16)),
+        ({"max_pixels": None, "size": {"shortest_edge": 1568, "longest_edge": 7840}}, (4, 10)),
+        ({"min_pixels": None, "size": {"shortest_edge": 1569}}, (3, 16)),
+        ({"max_pixels": None, "size": {"height": 384, "width": 384}}, (4, 16384)),
+        ({"max_pixels": 7840, "size": {"longest_edge": 3136}}, (4, 10)),
+        ({"max_pixels": 7839}, (4, 9)),
+        ({"do_resize": None, "image_std": None, "crop_size": 3, "processor_class": None}, (4, 16)),
+    ],
+)
+def test_pixels_are_taken_where_they_are_stated(processor, tmp_path, change, tokens):
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    config = json.loads(path.read_text())
+    del config["budget"]
+    path.write_text(json.dumps(config | change))
+    again = Processor.from_pretrained(tmp_path)
+    assert (again.image_min, again.image_max) == tokens
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"min_pixels": "3136"}, "min_pixels is '3136'"),
+        ({"max_pixels": -1}, "max_pixels is -1"),
+        ({"max_pixels": 100}, "want 0 < image_min <= image_max"),
+        ({"patch_size": 16}, "patch_size is 16, only 14"),
+        ({"temporal_patch_size": 2}, "temporal_patch_size is 2, only 1"),
+        ({"do_normalize": False}, "do_normalize is False, only True"),
+        ({"do_rescale": False}, "do_rescale is False, only True"),
+        ({"resample": 2}, "resample is 2, only 3"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078"),
+        ({"budget": {"image_max": 17}}, "image_max is 17 in budget, but 16 by its pixels"),
+        ({"budget": {"video_max": "9"}}, "budget: video_max is '9'; known are"),
+        ({"budget": {"allow_outside": True}}, "budget: allow_outside is True; known are"),
+        ({"budget": {"vocab_path": "x"}}, "budget: vocab_path is 'x'; known are"),
+        ({"budget": [1]}, "budget is .1., where an object was expected"),
+    ],
+)
+def test_a_wrong_preprocessor_config_is_named(processor, tmp_path, change, said):
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"budget": None} | change))
+    with pytest.raises(ValueError, match=f"{tmp_path}.*: {said}"):
+        Processor.from_pretrained(tmp_path)
+
+
+def test_a_missing_or_broken_file_is_named(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=f"{path}: not JSON"):
+        Processor.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="no preprocessor_config.json here"):
+        Processor.from_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "vocab.json").unlink()
+    with pytest.raises(FileNotFoundError, match="neither vocab.json nor tokenizer.json"):
+        Processor.from_pretrained(tmp_path)
+
+
+def test_a_folder_with_tokenizer_json_alone_is_read(tmp_path, vocab):  # noqa: F811
+    ours = Processor(vocab, **TOY)
+    ours.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "vocab.json").unlink()
+    reference_tokenizer(vocab).save(str(tmp_path / "a" / "tokenizer.json"))
+    read = Processor.from_pretrained(tmp_path / "a")
+    read.save_pretrained(tmp_path / "b")
+    table = json.loads(Path(vocab).read_text(encoding="utf-8"))
+    assert json.loads((tmp_path / "b" / "vocab.json").read_text(encoding="utf-8")) == table
+    for again in (read, Processor.from_pretrained(tmp_path / "b")):
+        assert again.tokenizer.special == ours.tokenizer.special
+        text = "Hello the circle 12 你好"
+        assert again.tokenizer.encode(text) == ours.tokenizer.encode(text)

@@ -1,12 +1,17 @@
 """common/jsonl.py: which lines are good, where they stand, and what is said of the others."""
 
+import gzip
 import json
 import logging
 import pickle
 
 import pytest
 
-from common.jsonl import Lines, write_lines
+from common.jsonl import Lines, data_files, data_name, write_lines
+
+
+def zipped(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)  # the names of tests hold it: no time in them
 
 
 def numbered(record):
@@ -111,7 +116,9 @@ def test_what_is_written_is_read_again(tmp_path):
     path = tmp_path / "new" / "a.jsonl"
     records = [{"text": "a\nb\u2028c\ud83d"}, {"n": 2}]
     write_lines(path, iter(records))
-    assert list(Lines(path)) == records and path.read_text().endswith("\n")
+    # half of a surrogate pair, a cut emoji, is no text
+    assert list(Lines(path)) == [{"text": "a\nb\u2028c\ufffd"}, {"n": 2}]
+    assert path.read_text().endswith("\n")
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -121,3 +128,125 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_lines(path, [{"n": 2}, {"n": object()}])
     assert json.loads(path.read_text()) == {"n": 1}
+
+
+# Other forms of files
+
+
+RECORDS = [
+    {"n": 1, "text": "a\u2028\u00e9[,]"},
+    {"n": 2, "deep": {"list": [1, {"x": "]"}]}},
+    {"n": 3},
+]
+
+
+def array_of(records, **how):
+    return json.dumps(records, ensure_ascii=False, **how).encode()
+
+
+@pytest.mark.parametrize("data", [
+    array_of(RECORDS),
+    array_of(RECORDS, indent=2),
+    b"\xef\xbb\xbf \r\n" + array_of(RECORDS, indent="\t").replace(b"\n", b"\r\n") + b"\n\n",
+    zipped(array_of(RECORDS)),
+])
+def test_an_array_is_read_as_lines_are(tmp_path, data):
+    path = tmp_path / "a.json"
+    path.write_bytes(data)
+    lines = Lines(path, numbered)
+    assert list(lines) == RECORDS and lines[1] == RECORDS[1]
+    assert [lines.where(i) for i in range(3)] == [f"{path}: record {n}" for n in (1, 2, 3)]
+    assert list(pickle.loads(pickle.dumps(lines))) == RECORDS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json", "a.jsonl"])
+@pytest.mark.parametrize("pack", [gzip.compress, bytes])
+def test_what_a_file_is_shows_in_its_bytes(tmp_path, name, pack):
+    plain = b"".join(json.dumps(record).encode() + b"\r\n\r\n" for record in RECORDS)
+    (tmp_path / name).write_bytes(pack(plain))
+    lines = Lines(tmp_path / name)
+    assert list(lines) == RECORDS and lines.where(2) == f"{tmp_path / name}:5"
+
+
+def test_records_of_an_array_can_be_bad_by_themselves(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(array_of([{"n": 1}, 3, {"m": 1}, {"n": 4}]))
+    lines = Lines(path, numbered, max_bad_share=0.5)
+    assert [record["n"] for record in lines] == [1, 4] and lines.where(1) == f"{path}: record 4"
+    assert [where for where, _ in lines.bad] == [f"{path}: record {n}" for n in (2, 3)]
+    with pytest.raises(ValueError, match=r"a.json: record 2: .*object, not int \(2 bad and 2 good"):
+        Lines(path, numbered)
+
+
+@pytest.mark.parametrize("data, why", [
+    (b'[{"n": 1},\n{"n": 2},]', ":2: Expecting value"),
+    (b'[{"n": 1}\n{"n": 2}]', ":2: Expecting ','"),
+    (b'[{"n": 1},\n\n{"n": ', ":3: Expecting value"),
+    (b'[{"n": 1}]\n[]', ":2: Extra data"),
+    (b'[{"n": 1},\n{"n": "\xe9"}]', ":2: no utf-8 text"),
+    (b"[" * 100_000, ": nested too deeply"),
+    (b"[]", ": no lines"),
+    ('{"n": 1}\n{"n": 2}\n'.encode("utf-16"), ":1: UTF-16"),
+    ('{"n": 1}\n{"n": 2}\n'.encode("utf-16-le"), ":1: NUL bytes, as of UTF-16"),
+    (array_of(RECORDS).decode().encode("utf-16-le"), ":1: NUL bytes"),
+    (array_of(RECORDS).decode().encode("utf-16-be"), ":1: NUL bytes"),
+    ('{"n": "\u989c"}\n'.encode("gbk"), ":1: no utf-8 text at byte 8"),
+    (b"PAR1\x15\x04", ":1: parquet is not read: write it as JSON lines"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ":1: a pointer of Git LFS"),
+    (zipped(b'{"n": 1}\n' * 99)[:-20], ": gzip cannot unpack it"),
+    (zipped('{"n": 1}'.encode("utf-16")), ":1: UTF-16"),
+    (b'{\n  "n": 1\n}\n', ":1: Expecting .* must be one JSON object"),
+])
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, data, why):
+    (tmp_path / "d.jsonl").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"d\.jsonl{why}") as error:
+        Lines(tmp_path / "d.jsonl", numbered, max_bad_share=0.5)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_lines_can_be_asked_for_without_refusal(tmp_path):
+    lines = Lines(fill(tmp_path / "d.jsonl", "{", "{}"), numbered, max_bad_share=None)
+    assert len(lines) == 0 and len(lines.bad) == 2
+
+
+def test_records_of_other_forms_are_ours(tmp_path):
+    asked = {"query": "<image>Q", "response": "A", "images": ["a.jpg"]}
+    path = fill(tmp_path / "d.jsonl", json.dumps(asked), json.dumps(asked | {"images": []}))
+    lines = Lines(path, max_bad_share=0.5)
+    picture = {"type": "image", "image": "a.jpg"}
+    assert lines[0]["messages"][0]["content"] == [picture, {"type": "text", "text": "Q"}]
+    assert lines.as_written(0) == asked
+    assert lines.bad[0][0] == f"{path}:2" and "1 places for images" in lines.bad[0][1]
+
+
+# Folders
+
+
+def test_the_files_of_a_folder_have_names(tmp_path):
+    for name in ("b.jsonl", "a.json", "v1.2.jsonl.gz", "C.JSON.GZ", "notes.txt", "a.jpg"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "d.jsonl").mkdir()
+    (tmp_path / "e.jsonl").symlink_to("b.jsonl")
+    files = {name: path.name for name, path in data_files(tmp_path).items()}
+    assert files == {"C": "C.JSON.GZ", "a": "a.json", "b": "b.jsonl", "e": "e.jsonl",
+                     "v1.2": "v1.2.jsonl.gz"}
+    assert list(files) == sorted(files) and data_name(tmp_path / "v1.2.jsonl.gz") == "v1.2"
+    assert data_files(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize("names, why", [
+    (["a.jsonl", "a.json.gz"], "a.json.gz have one name|a.jsonl and a.json.gz have one name"),
+    (["a.jsonl", "b.parquet"], r"b\.parquet: parquet is not read: write it as JSON lines"),
+    (["a.jsonl.zst"], r"a\.jsonl\.zst: not read; \.jsonl, \.json"),
+])
+def test_a_folder_with_a_file_that_is_not_read(tmp_path, names, why):
+    for name in names:
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=why):
+        data_files(tmp_path)
+
+
+def test_a_link_to_nothing_is_said(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("none.jsonl")
+    with pytest.raises(ValueError, match=r"a\.jsonl: a link to nothing"):
+        data_files(tmp_path)

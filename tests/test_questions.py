@@ -1,9 +1,12 @@
 """common/questions.py: what counts as a question, which are read, and how prompts are drawn."""
 
+import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from common.questions import Question
 from common.questions import check_heldout
@@ -104,6 +107,41 @@ def test_a_line_that_is_no_question_is_named(tmp_path, spoil):
         read_questions(tmp_path)
 
 
+@pytest.mark.parametrize("meta, why", [
+    (None, 'meta with "answer" and "verifier", .* is missing'),
+    ("2", 'meta with "answer" and "verifier", .* is missing'),
+    ({"answer": "2"}, 'meta with "answer" and "verifier", .* is missing'),
+    ({"answer": 2, "verifier": "number"}, 'meta: "answer" must be a text, not int'),
+    ({"answer": ["2"], "verifier": "exact"}, 'meta: "answer" must be a text, not list'),
+])
+def test_a_set_without_truths_is_refused_in_one_line(tmp_path, meta, why):
+    write(tmp_path / "q.jsonl", [record() | {"meta": meta}])
+    with pytest.raises(ValueError, match=rf"q\.jsonl:1: {why}") as error:
+        read_questions(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_questions_of_any_form_and_file_are_read(tmp_path):
+    meta = record(task="look")["meta"]
+    llava = {
+        "image": "a.jpg", "meta": meta,
+        "conversations": [
+            {"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "2"},
+        ],
+    }
+    swift = {"query": "<image>How many?", "response": "2", "images": ["a.jpg"], "meta": meta}
+    (tmp_path / "llava.json").write_text(json.dumps([llava], indent=1))
+    (tmp_path / "swift.jsonl.gz").write_bytes(gzip.compress(json.dumps(swift).encode()))
+    first, second = read_questions(tmp_path)
+    assert first.record == second.record and first.task == "look"
+    assert first.where == f"{tmp_path / 'llava.json'}: record 1"
+    picture, text = first.record["messages"][0]["content"]
+    assert picture == {"type": "image", "image": "a.jpg"} and text["text"] == "How many?"
+    del meta["task"]
+    (tmp_path / "swift.jsonl.gz").write_bytes(gzip.compress(json.dumps(swift).encode()))
+    assert [q.task for q in read_questions(tmp_path / "swift.jsonl.gz")] == ["swift"]
+
+
 def test_no_questions_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="no .*jsonl"):
         read_questions(tmp_path)
@@ -140,6 +178,50 @@ def test_held_out_questions_are_checked_where_there_are_any(tmp_path):
     write(tmp_path / "heldout" / "q.jsonl", [record(), record(verifier="mood")])
     with pytest.raises(SystemExit, match="q.jsonl:2"):
         check_heldout(tmp_path)
+
+
+def seen(item, task="look"):
+    text = {"type": "text", "text": "How many?"}
+    return record([item, text], task=task)
+
+
+def test_held_out_media_are_there_or_it_is_said_before_training(tmp_path, caplog):
+    """Few may be missing. All forms of media are looked at, whatever size the line says."""
+    folder = tmp_path / "heldout"
+    folder.mkdir()
+    Image.new("RGB", (30, 30)).save(folder / "a.png")
+    (folder / "b.png").write_text("no picture")
+    shutil.copy(folder / "b.png", folder / "b.mp4")
+    good = seen({"type": "image", "image": "a.png"})
+    bad = [
+        seen({"type": "image", "image": "gone.png", "width": 30, "height": 30}),
+        seen({"type": "image", "image": "b.png"}),
+        seen({"type": "video", "video": "b.mp4"}),
+        seen({"type": "video", "video": ["a.png", "gone.png"]}),
+    ]
+    for line in bad:
+        caplog.clear()
+        write(folder / "q.jsonl", [good] * 59 + [line])
+        check_heldout(tmp_path)
+        assert "1 of 60 held-out questions cannot be used, the first: " in caplog.text
+        assert f"{folder / 'q.jsonl'}:60: " in caplog.text
+        write(folder / "q.jsonl", [good] * 53 + [line] * 7)
+        with pytest.raises(SystemExit, match=r"7 of 60 held-out questions .*q.jsonl:54: .*5%"):
+            check_heldout(tmp_path)
+
+
+def test_only_held_out_questions_that_will_be_asked_need_their_media(tmp_path, caplog):
+    folder = tmp_path / "heldout"
+    lost = {"type": "image", "image": "gone.png"}
+    write(folder / "q.jsonl", [record(task="look")] * 4 + [seen(lost)] * 60)
+    check_heldout(tmp_path, 4)
+    check_heldout(tmp_path, 0)
+    assert caplog.text == ""
+    with pytest.raises(SystemExit, match="60 of 64"):
+        check_heldout(tmp_path)
+    write(folder / "q.jsonl", [record()] * 4 + [record(verifier="mood")])
+    with pytest.raises(SystemExit, match="q.jsonl:5"):  # scoring reads all lines
+        check_heldout(tmp_path, 4)
 
 
 # -- drawing
