@@ -46,7 +46,8 @@ from common.conversation import (
     link_media,
     prompt_of,
 )
-from common.jsonl import Lines, write_lines
+from common.failures import leave_out, lines_or_exit, say_failures
+from common.jsonl import write_lines
 from common.judge import Judge
 from common.loader import Loader
 from common.media import MediaError
@@ -56,11 +57,13 @@ from common.questions import (
     Question,
     check_heldout,
     draw_prompts,
+    files_or_exit,
+    pool_files,
     question_pool,
     read_or_exit,
 )
 from common.rewards import REPEATED
-from common.rollout import Prompt, Rollout, reward_groups, sample_groups
+from common.rollout import Prompt, Rollout, failures_of, reward_groups, sample_groups
 from common.run import (
     Run,
     add_judge_arguments,
@@ -74,7 +77,7 @@ from data import Processor, pack
 from evaluate import score_phase
 from generate import Generator
 from model import SCALE, KeyeVL, sample_flops, step_work
-from sft import attempts, evenly, mean, packing, start_from, trainable
+from sft import attempts, evenly, linked, mean, packing, start_from, trainable
 
 BETA = 0.1  # MPO's own, as are the weights; Keye states neither
 WEIGHTS = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
@@ -104,7 +107,6 @@ HELD_EVERY = 10  # of the pairs one in so many is kept from training, to measure
 HELD_MOST = 1000
 MARGIN = 0.25  # least difference of the scores of a round's pair; they reach from -1 to 1.5
 ASKED = {"think": 2, "no_think": 1, "auto_think": 3, "agentic_think": 2}  # modes, by weight
-MAX_BAD_SHARE = 0.05  # of the pairs
 
 # ----------------------------------------------------------------------------------------------
 # the loss
@@ -174,25 +176,22 @@ def check_pair(record: dict):
 
 
 def given_pairs(path: Path) -> list[Pair]:
-    """The pairs of a file, as --pairs is one.
-
-    SystemExit when more than MAX_BAD_SHARE of its lines are none, naming the first.
-    """
-    try:
-        lines = Lines(path, check_pair, MAX_BAD_SHARE)
-    except (OSError, ValueError) as e:
-        raise SystemExit(str(e)) from None
+    """The pairs of a file, as --pairs is one. SystemExit where many of its lines are none."""
+    lines = lines_or_exit(path, check_pair)
     return [Pair(lines[i], lines.root, lines.where(i)) for i in range(len(lines))]
+
+
+def own_sources(folder: Path) -> list[Path]:
+    """The files whose questions the model answers, as far as they are there."""
+    files = files_or_exit(folder / "train")
+    return [files[name] for name in ("questions", "instruct") if name in files]
 
 
 def own_pairs(run: Run, init: Path, folder: Path, plan: dict) -> list[Pair]:
     """The true answer and the worst of the model's wrong ones, for each question it gets wrong."""
     pairs = []
     rights = []
-    for name in ("questions.jsonl", "instruct.jsonl"):
-        path = folder / "train" / name
-        if not path.exists():
-            continue
+    for path in own_sources(folder):
         questions = evenly(read_or_exit(path), plan["asked"])
         results = attempts(run, init, questions, plan["samples"], run.args.seed)
         for question, tries in zip(questions, results):
@@ -227,12 +226,12 @@ def pair_samples(processor: Processor, pair: Pair, max_tokens: int) -> list[dict
 def pair_logprobs(run: Run, model, processor: Processor, pairs: list[Pair]) -> dict:
     """(log p of chosen, of rejected) for each pair by its index, on all ranks.
 
-    Pairs that cannot be read are named and left out; more than MAX_BAD_SHARE of them end the run.
+    Few pairs that cannot be read are left out; many end the run.
     """
     max_tokens, _ = packing(run)
     blank = processor({"messages": [{"role": "system", "content": ""}]})
     found = {}
-    failed = {}
+    failures = []
     for first in range(0, len(pairs), 16 * run.world):  # few at a time: their pixels
         ready = []
         samples = []
@@ -241,7 +240,7 @@ def pair_logprobs(run: Run, model, processor: Processor, pairs: list[Pair]) -> d
                 samples += pair_samples(processor, pairs[i], max_tokens)
                 ready.append(i)
             except (MediaError, ValueError) as e:
-                failed[i] = e
+                failures.append(f"{pairs[i].where}: {e}")
         sums = []
         for members in even_packs(run, samples, max_tokens, blank):
             with run.autocast():
@@ -249,14 +248,7 @@ def pair_logprobs(run: Run, model, processor: Processor, pairs: list[Pair]) -> d
         # Chosen and rejected take turns; what is left at the end are blanks.
         found |= zip(ready, zip(sums[::2], sums[1::2]))
 
-    failed = run.merge(failed)
-    for i in sorted(failed)[:3]:
-        run.say(f"skipped {pairs[i].where}: {failed[i]}")
-    count = f"{len(failed)} of {len(pairs)} pairs cannot be read"
-    if len(failed) > MAX_BAD_SHARE * len(pairs):
-        raise SystemExit(count)
-    if failed:
-        run.say(count)
+    leave_out(run, failures, len(pairs), "pairs")
     return run.merge(found)
 
 
@@ -269,21 +261,15 @@ def prepare(run: Run, model_folder: Path, pairs: list[Pair], out: Path):
         raise SystemExit("no pair: every answer scores the same")
     model = KeyeVL.from_pretrained(model_folder, device=run.device)
     processor = Processor.from_pretrained(model_folder)
-    references = pair_logprobs(run, model, processor, pairs)
-
-    def write():
-        if run.main:
-            write_pairs(pairs, references, out)
-
-    run.attempt(f"cannot write {out}", write)
-
-
-def write_pairs(pairs: list[Pair], references: dict, out: Path):
-    """Those that have a reference; every HELD_EVERY-th is kept from training."""
     records = []
-    for i in sorted(references):
-        record = link_media(pairs[i].record, pairs[i].root, out)
-        records.append(record | {"reference": references[i]})
+    for i, logprobs in sorted(pair_logprobs(run, model, processor, pairs).items()):
+        records.append((pairs[i].record | {"reference": logprobs}, pairs[i].root))
+    records = linked(run, records, out)
+    run.attempt(f"cannot write {out}", lambda: run.main and write_pairs(records, out))
+
+
+def write_pairs(records: list[dict], out: Path):
+    """Every HELD_EVERY-th is kept from training."""
     held = records[::HELD_EVERY]
     del records[::HELD_EVERY]
     write_lines(out / "held.jsonl", held[:HELD_MOST])
@@ -362,6 +348,7 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
         so_far = [shift.total, shift.count]
         save_if_due(run, step + 1, steps, model, opt, info["state"], shift=so_far)
 
+    say_failures(run, loader.failures, run.sum(loader.tried), "samples")
     right, moved = preference_accuracy(run, model, processor, held)
     run.say(
         f"after: the chosen answer is the likelier one in {right:.1%} of held-out pairs; "
@@ -387,6 +374,7 @@ def respond(run: Run, model_folder: Path, prompts: list[Prompt], group: int, jud
     sampled = sample_groups(generator, mine, group - 1, **how)
     greedy = sample_groups(generator, mine, 1, temperature=0.0, **how)
     groups = [some + last for some, last in zip(sampled, greedy)]
+    leave_out(run, failures_of(mine), len(prompts), "prompts")
     reward_groups(groups, max_answer, judge)
     return groups
 
@@ -423,10 +411,13 @@ def round_pairs(run: Run, start_: Path, questions: list[Question], number: int, 
     prompts = draw_prompts(questions, plan["prompts"], ASKED, f"{run.args.seed}/{number}")
     groups = respond(run, start_, prompts, plan["group"], judge)
     local = []
-    for group in groups:
-        pair = best_and_worst(group)
-        if pair:
+    failures = []
+    for pair in filter(None, map(best_and_worst, groups)):
+        try:
             local.append(Pair(link_media(pair.record, pair.root, data), data, pair.where))
+        except MediaError as e:
+            failures.append(f"{pair.root}: {e}")
+    leave_out(run, failures, len(prompts), "pairs")
     pairs = [pair for share in run.gather_objects(local) for pair in share]
 
     rewards = [rollout.reward for group in groups for rollout in group]
@@ -450,7 +441,11 @@ def round_pairs(run: Run, start_: Path, questions: list[Question], number: int, 
 
 def phase_mpo(args, folder: Path, plan: dict) -> Run:
     init = previous_model(args, "sft")
-    run = start_from(args, "mpo", init, pairs=args.pairs)
+    files = [Path(args.pairs)] if args.pairs else own_sources(folder)
+    made_from = {"seed": args.seed}
+    if not args.pairs:
+        made_from |= {"asked": plan["asked"], "samples": plan["samples"]}
+    run = start_from(args, "mpo", init, files, made_from, pairs=args.pairs)
     data = run.folder / "data"
     if not run.trained():
         if not (data / "train.jsonl").exists():
@@ -467,8 +462,10 @@ def phase_mpo(args, folder: Path, plan: dict) -> Run:
 def phase_iterate(args, folder: Path, plan: dict, judge: Judge | None) -> Run:
     model_folder = previous_model(args, "grpo")
     questions = question_pool(folder)
+    made_from = {"prompts": plan["prompts"], "group": plan["group"], "seed": args.seed}
     for number in range(1, (args.rounds or plan["rounds"]) + 1):
-        run = start_from(args, f"align-{number}", model_folder)
+        name = f"align-{number}"
+        run = start_from(args, name, model_folder, pool_files(folder), made_from, last="align")
         data = run.folder / "data"
         if not run.trained():
             if not (data / "train.jsonl").exists():
@@ -493,7 +490,7 @@ def main(args):
     begin = time.time()
     folder = data_folder(args)
     plan = plan_of(args, PLAN)
-    check_heldout(folder)
+    check_heldout(folder, args.eval_limit)
     if args.phase == "mpo":
         run = phase_mpo(args, folder, plan)
         modes = ["plain"]

@@ -31,10 +31,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.conversation import MODES, check_training, media_items, text_of, with_switch
-from common.jsonl import Lines
-from common.questions import check_heldout, check_question
+from common.failures import leave_out, lines_or_exit
+from common.jsonl import data_name
+from common.questions import check_heldout, check_question, files_or_exit
 from common.rewards import parse
-from common.rollout import Prompt, sample_groups
+from common.rollout import Prompt, failures_of, sample_groups
 from common.run import Run, arguments, data_folder, plan_of, previous_model
 from common.verifiers import verify
 from evaluate import score_phase
@@ -84,7 +85,6 @@ ANALYSIS = {
     "think": "Several steps /think.",
     "agentic_think": "Too small /agentic_think.",
 }
-MAX_BAD_SHARE = 0.05  # of a file's lines
 
 # ----------------------------------------------------------------------------------------------
 # examples
@@ -123,9 +123,9 @@ def example_of(record: dict, root: Path, kind: str = "") -> Example:
 def read_kind(path: Path) -> list[Example]:
     """The examples of one kind's file. Lines that break its form are skipped by name, few of them.
 
-    ValueError beyond MAX_BAD_SHARE.
+    SystemExit where many do.
     """
-    kind = path.stem
+    kind = data_name(path)
 
     def check(record):
         check_training(record)
@@ -138,7 +138,7 @@ def read_kind(path: Path) -> list[Example]:
         if errors:
             raise ValueError(f"not an answer in {example.mode} mode: {'; '.join(errors)}")
 
-    lines = Lines(path, check, MAX_BAD_SHARE)
+    lines = lines_or_exit(path, check)
     return [example_of(record, lines.root, kind) for record in lines]
 
 
@@ -146,13 +146,13 @@ def read_kinds(folder: Path) -> dict[str, list[Example]]:
     """{think, no_think, agentic, video: examples}. Of video.jsonl, a file of pre-training as well,
     the lines that think; its others are among those that are kept.
     """
-    train = folder / "train"
+    files = files_or_exit(folder / "train")
     kinds = {}
     for kind in (*SWITCH, "clips", "video"):
-        path = train / f"{kind}.jsonl"
-        kinds[kind] = read_kind(path) if path.exists() else []
+        kinds[kind] = read_kind(files[kind]) if kind in files else []
     if not kinds["think"] and not kinds["no_think"]:
-        raise SystemExit(f"the cold start needs think.jsonl or no_think.jsonl in {train}")
+        where = folder / "train"
+        raise SystemExit(f"the cold start needs think.jsonl or no_think.jsonl in {where}")
     thinking = [example for example in kinds["video"] if example.mode == "think"]
     kinds["video"] = kinds.pop("clips") + thinking
     return kinds
@@ -198,7 +198,7 @@ def kept_lines(path: Path, count: int) -> list[dict]:
 
     /no_think in the first turn holds for all turns.
     """
-    lines = Lines(path, check_training, MAX_BAD_SHARE)
+    lines = lines_or_exit(path, check_training)
     kept = []
     for i in range(0, len(lines), max(1, len(lines) // count)):
         example = example_of(lines[i], lines.root)
@@ -219,6 +219,7 @@ def write_kinds(run: Run, out: Path, root: Path, kinds: dict[str, list[dict]]):
 def build(run: Run, kinds: dict[str, list[Example]], folder: Path, out: Path, plan: dict):
     """Writes the first pass's conversations, a file for each kind."""
     root = folder / "train"
+    files = files_or_exit(root)
     made = {}
     for kind in SWITCH:
         made[kind] = [example.conversation(example.mode) for example in kinds[kind]]
@@ -230,10 +231,9 @@ def build(run: Run, kinds: dict[str, list[Example]], folder: Path, out: Path, pl
 
     made["keep"] = []
     for name, share in KEEP.items():
-        path = root / f"{name}.jsonl"
-        if path.exists():
+        if name in files:
             count = max(1, round(share * plan["kept"]))
-            made["keep"] += kept_lines(path, count)
+            made["keep"] += kept_lines(files[name], count)
 
     rng = random.Random(f"{run.args.seed}/turns")
     made["turns"] = several_turns(kinds["think"] + kinds["no_think"], rng)
@@ -295,6 +295,8 @@ def measure(run: Run, model_folder: Path, questions: list, count: int) -> dict:
     groups = sample_groups(
         generator, list(prompts.values()), 1, max_answer, temperature=0.0, keep_pixels=False
     )
+    by_question = {i: prompt for (i, _), prompt in prompts.items()}
+    leave_out(run, failures_of(by_question.values()), len(chosen), "questions to measure")
     local = {}
     for (i, mode), group in zip(prompts, groups):
         for rollout in group:  # none where the media cannot be read
@@ -385,11 +387,14 @@ def main(args):
     folder = data_folder(args)
     plan = plan_of(args, PLAN)
     init = previous_model(args, "mpo")
-    check_heldout(folder)
+    check_heldout(folder, args.eval_limit)
     kinds = read_kinds(folder)
     first_steps, second_steps = plan["steps"]
+    names = {*SWITCH, "clips", *KEEP}
+    files = [path for name, path in files_or_exit(folder / "train").items() if name in names]
+    made_from = {"measured": plan["measured"], "kept": plan["kept"], "seed": args.seed}
 
-    run = start_from(args, "coldstart-modes", init)
+    run = start_from(args, "coldstart-modes", init, files, made_from, last="coldstart")
     out = run.folder / "data"
     if not run.trained():
         if not (run.folder / "built.json").exists():

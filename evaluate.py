@@ -18,6 +18,8 @@ what is answered then comes from the words alone.
 import argparse
 import json
 import math
+import os
+import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,8 +27,8 @@ from pathlib import Path
 
 import torch
 
-from common.conversation import MODES, TOOL_MODES, media_items, prompt_of, text_of
-from common.media import MediaError
+from common.conversation import MODES, TOOL_MODES, media_items, text_of
+from common.failures import counted, refuse_many
 from common.questions import Question, read_questions
 from common.rewards import REPEATED, Parsed, parse, repetition
 from common.rollout import Prompt, Response, Rollout, sample_groups
@@ -119,8 +121,7 @@ def ask(generator, questions, limits, mode) -> list[Answer]:
     for question, prompt, group in zip(questions, prompts, groups):
         # Where media could not be read nothing is said, which is wrong.
         answer = judged(question, group[0] if group else Rollout(prompt, {}))
-        if not group:
-            answer.failure = why_unread(generator.processor, prompt)
+        answer.failure = prompt.failure
         answers.append(answer)
     return answers
 
@@ -177,16 +178,6 @@ def facts_of(parsed: Parsed, mode: str, response: Response) -> dict:
         "calls": len(response.observations),
         "failed_calls": sum(not seen.ok for seen in response.observations),
     }
-
-
-def why_unread(processor, prompt):
-    """The reason why a prompt got no response, found by reading it once more."""
-    try:
-        messages = prompt_of(prompt.record, prompt.mode)
-        processor({"messages": messages}, prompt.root, generate=True)
-    except (MediaError, ValueError) as e:
-        return str(e)
-    return "could not be read when it was asked"
 
 
 class Blindfold:
@@ -284,6 +275,11 @@ def result_of(answers, mode):
 # tables
 
 
+def failures_of(result: dict) -> list[str]:
+    """Where and why, of the questions that could not be asked."""
+    return ["{where}: {reason}".format_map(failure) for failure in result["failed"]]
+
+
 def percent(value):
     return "" if value is None else f"{100 * value:.1f}"
 
@@ -315,10 +311,11 @@ def board(rows: list[tuple[str, dict]]) -> str:
 def task_table(result: dict) -> str:
     """Markdown, a line for each task below its category: one result in detail.
 
-    Accuracy in % and half its 95 % interval, accuracy without the pictures, and chance. The last
-    line, the headline, is the mean over the tasks of HEADLINE.
+    How many questions there were, and failed, as their media could not be read: they count as
+    wrong. Accuracy in % and half its 95 % interval, accuracy without the pictures, and chance. The
+    last line, the headline, is the mean over the tasks of HEADLINE.
     """
-    table = [["task", "n", "accuracy %", "blind %", "chance %"]]
+    table = [["task", "n", "failed", "accuracy %", "blind %", "chance %"]]
     for category, whole in result["categories"].items():
         table.append(task_line(f"**{category}**", whole))
         for task, numbers in result["tasks"].items():
@@ -326,7 +323,7 @@ def task_table(result: dict) -> str:
                 table.append(task_line(task, numbers))
     headline = result["headline"]
     if headline["accuracy"] is not None:
-        table.append(["**headline**", "", *map(percent, headline.values())])
+        table.append(["**headline**", "", "", *map(percent, headline.values())])
     return markdown(table)
 
 
@@ -335,6 +332,7 @@ def task_line(label, numbers):
     return [
         label,
         str(numbers["n"]),
+        str(numbers["failed"]),
         f"{percent(numbers['accuracy'])} ± {half}",
         percent(numbers["blind"]),
         percent(numbers["chance"]),
@@ -360,6 +358,7 @@ def score_phase(run, heldout: Path, modes: list[str], limit: int, blind: bool = 
     """The held-out score of run.folder/"model" in each mode -> {mode: result}, {} on other ranks.
 
     Rank 0 asks, says the board, and leaves a page of answers, samples.md, beside the model.
+    SystemExit after that where many questions could not be asked: this is no score to keep.
     """
     if not run.main:
         return {}
@@ -379,8 +378,13 @@ def score_phase(run, heldout: Path, modes: list[str], limit: int, blind: bool = 
             page += SAMPLE.format_map(example)
         if blind:
             run.say(task_table(results[mode]))
-    (run.folder / "samples.md").write_text(page, encoding="utf-8")
+    # backslashreplace: a lone surrogate, which no file in UTF-8 can hold, is written as \ud800
+    (run.folder / "samples.md").write_text(page, encoding="utf-8", errors="backslashreplace")
     run.say(board([(f"{run.stage} {mode}", result) for mode, result in results.items()]))
+    failures = failures_of(results[mode])  # the same in every mode
+    refuse_many(failures, results[mode]["questions"], "held-out questions")
+    if failures:
+        run.say(counted(failures, results[mode]["questions"], "held-out questions"))
     return results
 
 
@@ -423,14 +427,23 @@ def arguments():
 
 def main(argv=None):
     args = arguments().parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no run
     if args.board:
         rows = phases(Path(args.board))
         if not rows:
             raise SystemExit(f"{args.board}: no finished phase ({', '.join(PHASES)}) here")
         table = board(rows)
-        Path(args.board, "scoreboard.md").write_text(table + "\n")
+        Path(args.board, "scoreboard.md").write_text(table + "\n", encoding="utf-8")
         print(table)
         return
+    if args.out:
+        is_new = not Path(args.out).exists()
+        try:  # now, not after all answers
+            open(args.out, "a").close()
+            if is_new:
+                os.remove(args.out)  # in the folder of --data it would be read as data
+        except OSError as e:
+            raise SystemExit(f"--out {args.out}: {e.strerror}") from None
     blind = not args.mode if args.blind is None else args.blind
     model, processor = load(args.init, args.device)
     results = {}
@@ -444,10 +457,12 @@ def main(argv=None):
             raise SystemExit(str(e)) from None
         print(f"{mode}:\n\n{task_table(results[mode])}\n")
     print(board(list(results.items())))
-    for failure in results[mode]["failed"]:  # the same in every mode
-        print("failed, counted as wrong: {where}: {reason}".format_map(failure))
+    failures = failures_of(results[mode])  # the same in every mode
+    for failure in failures:
+        print(f"failed, counted as wrong: {failure}")
     if args.out:
         Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+    refuse_many(failures, results[mode]["questions"], "questions")
 
 
 if __name__ == "__main__":

@@ -527,6 +527,7 @@ def arguments(argv):
 
 def main(argv: list[str] | None = None):
     args = arguments(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no chat
     content = [{"type": "image", "image": path} for path in args.image]
     for path in args.video:
         clip = {"type": "video", "video": path}

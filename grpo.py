@@ -41,12 +41,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from common.checkpoint import export, save_if_due
 from common.conversation import MODES
+from common.failures import refuse_many, say_failures
 from common.judge import Judge
 from common.optim import clip_gradients, schedule, set_lr
 from common.packing import even_packs, sample_of_label
 from common.parallel import shard, whole
-from common.questions import check_heldout, draw_prompts, question_pool
-from common.rollout import Rollout, reward_groups, sample_groups, trajectory
+from common.questions import check_heldout, draw_prompts, pool_files, question_pool
+from common.rollout import Rollout, failures_of, reward_groups, sample_groups, trajectory
 from common.run import (
     Run,
     add_judge_arguments,
@@ -337,16 +338,22 @@ def train(run: Run, init: Path, questions: list, plan: dict, judge: Judge | None
     if args.beta:
         reference = shard(KeyeVL.from_pretrained(init).requires_grad_(False), run)
     sampler = Sampler(run, policy, processor)
+    failures = []  # of this rank
+    tried = 0
 
     for step in range(progress.step, steps):
         lr = set_lr(opt, schedule(step, steps, WARMUP, decay=0.0))
         prompts = draw_prompts(questions, plan["prompts"], ASKED, f"{args.seed}/{step}")
+        mine = prompts[run.rank :: run.world]
         values = grpo_step(
-            run, policy, reference, sampler, opt, prompts[run.rank :: run.world],
-            plan, args.algo, args.beta, judge,
+            run, policy, reference, sampler, opt, mine, plan, args.algo, args.beta, judge
         )
+        failures += failures_of(mine)
+        tried += len(prompts)
+        refuse_many(sum(run.gather_objects(failures), []), tried, "prompts")
         run.log(step, steps, lr=lr, **judge_failures(run, judge), **values)
         save_if_due(run, step + 1, steps, policy, opt)
+    say_failures(run, failures, tried, "prompts")
     export(run, policy, processor)
 
 
@@ -397,13 +404,13 @@ def main(args):
     folder = data_folder(args)
     plan = plan_of(args, PLAN)
     init = previous_model(args, "coldstart")
-    check_heldout(folder)
+    check_heldout(folder, args.eval_limit)
     questions = question_pool(folder)
     judge = None
     if args.judge:
         judge = Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", ""))
 
-    run = start_from(args, "grpo", init, algo=args.algo, beta=args.beta)
+    run = start_from(args, "grpo", init, pool_files(folder), algo=args.algo, beta=args.beta)
     if not run.trained():
         train(run, init, questions, plan, judge)
         run.mark_trained()

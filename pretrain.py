@@ -32,11 +32,13 @@ import torch.nn.functional as F
 
 from common.checkpoint import export, fingerprint, replace_folder, resume, save_if_due, write_model
 from common.conversation import check_training, media_items
+from common.failures import say_failures
 from common.loader import Loader, split_packs
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.parallel import full_state, pass_around, ring_pass, shard
-from common.questions import check_heldout
+from common.questions import check_heldout, files_or_exit
 from common.run import Run, arguments, data_folder, plan_of, start
+from common.tokenizer import vocab_file
 from common.unigram import Unigram
 from common.weights import (
     KEYE_NAMES,
@@ -58,6 +60,7 @@ from model import (
     init_weights,
     sample_flops,
     step_work,
+    tower_config,
     training_flops,
 )
 from vit import PoolingHead, TextTower, ViT
@@ -129,17 +132,17 @@ def mixture(folder: Path, stage: str, size: str) -> list[tuple[Path, float]]:
     """Files of folder/train and their weights for a stage. SystemExit where there is none."""
     weights = MIX.get(f"{stage}-{size}", MIX[stage])
     known = POST_TRAINING.union(*MIX.values())
-    files = sorted((folder / "train").glob("*.jsonl"))
+    files = files_or_exit(folder / "train")
     chosen = []
-    for path in files:
-        is_new = path.stem not in known and stage[0] in "23"
-        weight = 1 if is_new else weights.get(path.stem, 0)
+    for name, path in files.items():
+        is_new = name not in known and stage[0] in "23"
+        weight = 1 if is_new else weights.get(name, 0)
         if weight:
             chosen.append((path, weight))
     if not chosen:
         raise SystemExit(
             f"stage {stage} needs one of {', '.join(weights)}.jsonl in {folder / 'train'}, which "
-            f"has {', '.join(p.stem for p in files) or 'no .jsonl file'}. "
+            f"has {', '.join(files) or 'no .jsonl file'}. "
             f"`python -m toyworld --out {folder}` draws a toy world."
         )
     return chosen
@@ -192,6 +195,7 @@ def next_token(run: Run, stage: str, model: KeyeVL, processor: Processor, mix, s
             **step_work(cfg, batches, vit="vit" in learns, decoder="decoder" in learns),
         )
         save_if_due(run, step + 1, steps, model, opt, info["state"])
+    say_failures(run, loader.failures, run.sum(loader.tried), "samples")
     export(run, model, processor)
 
 
@@ -266,9 +270,9 @@ def captions_of(batch: dict, context: int, encode) -> torch.Tensor:
 def text_tower(args, cfg: Config, processor: Processor):
     """A text tower as deep and wide as the ViT, as SigLIP's is, and how captions become its ids."""
     if args.init_vit:
-        text = read_config(args.init_vit)["text_config"]
-        context = text.get("max_position_embeddings", 64)
-        vocab_size = text.get("vocab_size", 32000)
+        text = released_tower(args, "text_config", cfg)
+        context = text["max_position_embeddings"]
+        vocab_size = text["vocab_size"]
         unigram = Unigram(Path(args.init_vit) / "tokenizer.json", context)
 
         def encode(ids):  # without the end of turn
@@ -345,6 +349,7 @@ def contrastive(run: Run, model: KeyeVL, processor: Processor, folder: Path, ste
             flops=2 * training_flops(cfg, [], grids),  # the text tower is as large as the ViT
         )
         save_if_due(run, step + 1, steps, siglip, opt, info["state"])
+    say_failures(run, loader.failures, run.sum(loader.tried), "samples")
 
     # the pooling head and the text tower have done their work: they are not kept
     vit = {}
@@ -408,30 +413,49 @@ def fresh_model(args) -> KeyeVL:
     if args.init_llm:
         where = Path(args.init_llm) / "config.json"
         theirs = Config.from_json(read_config(args.init_llm), where)
-        for name in (
+        names = (
             "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "head_dim", "intermediate_size", "vocab_size", "tie_word_embeddings", "rope_theta",
             "rms_norm_eps",
-        ):
-            if getattr(theirs, name) != getattr(cfg, name):
-                raise SystemExit(
-                    f"--init-llm {args.init_llm}: {name} is {getattr(theirs, name)}, but --size "
-                    f"{args.size} has {getattr(cfg, name)}"
-                )
+        )
+        must_agree(f"--init-llm {args.init_llm}", theirs, args, cfg, names)
         tied = ("lm_head.",) if cfg.tie_word_embeddings else ()
         load_weights(model, args.init_llm, QWEN3_NAMES, tied)
     if args.init_vit:
-        vision = read_config(args.init_vit).get("vision_config", {})
-        heads = vision.get("num_attention_heads", 12)  # SiglipConfig's default
-        if heads != cfg.vision.num_attention_heads:  # the shapes would fit all the same
-            raise SystemExit(
-                f"--init-vit {args.init_vit}: num_attention_heads is {heads}, but --size "
-                f"{args.size} has {cfg.vision.num_attention_heads}"
-            )
+        released_tower(args, "vision_config", cfg)
         # its pooling head, text tower and scale are read again in stage 0
         unused = ("vision_model.head.", "text_model.", "logit_")
         load_weights(model, args.init_vit, SIGLIP_NAMES, unused)
     return model
+
+
+# what SiglipConfig takes for a key that the file leaves out
+SIGLIP = dict(
+    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+    max_position_embeddings=64, vocab_size=32000,
+)
+
+
+def released_tower(args, entry: str, cfg: Config) -> dict:
+    """An entry of SigLIP's config.json, after it was found to mean the layers that --size has."""
+    facts = SIGLIP | (read_config(args.init_vit).get(entry) or {})
+    theirs = tower_config(facts, f"{Path(args.init_vit) / 'config.json'}, {entry}")
+    names = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "layer_norm_eps",
+    )
+    must_agree(f"--init-vit {args.init_vit}: {entry}", theirs, args, cfg.vision, names)
+    return facts
+
+
+def must_agree(what: str, theirs, args, ours, names: tuple[str, ...]):
+    """SystemExit where released weights are of another model, even if their shapes would fit."""
+    for name in names:
+        if getattr(theirs, name) != getattr(ours, name):
+            raise SystemExit(
+                f"{what}: {name} is {getattr(theirs, name)}, but --size {args.size} has "
+                f"{getattr(ours, name)}"
+            )
 
 
 def first_processor(args) -> Processor:
@@ -442,7 +466,7 @@ def first_processor(args) -> Processor:
     if vocab is None and PRESETS[args.size].vocab_size == 1024:
         vocab = Path(__file__).parent / "toyworld" / "vocab.json"
     if vocab is None and args.init_llm:
-        vocab = Path(args.init_llm) / "vocab.json"
+        vocab = vocab_file(args.init_llm)
     if vocab is None:
         raise SystemExit(
             f"--size {args.size} needs a vocabulary: --init-llm with Qwen3's folder, or --vocab"
@@ -517,13 +541,14 @@ def main(args):
     # a missing file or an unreadable question is an error now, not in an hour
     for name in names:
         mixture(folder, name, args.size)
-    check_heldout(folder)
+    check_heldout(folder, args.eval_limit)
     heldout = folder / "heldout"
 
     annealed = []
     trained_now = []  # models of stages; what an earlier run has made of such a one is outdated
+    later = ["pretrain", *[f"pretrain-{name}" for name in names]]
     for name in names:
-        run = start(args, f"pretrain-{name}")
+        run = start(args, f"pretrain-{name}", later)
         if before in trained_now:
             run.attempt("cannot clean an outdated stage", run.forget)
         run.made_from(

@@ -7,6 +7,7 @@
 In: --data's train/instruct.jsonl and questions.jsonl, single questions whose meta holds the answer
 and its verifier, and some of pre-training's files.
 Out: runs/SIZE/sft/model; the lines that were kept, beside it in data/.
+A run that was stopped goes on, or starts over where its data have changed since.
 
 1. Difficulty filter: the start answers questions several times. What is right every time, and in
    no more tokens than the reference, is easy and dropped (Keye: correctness and length).
@@ -23,14 +24,16 @@ import torch
 
 from common.checkpoint import export, fingerprint, resume, save_if_due
 from common.conversation import link_media, text_of
+from common.failures import leave_out, say_failures
 from common.jsonl import write_lines
 from common.loader import Loader, split_packs
 from common.media import MediaError
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.parallel import shard
-from common.questions import Question, check_heldout, read_or_exit
+from common.questions import Question, check_heldout, files_or_exit, read_or_exit
 from common.rollout import Prompt, Rollout, sample_groups
 from common.run import Run, arguments, data_folder, plan_of, previous_model, start
+from common.sources import renewed
 from common.verifiers import verify
 from data import Processor
 from evaluate import score_phase
@@ -58,7 +61,6 @@ MIX = {
     "text": 0.1,
 }
 FILTERED = ("instruct", "questions")
-MAX_UNREADABLE = 0.05  # ours: a larger share of lines whose media fail ends the run
 
 # ----------------------------------------------------------------------------------------------
 # the difficulty filter
@@ -90,7 +92,8 @@ def reference_tokens(tokenizer, question: Question) -> int:
 def attempts(run: Run, model_folder: Path, questions: list[Question], samples: int, seed: int):
     """The model answers each question `samples` times at temperature 1; the ranks share the work.
 
-    -> a list of Attempts for each question, in order, on all ranks; empty where media fail.
+    -> a list of Attempts for each question, in order, on all ranks; empty where media fail, which
+    few may. SystemExit where many do.
     """
     generator = Generator.from_pretrained(model_folder, run.device)
     tokenizer = generator.processor.tokenizer
@@ -102,15 +105,10 @@ def attempts(run: Run, model_folder: Path, questions: list[Question], samples: i
     limits = [2 * reference_tokens(tokenizer, questions[i]) + 4 for i in mine]
     groups = sample_groups(generator, prompts, samples, limits, keep_pixels=False)
 
+    failures = [f"{questions[i].where}: {p.failure}" for i, p in zip(mine, prompts) if p.failure]
+    leave_out(run, failures, len(questions), "questions")
     by_index = run.merge({i: [attempt_of(r) for r in group] for i, group in zip(mine, groups)})
-    results = [by_index[i] for i in range(len(questions))]
-    unreadable = [q.where for q, tries in zip(questions, results) if not tries]
-    if len(unreadable) > MAX_UNREADABLE * len(questions):
-        raise SystemExit(
-            f"{len(unreadable)} of {len(questions)} questions cannot be asked, the first is "
-            f"{unreadable[0]}"
-        )
-    return results
+    return [by_index[i] for i in range(len(questions))]
 
 
 def mean(values) -> float:
@@ -154,43 +152,49 @@ def drop_easy(run: Run, init: Path, source: Path, target: Path, plan: dict, seed
     write_linked(run, target, kept, questions[0].root)
 
 
-def write_linked(run: Run, target: Path, records: list[dict], root: Path):
-    """Rank 0: records whose media are below root become lines of target, their media beside it.
+def linked(run: Run, records: list[tuple[dict, Path]], folder: Path) -> list[dict]:
+    """Rank 0: (record, root of its media) -> records whose media are below folder.
 
-    A record whose media cannot be found is named and left out; RuntimeError on all ranks where
-    there are more than MAX_UNREADABLE.
+    A few whose media cannot be found are left out; SystemExit on all ranks where many are.
     """
+    done = []
+    failures = []
 
-    def write():
-        if not run.main:
-            return
-        linked = []
-        for record in records:
+    def link():
+        for record, root in records if run.main else ():
             try:
-                linked.append(link_media(record, root, target.parent))
+                done.append(link_media(record, root, folder))
             except MediaError as e:
-                run.say(f"skipped: {e}")
-        missing = len(records) - len(linked)
-        if missing > MAX_UNREADABLE * len(records):
-            raise ValueError(f"{missing} of {len(records)} lines have media that cannot be read")
-        write_lines(target, linked)
+                failures.append(f"{root}: {e}")
 
-    run.attempt(f"cannot write {target}", write)
+    run.attempt(f"cannot link media below {folder}", link)
+    leave_out(run, failures, len(records), "lines")
+    return done
+
+
+def write_linked(run: Run, target: Path, records: list[dict], root: Path):
+    """Rank 0: records whose media are below root become lines of target, their media beside it."""
+    lines = linked(run, [(record, root) for record in records], target.parent)
+    run.attempt(f"cannot write {target}", lambda: run.main and write_lines(target, lines))
+
+
+def sources_of(folder: Path) -> dict[str, Path]:
+    """{name: file} of the mixture's files that are in folder/train."""
+    files = files_or_exit(folder / "train")
+    return {name: path for name, path in files.items() if name in MIX}
 
 
 def build_mixture(run: Run, init: Path, folder: Path, plan: dict) -> list[tuple[Path, float]]:
     """The files to train on and their weights; what the filter kept stands in run.folder/data."""
     mix = []
-    for path in sorted((folder / "train").glob("*.jsonl")):
-        if path.stem not in MIX:
-            continue
-        source = path
-        if path.stem in FILTERED:
-            source = run.folder / "data" / path.name
-            if not source.exists():
-                drop_easy(run, init, path, source, plan, run.args.seed)
-        if source.stat().st_size:  # not all of a file may be easy
-            mix.append((source, MIX[path.stem]))
+    for name, path in sources_of(folder).items():
+        if name in FILTERED:
+            kept = run.folder / "data" / f"{name}.jsonl"
+            if not kept.exists():
+                drop_easy(run, init, path, kept, plan, run.args.seed)
+            path = kept
+        if path.stat().st_size:  # not all of a file may be easy
+            mix.append((path, MIX[name]))
     if not mix:
         raise SystemExit(f"sft needs one of {', '.join(MIX)}.jsonl in {folder / 'train'}")
     return mix
@@ -206,13 +210,17 @@ def packing(run: Run) -> tuple[int, int]:
     return split_packs(scale.pack, scale.packs, run.world)
 
 
-def start_from(args, stage: str, init: Path, **facts) -> Run:
+def start_from(args, stage: str, init: Path, files=(), numbers=None, last="", **facts) -> Run:
     """A run that trains the model in `init`. SystemExit where an earlier one trained another.
 
-    facts: what else must be the same.
+    files, numbers, last: see renewed; where they have changed, it starts over. facts: what else
+    must be the same.
     """
     run = start(args, stage)
-    run.made_from(init=init, weights=fingerprint(init), **facts)
+    facts |= {"init": init, "weights": fingerprint(init)}
+    run.made_from(**facts)
+    if files and renewed(run, files, numbers or {}, last):
+        run.made_from(**facts)
     return run
 
 
@@ -261,6 +269,7 @@ def finetune(run: Run, init: Path, mix: list[tuple[Path, float]], lr: float, ste
             skipped=run.sum(sum(info["skipped"].values())), **step_work(model.config, batches),
         )
         save_if_due(run, step + 1, steps, model, opt, info["state"])
+    say_failures(run, loader.failures, run.sum(loader.tried), "samples")
     export(run, model, processor)
 
 
@@ -269,9 +278,10 @@ def main(args):
     folder = data_folder(args)
     plan = plan_of(args, PLAN)
     init = previous_model(args, "pretrain")
-    check_heldout(folder)
+    check_heldout(folder, args.eval_limit)
+    made_from = {"filtered": plan["filtered"], "samples": plan["samples"], "seed": args.seed}
 
-    run = start_from(args, "sft", init)
+    run = start_from(args, "sft", init, list(sources_of(folder).values()), made_from)
     if not run.trained():
         mix = build_mixture(run, init, folder, plan)
         finetune(run, init, mix, plan["lr"], args.steps or plan["steps"])

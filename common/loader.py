@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from common.conversation import check_training, conversations_of
+from common.failures import MAX_BAD_SHARE, refuse_many
 from common.jsonl import Lines
 from common.media import MediaError
 
@@ -157,8 +158,8 @@ class Loader:
     {reason: count} and "bad" [(what, reason)], of this rank, so that they add up over ranks;
     "epoch", passes over each data set.
 
-    A sample that fails is warned about and left out. RuntimeError when more than max_bad_share of
-    at least 100 samples fail; ValueError, naming file and line, when so many lines of a file do.
+    A sample that fails is warned about and left out. SystemExit when too many do, see failures.py;
+    ValueError, naming file and line, when more than max_bad_share of a file's lines do.
     """
 
     mixture: list[tuple[str | Path, float]]  # JSONL files, and weights by samples drawn
@@ -170,7 +171,7 @@ class Loader:
     seed: int = 0
     flops: Callable = linear_cost  # (text tokens, grids) -> cost of a sample, to balance packs
     workers: int = 0
-    max_bad_share: float = 0.05
+    max_bad_share: float = MAX_BAD_SHARE
     state: dict | None = None  # an info["state"], also of another rank or number of ranks
     check: Callable = check_training  # ValueError for a record that cannot be used
 
@@ -183,7 +184,8 @@ class Loader:
         self.examples = {}  # of lines that are in no pack yet
         edges = np.cumsum([weight for _, weight in self.mixture])
         self.edges = edges / edges[-1]
-        self.tried = self.failed = 0  # samples of this rank, in this process
+        self.tried = 0  # samples of this rank, in this process
+        self.failures = []  # where and why, of those that were left out
 
         identity = [self.seed, self.pack_tokens, self.packs_per_step]
         for lines, (_, weight) in zip(self.files, self.mixture):
@@ -215,22 +217,14 @@ class Loader:
             steps = map(self.decoder.__getitem__, self._plans())
         for batches, info, tried in steps:
             self.tried += tried
-            self.failed += len(info["bad"])
+            self.failures += [what for what, _ in info["bad"]]
             for what, reason in info["bad"][:3]:
                 log.warning("skipped (%s) %s", reason, what)
-            if info["bad"]:
-                self._refuse_many(self.tried, self.failed, info["bad"][-1])
+            # A rank may load one sample a step: of the first few, only the loss of all says much.
+            if self.tried >= 20 or len(self.failures) == self.tried >= 4:
+                refuse_many(self.failures, self.tried, "samples", self.max_bad_share)
             self.state = info["state"]
             yield batches, info
-
-    def _refuse_many(self, tried, failed, last):
-        # At most 99 %: where all fail, a step would never be full.
-        if tried >= 100 and failed > min(self.max_bad_share, 0.99) * tried:
-            raise RuntimeError(
-                f"{failed} of {tried} samples failed, more than the share {self.max_bad_share} "
-                f"that is allowed; the last: {last[1]}: {last[0]}. Repair or remove such lines, "
-                "or raise max_bad_share; too_long asks for larger packs or shorter texts"
-            )
 
     # The plan of a step: a function of the seed and the state alone, never of rank, world, workers
     # or timing. So ranks agree on it, and any number of them can go on from a state.
@@ -269,7 +263,10 @@ class Loader:
                 places.append([d, i])
             except (MediaError, ValueError) as error:
                 bad.append(self.decoder.failure(d, i, error))
-                self._refuse_many(len(places) + len(bad), len(bad), bad[-1])
+                tried = len(places) + len(bad)
+                if tried >= 100:  # at most 99 %: where all fail, the step would never be full
+                    failures = [what for what, _ in bad]
+                    refuse_many(failures, tried, "samples", min(self.max_bad_share, 0.99))
         return places, bad
 
     def _draw(self, state):

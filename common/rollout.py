@@ -11,7 +11,6 @@ The generator is a generate.Generator, and everything goes in and out of it as i
 model wrote is ever encoded again, so the trainer sees the very tokens that were sampled.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -57,6 +56,7 @@ class Prompt:
     root: Path | None  # the folder of its media
     mode: str  # "plain", or one of conversation.MODES
     seed: str
+    failure: str = ""  # why it could not be asked; set by sample_groups
 
 
 @dataclass
@@ -98,8 +98,12 @@ def tool_turns(generator, pictures: list[Callable[[], list[Image.Image]] | None]
             response.finished = False  # a call without a reply is no end of an answer
             return None
 
-        own = known(row.index)
-        seen = run_call(tokenizer.decode(response.ids), calls, own)
+        try:
+            own = known(row.index)
+            seen = run_call(tokenizer.decode(response.ids), calls, own)
+        except MediaError as e:  # the file has changed since the prompt was read
+            own = []
+            seen = sandbox.observe(error=str(e)[:100])
         seen, sample = shown(generator.processor, seen, row.next_position, response.extensions)
         own += seen.images
         response.observations.append(seen)
@@ -160,7 +164,7 @@ def sample_groups(
 
     Nothing is truncated, so a trainer finds the same probabilities. The k-th response to a prompt
     draws from "{prompt.seed}/{k}", whatever else is asked. max_tokens: an int or one per prompt.
-    A prompt whose media cannot be read gets an empty group, and a line on stderr.
+    A prompt whose media cannot be read gets an empty group, and its failure says why.
     keep_pixels=False drops the patches once a chunk is decoded: for callers that ask more than
     memory could hold, and train on none of it.
     """
@@ -177,7 +181,7 @@ def sample_groups(
             rollouts = [Rollout(prompt, sample) for _ in range(group)]
             patches += len(sample["patches"])
         except (MediaError, ValueError) as e:
-            print(f"skipped: {e}", file=sys.stderr)
+            prompt.failure = str(e)
         groups.append(rollouts)
         waiting += [(rollout, limit, f"{prompt.seed}/{k}") for k, rollout in enumerate(rollouts)]
         if len(waiting) >= CHUNK_ROLLOUTS or patches > CHUNK_PATCHES:
@@ -186,6 +190,11 @@ def sample_groups(
             patches = 0
     respond(generator, waiting, temperature, keep_pixels)
     return groups
+
+
+def failures_of(prompts: list[Prompt]) -> list[str]:
+    """Where and why, of those that sample_groups could not ask."""
+    return [f"{prompt.root}: {prompt.failure}" for prompt in prompts if prompt.failure]
 
 
 def respond(generator, waiting, temperature, keep_pixels):

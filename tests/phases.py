@@ -151,6 +151,9 @@ class FakeRun:
     def say(self, text):
         self.said.append(text)
 
+    def gather_objects(self, thing):
+        return [thing] * self.world
+
     def sum(self, x):
         return x * self.world
 
@@ -262,11 +265,15 @@ class Loop:
         self.note("resume", run, model, opt)
         return Progress(self.begin, {"place": self.begin})
 
+    # A loader's own: what failed, and how many samples were tried.
+    failures = []
+    tried = 0
+
     def Loader(self, *args, **named):
         self.note("Loader", *args, **named)
-        return self.draw()
+        return self
 
-    def draw(self):
+    def __iter__(self):
         place = self.begin
         while True:
             place += 1

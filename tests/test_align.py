@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -330,9 +331,9 @@ def test_a_pair_that_cannot_be_read_is_named_and_left_out(
     records[3] = unreadable(records[3])
     write(tmp_path / "mine" / "pairs.jsonl", records)
     align.prepare(run, start_model, given(tmp_path / "mine"), tmp_path / "data")
-    assert run.said[0].startswith(f"skipped {tmp_path}/mine/pairs.jsonl:4: ")
-    assert "none.png" in run.said[0]
-    assert run.said[1:] == ["1 of 20 pairs cannot be read"]
+    (said,) = run.said
+    assert said.startswith("skipped: 1 of 20 pairs cannot be used, the first: ")
+    assert f"{tmp_path}/mine/pairs.jsonl:4: none.png: missing" in said
     train = read(tmp_path / "data" / "train.jsonl")
     held = read(tmp_path / "data" / "held.jsonl")
     left = [int(prompt_text(record).split()[-1][:-1]) for record in train + held]
@@ -344,12 +345,11 @@ def test_a_pair_that_cannot_be_read_is_named_and_left_out(
 
 def test_too_many_unreadable_pairs_end_the_run(tmp_path, run, start_model):
     records = preferences(tmp_path / "mine", 20)
-    for i in (3, 7):
+    for i in (3, 7, 9, 11, 13, 15):
         records[i] = unreadable(records[i])
     write(tmp_path / "mine" / "pairs.jsonl", records)
-    with pytest.raises(SystemExit, match="2 of 20 pairs cannot be read"):
+    with pytest.raises(SystemExit, match="6 of 20 pairs .*pairs.jsonl:4: none.png: missing"):
         align.prepare(run, start_model, given(tmp_path / "mine"), tmp_path / "data")
-    assert ["none.png: missing" in line for line in run.said] == [True, True]
     assert not (tmp_path / "data").exists()
 
 
@@ -380,8 +380,8 @@ def test_references_are_of_what_training_sees(
 def test_pairs_beyond_those_held_are_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(align, "HELD_MOST", 2)
     preferences(tmp_path / "mine", 31)
-    pairs = given(tmp_path / "mine")
-    align.write_pairs(pairs, {i: [0.0, 0.0] for i in range(31)}, tmp_path / "data")
+    records = [pair.record for pair in given(tmp_path / "mine")]
+    align.write_pairs(records, tmp_path / "data")
     held = read(tmp_path / "data" / "held.jsonl")
     train = read(tmp_path / "data" / "train.jsonl")
     assert [prompt_text(record) for record in held] == ["What is 0?", "What is 10?"]
@@ -391,7 +391,7 @@ def test_pairs_beyond_those_held_are_trained_on(tmp_path, monkeypatch):
 
 def test_a_single_pair_is_trained_on_and_held(tmp_path):
     preferences(tmp_path / "mine", 1)
-    align.write_pairs(given(tmp_path / "mine"), {0: [0.0, 0.0]}, tmp_path / "data")
+    align.write_pairs([pair.record for pair in given(tmp_path / "mine")], tmp_path / "data")
     for name in ("train", "held"):
         assert len(read(tmp_path / "data" / f"{name}.jsonl")) == 1
 
@@ -502,6 +502,19 @@ def written_out(policy, steps, seen=()) -> tuple[torch.Tensor, list[dict]]:
     return scores.detach().float(), log
 
 
+class Drawn:
+    """A loader of these items; what it left out, and how many samples it tried."""
+
+    failures = ["a.jsonl:3: x.png: missing"]
+    tried = 50
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
 class Loop:
     """mpo with doubles at its edges: the model, the loader, the optimizer, checkpoints."""
 
@@ -524,9 +537,12 @@ class Loop:
 
         def loader(*args, **how):
             self.loaders.append((args, how))
+            items = []
             for step, batches in enumerate(steps):
                 skipped = {"missing": 1, "corrupt": step}
-                yield batches[run.rank :: run.world], {"state": f"after {step}", "skipped": skipped}
+                info = {"state": f"after {step}", "skipped": skipped}
+                items.append((batches[run.rank :: run.world], info))
+            return Drawn(items)
 
         def accuracy(run, model, processor, path):
             self.measured.append((whole(model.scores).detach().clone(), path))
@@ -1025,6 +1041,39 @@ def test_another_start_or_other_pairs_are_refused(phase, tmp_path, start_model):
     assert read(data / "train.jsonl") == [{"from": str(other)}]
 
 
+def test_corrected_pairs_are_learnt_by_a_run_that_was_killed(phase, tmp_path, capsys):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("one")
+    phase.killed = "mpo"
+    whole = ["prepare", "mpo"]
+    for content, events in (("one", whole), ("one", ["mpo"]), ("two", whole)):
+        path.write_text(content)
+        with pytest.raises(KeyboardInterrupt):
+            phase.main(*MPO, "--pairs", path)
+        assert [event[0] for event in phase.events] == events
+    assert capsys.readouterr().err.count("mine.jsonl changed since") == 1
+
+
+@pytest.mark.parametrize("killed", ["align-1", "align-2"])
+def test_corrected_questions_are_asked_from_the_first_round_on(
+    phase, questions, tmp_path, killed, capsys
+):
+    data = tmp_path / "world"
+    shutil.copytree(questions, data)
+    phase.killed = killed
+    with pytest.raises(KeyboardInterrupt):
+        phase.main(*ITERATE, "--data", data)
+    phase.killed = None
+    path = data / "train" / "questions.jsonl"
+    path.write_text(path.read_text().replace("What is 1", "How much is 1"))
+    again = phase.main(*ITERATE, "--data", data)
+    assert [event[0] for event in again] == ["round", "prepare", "mpo"] * 2
+    said = capsys.readouterr().err
+    assert f"questions.jsonl changed since {phase.out / 'align-1'} was made: it starts over" in said
+    path.write_text(path.read_text() + "\n")
+    assert phase.main(*ITERATE, "--data", data) == [], "it is finished"
+
+
 def test_each_round_starts_where_the_one_before_ended(phase, questions, start_model):
     rounds = []
     init = start_model
@@ -1189,7 +1238,7 @@ def test_two_ranks_run_mpo_and_leave_out_what_they_cannot_read(tmp_path, start_m
     flags = ["--phase", "mpo", "--pairs", path, "--steps", 1]
     said = command(tmp_path, start_model, tmp_path, *flags, ranks=2)
     assert said.count("took") == 1, "rank 0 alone speaks"
-    assert said.count(f"skipped {path}:1: ") == 1 and "1 of 24 pairs cannot be read" in said
+    assert said.count(f"skipped: 1 of 24 pairs cannot be used, the first: {path}:1: none.png") == 1
     [step] = curve(tmp_path / "toy" / "mpo")
     assert step["dpo"] == pytest.approx(LN2, abs=1e-3)
     assert step["skipped"] == 0
@@ -1198,9 +1247,9 @@ def test_two_ranks_run_mpo_and_leave_out_what_they_cannot_read(tmp_path, start_m
 def test_pairs_that_cannot_be_read_end_the_run(tmp_path, start_model):
     records = preferences(tmp_path / "mine", 4)
     path = tmp_path / "mine" / "pairs.jsonl"
-    write(path, [unreadable(records[0]), *records[1:]])
+    write(path, [*map(unreadable, records[:2]), *records[2:]])
     said = command(tmp_path, start_model, tmp_path, "--phase", "mpo", "--pairs", path, code=1)
-    assert "1 of 4 pairs cannot be read" in said
+    assert f"2 of 4 pairs cannot be used, the first: {path}:1: none.png: missing" in said
     assert "Traceback" not in said
     assert not (tmp_path / "toy" / "mpo" / "model").exists()
 

@@ -159,7 +159,7 @@ def test_malformed_answers_are_named_and_skipped_where_they_are_few(
     assert len(coldstart.read_kind(path)) == 19
     assert f"{path}:3: " in caplog.text and why in caplog.text
     write(path, [good] * 2 + [line] + [good] * 16)
-    with pytest.raises(ValueError, match=f"{kind}.jsonl:3: .*1 bad and 18 good lines"):
+    with pytest.raises(SystemExit, match=f"{kind}.jsonl:3: .*1 bad and 18 good lines"):
         coldstart.read_kind(path)
 
 
@@ -174,8 +174,8 @@ def test_few_lines_may_have_lost_their_clip(own, tmp_path):
     out, said = build(own, tmp_path)
     assert len(read(out / "video.jsonl")) == 2 * 40  # 39 of these, one of video.jsonl
     assert any("gone.mp4: missing" in text for text in said)
-    write(own / "train" / "clips.jsonl", lines[:9])
-    with pytest.raises(ValueError, match="2 of 20 lines have media that cannot be read"):
+    write(own / "train" / "clips.jsonl", lines[:1] * 3 + lines[3:9])
+    with pytest.raises(SystemExit, match="6 of 20 lines cannot be used, .*gone.mp4: missing"):
         build(own, tmp_path)
 
 
@@ -603,6 +603,27 @@ def test_after_a_kill_it_goes_on_where_it_was(failing, again, phase):
     assert phase.calls() == again
 
 
+@pytest.mark.parametrize("failing", ["finetune", "second"])
+def test_corrected_data_are_learnt_from_the_first_pass_on(failing, phase, capsys):
+    phase.failing = failing
+    with pytest.raises(RuntimeError):
+        phase("--init", phase.init)
+    phase.failing = None
+    write(phase.data / "train" / "no_think.jsonl", [talk("2 + 2?", "It is 4")])
+    phase("--init", phase.init)
+    assert phase.calls() == WHOLE
+    said = capsys.readouterr().err
+    assert f"no_think.jsonl changed since {phase.modes} was made: it starts over" in said
+    assert "It is 4" in (phase.modes / "data" / "no_think.jsonl").read_text()
+
+    write(phase.data / "train" / "text.jsonl", [talk("Say 5.", "5")])  # some of it is kept
+    phase("--init", phase.init)
+    assert phase.calls() == [], "it is finished"
+    assert "text.jsonl changed" in capsys.readouterr().err
+    phase("--init", phase.init, "--fresh")
+    assert phase.calls() == WHOLE
+
+
 def test_resume_insists_on_a_checkpoint_of_the_pass_that_was_interrupted(phase):
     phase("--init", phase.init)
     shutil.rmtree(phase.modes)
@@ -660,7 +681,7 @@ def test_a_failing_scorer_does_not_undo_the_training(phase, capsys):
 
 def test_an_unreadable_line_ends_the_run_before_it_begins(phase):
     write(phase.data / "train" / "think.jsonl", [talk("2 + 2?", "<think>")])
-    with pytest.raises(ValueError, match="think.jsonl:1: not an answer in think mode"):
+    with pytest.raises(SystemExit, match="think.jsonl:1: not an answer in think mode"):
         phase("--init", phase.init)
     write(phase.data / "heldout" / "q.jsonl", [talk("2 + 2?", "4")])
     with pytest.raises(SystemExit, match="heldout/q.jsonl:1: "):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -707,18 +708,21 @@ def table_of(text):
 def test_task_table(processor, world, answer_with):
     answer_with(see)
     head, *rows = cells_of(task_table(evaluate(None, processor, world, blind=True)))
-    assert head == ["task", "n", "accuracy %", "blind %", "chance %"]
+    assert head == ["task", "n", "failed", "accuracy %", "blind %", "chance %"]
     low, high = wilson(12, 12)
     sure = f"100.0 ± {50 * (high - low):.1f}"
     low, high = wilson(1, 4)
     unsure = f"25.0 ± {50 * (high - low):.1f}"
     assert rows == [
-        ["**look**", "12", sure, "0.0", "33.3"],
-        ["colour", "12", sure, "0.0", "33.3"],
-        ["**text**", "4", unsure, "", "0.0"],
-        ["sum", "4", unsure, "", "0.0"],
-        ["**headline**", "", "100.0", "0.0", "33.3"],
+        ["**look**", "12", "0", sure, "0.0", "33.3"],
+        ["colour", "12", "0", sure, "0.0", "33.3"],
+        ["**text**", "4", "0", unsure, "", "0.0"],
+        ["sum", "4", "0", unsure, "", "0.0"],
+        ["**headline**", "", "", "100.0", "0.0", "33.3"],
     ]
+    break_two_pictures(world)
+    broken = table_of(task_table(evaluate(None, processor, world)))
+    assert [row["failed"] for row in broken] == ["2", "2", "0", "0", ""]
     part = evaluate(None, processor, world, tasks=["sum"])
     assert [row["task"] for row in table_of(task_table(part))] == ["**text**", "sum"]
 
@@ -801,7 +805,9 @@ def test_a_phase_is_scored_in_each_mode(run, world, monkeypatch):
     assert results["plain"]["tasks"]["colour"]["n"] == 2
     assert results["plain"]["tasks"]["colour"]["accuracy"] == 0.5
     assert results["think"]["tasks"]["sum"]["accuracy"] == 0.5
-    said, = run.said
+    said, first = run.said
+    assert first.startswith("1 of 4 held-out questions cannot be used, the first: ")
+    assert "look.jsonl:2: 1.png: missing" in first
     rows = table_of(said)
     assert [row["phase and mode"] for row in rows] == ["sft plain", "sft think"]
     assert [row["failed"] for row in rows] == ["1", "1"]
@@ -809,6 +815,24 @@ def test_a_phase_is_scored_in_each_mode(run, world, monkeypatch):
     assert page.startswith("# sft: ") and "## plain" in page and "## think" in page
     assert "- [colour] [image]What colour? **red** (truth: red)" in page
     assert "examples" not in results["plain"] and json.dumps(results)
+
+
+def test_a_page_of_answers_holds_any_text(run, world, monkeypatch):
+    scripted(monkeypatch, lambda prompt: "red")
+    monkeypatch.setattr(E, "SAMPLE", "\ud800\0 数\n")
+    E.score_phase(run, world, ["plain"], 1)
+    assert "\\ud800\0 数" in (run.folder / "samples.md").read_text(encoding="utf-8")
+
+
+def test_a_score_without_its_pictures_is_none(run, world, monkeypatch):
+    """It is shown, but there is nothing to keep."""
+    scripted(monkeypatch, lambda prompt: "red")
+    for path in world.glob("*.png"):
+        path.unlink()
+    with pytest.raises(SystemExit, match="12 of 16 held-out questions cannot be used"):
+        E.score_phase(run, world, ["plain"], None)
+    [row] = table_of(run.said[0])
+    assert row["failed"] == "12"
 
 
 def test_a_blind_score_is_shown_by_task(run, world, monkeypatch):
@@ -857,7 +881,7 @@ def test_command_line(model, processor, world, tmp_path):
     model.save_pretrained(tmp_path / "m")
     processor.save_pretrained(tmp_path / "m")
     (world / "3.png").unlink()
-    out = tmp_path / "score.json"
+    out = tmp_path / "m" / "score.json"
     command = [sys.executable, "evaluate.py", "--init", tmp_path / "m", "--data", world]
     command += ["--limit", "5", "--device", "cpu", "--out", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -867,12 +891,47 @@ def test_command_line(model, processor, world, tmp_path):
     assert (colour["n"], colour["failed"]) == (5, 1) and colour["blind"] is not None
 
 
+def test_a_score_of_too_few_questions_is_an_error_once_it_was_shown(
+    run, world, tmp_path, capsys, monkeypatch
+):
+    scripted(monkeypatch, lambda prompt: "red")
+    argv = ["--init", str(run.folder / "model"), "--data", str(world), "--device", "cpu"]
+    argv += ["--no-blind", "--out", str(run.folder / "out.json")]
+    for i in range(4):
+        (world / f"{i}.png").unlink()
+    E.main(argv)
+    assert table_of(capsys.readouterr().out.split("\n\n")[1])[0]["failed"] == "4"
+    (world / "5.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="5 of 16 questions .*look.jsonl:1: 0.png: missing.*5%"):
+        E.main(argv)
+    assert table_of(capsys.readouterr().out.split("\n\n")[1])[0]["failed"] == "5"
+    assert len(json.loads((run.folder / "out.json").read_text())["plain"]["failed"]) == 5
+
+
+def test_a_terminal_without_the_signs_of_the_tables_shows_them_all_the_same(tmp_path):
+    (tmp_path / "sft").mkdir()
+    result = {"categories": {"café": {"accuracy": 1.0}}, "thinking": {}, "mixed": 1.0, "failed": []}
+    result["all"] = dict.fromkeys([re.search(r"\w+", form)[0] for form in E.FACTS.values()], 0)
+    (tmp_path / "sft" / "score.json").write_text(json.dumps({"plain": result}))
+    command = [sys.executable, "evaluate.py", "--board", tmp_path]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "caf\\xe9" in done.stdout
+    assert "café" in (tmp_path / "scoreboard.md").read_text(encoding="utf-8")
+
+
+def test_a_file_of_results_that_cannot_be_written_is_refused_before_the_questions(tmp_path):
+    argv = ["--init", "nowhere", "--out", str(tmp_path / "none" / "out.json")]
+    with pytest.raises(SystemExit, match="--out .*none/out.json: No such file"):
+        E.main(argv)
+
+
 def test_a_wrong_command_line_says_what_is_wrong(run, tmp_path, capsys):
     folder = str(run.folder / "model")
     for argv, message in [
         (["--init", str(tmp_path)], "config.json"),
         (["--init", folder, "--limit", "0"], "--limit"),
-        (["--init", folder, "--data", folder], "with questions"),
+        (["--init", folder, "--data", str(tmp_path)], "with questions"),
         (["--init", folder, "--mode", "dream"], "dream"),
         (["--init", folder, "--board", folder], "not allowed with"),
     ]:
@@ -886,9 +945,11 @@ def test_modes_on_the_command_line(model, processor, world, tmp_path, capsys, mo
     scripted(monkeypatch, lambda prompt: boxed(1) if "/think" in prompt else "2")
     (world / "1.png").unlink()
     argv = ["--init", "x", "--data", str(world), "--limit", "2", "--mode", "think", "no_think"]
-    E.main([*argv, "--out", str(tmp_path / "out.json")])
+    path = tmp_path / "scores" / "out.json"
+    path.parent.mkdir()
+    E.main([*argv, "--out", str(path)])
     out = capsys.readouterr().out
-    results = json.loads((tmp_path / "out.json").read_text())
+    results = json.loads(path.read_text())
     assert [(name, result["mode"]) for name, result in results.items()] == [
         ("think", "think"), ("no_think", "no_think")]
     assert [result["tasks"]["sum"]["accuracy"] for result in results.values()] == [0.5, 0.5]

@@ -1,5 +1,6 @@
 """generate.py: what is sampled, with which probability, from which position; the command line."""
 
+import os
 import random
 import re
 import subprocess
@@ -442,6 +443,16 @@ def test_command_line(folder, tmp_path):
     assert one.returncode == 0, one.stderr
     assert one.stdout.strip() and one.stdout == two.stdout
     assert "8 written" in one.stderr and "tok/s" in one.stderr
+
+
+def test_any_question_and_any_terminal(folder):
+    """A lone surrogate as bytes on the command line become, and a terminal of ASCII."""
+    command = [sys.executable, "generate.py", "--init", str(folder), "--device", "cpu"]
+    command += ["--max-new-tokens", "8", b"What \xff\xed\xa0\x80 \x1b \xe6\x95\xb0?"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, stdin=subprocess.DEVNULL, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and b"8 written" in done.stderr
 
 
 @pytest.mark.parametrize(

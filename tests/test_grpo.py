@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -857,6 +858,7 @@ class Loop:
         self.steps = []
         self.logged = []
         self.saved = []
+        self.lost = {}  # (seed of a step, number of a prompt): why it cannot be asked
         load = KeyeVL.from_pretrained
 
         def from_pretrained(folder):
@@ -886,10 +888,17 @@ class Loop:
         monkeypatch.setattr(sft, "make_optimizer", optimizer)
         monkeypatch.setattr(sft, "resume", resume)
         monkeypatch.setattr(grpo, "grpo_step", step)
-        monkeypatch.setattr(grpo, "draw_prompts", lambda *asked: [(asked, i) for i in range(5)])
+        monkeypatch.setattr(grpo, "draw_prompts", self.draw_prompts)
         monkeypatch.setattr(grpo, "save_if_due", lambda run, *rest: self.saved.append(rest))
         monkeypatch.setattr(grpo, "export", lambda run, *what: self.saved.append(what))
         self.run.log = lambda step, steps, **values: self.logged.append((step, steps, values))
+
+    def draw_prompts(self, *asked):
+        drawn = []
+        for i in range(5):
+            lost = self.lost.get((asked[-1], i), "")
+            drawn.append(SimpleNamespace(asked=asked, number=i, root="train", failure=lost))
+        return drawn
 
     def train(self, folder, *flags, judge=None, size="toy"):
         argv = ["--size", size, "--seed", "4", *flags]
@@ -908,7 +917,7 @@ def parser():
 def test_every_step_draws_other_prompts_by_its_number(monkeypatch, run, start_model):
     loop = Loop(monkeypatch, run)
     loop.train(start_model, "--steps", "3")
-    asked = [[asked for asked, _ in step.prompts] for step in loop.steps]
+    asked = [[prompt.asked for prompt in step.prompts] for step in loop.steps]
     modes = {"think": 3, "no_think": 2, "auto_think": 4, "agentic_think": 3}
     for step, same in enumerate(asked):
         assert same == [("questions", 32, modes, f"4/{step}")] * 5
@@ -918,7 +927,25 @@ def test_ranks_share_the_prompts_of_a_step(monkeypatch, run, start_model):
     loop = Loop(monkeypatch, run)
     loop.run.rank, loop.run.world = 1, 2
     loop.train(start_model, "--steps", "1")
-    assert [i for _, i in loop.steps[0].prompts] == [1, 3]
+    assert [prompt.number for prompt in loop.steps[0].prompts] == [1, 3]
+
+
+def test_prompts_that_cannot_be_asked_are_few_or_the_run_ends(
+    monkeypatch, run, start_model, capsys
+):
+    """Of all steps together; the step that is one too many is not saved."""
+    loop = Loop(monkeypatch, run)
+    for step in range(5):
+        loop.lost[f"4/{step}", step] = f"{step}.png: missing"
+    loop.train(start_model, "--steps", "6")
+    line = "skipped: 5 of 30 prompts cannot be used, the first: train: 0.png: missing"
+    assert line in capsys.readouterr().err
+
+    loop.lost["4/5", 0] = "5.png: missing"
+    loop.saved.clear()
+    with pytest.raises(SystemExit, match="6 of 30 prompts .*first: train: 0.png: missing; more"):
+        loop.train(start_model, "--steps", "6")
+    assert [saved[0] for saved in loop.saved] == [1, 2, 3, 4, 5]
 
 
 def test_the_reference_is_the_start_and_never_moves(monkeypatch, run, start_model):
@@ -1068,6 +1095,24 @@ def test_another_start_for_the_same_run_is_refused(phase, tmp_path, start_model)
     KeyeVL.empty(PRESETS["toy"]).init_weights().save_pretrained(other)
     with pytest.raises(SystemExit, match="weights"):
         phase.main()
+
+
+def test_questions_that_changed_are_asked_from_the_first_step_on(phase, questions, tmp_path, capsys):
+    data = tmp_path / "world"
+    shutil.copytree(questions, data)
+    path = data / "train" / "questions.jsonl"
+    phase.main("--data", data)
+    (phase.folder / "done.json").unlink()  # it was killed
+    saved = phase.folder / "checkpoint" / "step-1"
+    for content, goes_on in ((path.read_text(), True), (path.read_text() + "\n", False)):
+        saved.mkdir(parents=True)
+        path.write_text(content)
+        capsys.readouterr()
+        phase.main("--data", data)
+        assert saved.exists() == goes_on
+        assert ("questions.jsonl changed" in capsys.readouterr().err) != goes_on
+        (phase.folder / "done.json").unlink()
+        shutil.rmtree(phase.folder / "checkpoint", ignore_errors=True)
 
 
 def test_the_judge_has_its_addresses_its_model_and_its_key(monkeypatch, phase):

@@ -281,14 +281,22 @@ def test_a_pair_has_one_caption():
 
 @pytest.fixture
 def short_packs(monkeypatch):
-    monkeypatch.setitem(SCALE, "toy", replace(SCALE["toy"], pack=600))
+    """Of three samples."""
+    monkeypatch.setitem(SCALE, "toy", replace(SCALE["toy"], pack=90))
 
 
-def test_stage_0_survives_packs_all_of_whose_pictures_are_missing(tmp_path, short_packs):
+def test_stage_0_survives_a_pack_all_of_whose_pictures_are_missing(tmp_path, short_packs):
     data = pairs(tmp_path / "data", *[[PICTURE]] * 9)
-    start(*flags(tmp_path, "--data", data, "--steps", 2), stage="0")
-    assert curve(tmp_path, "0", "loss", "pairs", "norm") == [(0, 0, 0, 0), (1, 0, 0, 0)]
+    start(*flags(tmp_path, "--data", data, "--steps", 1), stage="0")
+    assert curve(tmp_path, "0", "loss", "pairs", "norm") == [(0, 0, 0, 0)]
     assert all(skipped > 0 for _, skipped in curve(tmp_path, "0", "skipped"))
+
+
+def test_stage_0_ends_where_all_pictures_are_missing(tmp_path, short_packs):
+    data = pairs(tmp_path / "data", *[[PICTURE]] * 9)
+    with pytest.raises(SystemExit, match=r"samples cannot be used, the first: .*: x.png: missing"):
+        start(*flags(tmp_path, "--data", data, "--steps", 9), stage="0")
+    assert not (tmp_path / "toy/pretrain-0/model").exists()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -787,6 +795,33 @@ def test_siglip_with_other_heads_is_refused(tmp_path):
         first_weights(init_vit=tmp_path / "siglip")
 
 
+@pytest.mark.parametrize("entry", ["vision_config", "text_config"])
+@pytest.mark.parametrize("change, said", [
+    ({"num_attention_heads": 2}, "num_attention_heads is 2, but --size toy has 4"),
+    ({"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05, but --size toy has 1e-06"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'gelu_pytorch_tanh'"),
+])
+def test_siglip_of_another_kind_is_refused(tmp_path, processor, entry, change, said):
+    """Its shapes would fit: only config.json tells, of either tower."""
+    siglip(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config[entry] |= change
+    path.write_text(json.dumps(config))
+    args = SimpleNamespace(size="toy", seed=0, init_llm=None, init_vit=tmp_path)
+    with pytest.raises((SystemExit, ValueError), match=f"{tmp_path}.*{entry}: {said}"):
+        pretrain.fresh_model(args)
+        pretrain.text_tower(args, PRESETS["toy"], processor)
+
+
+def test_qwen3_with_longer_rope_is_refused(tmp_path):
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+    qwen3(tmp_path / "qwen3", rope_parameters=rope)
+    where = tmp_path / "qwen3" / "config.json"
+    with pytest.raises(ValueError, match=f"{where}: rope_type is 'yarn'"):
+        first_weights(init_llm=tmp_path / "qwen3")
+
+
 def test_fresh_weights_depend_on_the_seed_alone():
     def fresh(seed):
         torch.randn(3)
@@ -885,6 +920,25 @@ def test_known_names_have_the_weight_of_their_stage_and_others_count_from_stage_
     with pytest.raises(SystemExit, match="stage 1 needs one of caption.jsonl in .*train, which has "
                        "mine, pairs, questions, text, think, vqa"):
         names("1")
+
+
+def test_files_of_all_kinds_are_known_by_their_names(tmp_path):
+    train = tmp_path / "train"
+    for name in ("caption.json", "vqa.jsonl.gz", "my.own.json.gz", "notes.txt"):
+        write(train / name, [])
+    chosen = dict(pretrain.mixture(tmp_path, "2", "8b"))
+    weights = pretrain.MIX["2"]
+    assert chosen == {
+        train / "caption.json": weights["caption"],
+        train / "vqa.jsonl.gz": weights["vqa"],
+        train / "my.own.json.gz": 1,
+    }
+    write(train / "caption.jsonl", [])
+    with pytest.raises(SystemExit, match="caption.jsonl and caption.json have one name"):
+        pretrain.mixture(tmp_path, "2", "8b")
+    (train / "caption.jsonl").rename(train / "caption.parquet")
+    with pytest.raises(SystemExit, match="caption.parquet: parquet is not read"):
+        pretrain.mixture(tmp_path, "2", "8b")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1066,7 +1120,7 @@ def test_a_failing_scorer_does_not_undo_stage_0(tmp_path, monkeypatch, capsys, s
     data = pairs(tmp_path / "data", [PICTURE])
     write(data / "heldout" / "caption.jsonl", [])
     sums(data / "heldout" / "q.jsonl", 1)
-    monkeypatch.setattr(pretrain, "check_heldout", lambda folder: None)
+    monkeypatch.setattr(pretrain, "check_heldout", lambda folder, limit: None)
     start(*flags(tmp_path, "--data", data, "--steps", 1), stage="0")
     assert "WARNING: pretrain-0 is trained and saved" in capsys.readouterr().err
     assert (tmp_path / "toy/pretrain-0/done.json").exists()

@@ -7,7 +7,15 @@ import torch
 
 from common import rollout
 from common.conversation import pictures_of
-from common.rollout import Prompt, converse, reward_groups, sample_groups, trajectory
+from common.media import MediaError
+from common.rollout import (
+    Prompt,
+    converse,
+    failures_of,
+    reward_groups,
+    sample_groups,
+    trajectory,
+)
 from generate import Generator
 from test_generate import ask, call, picture, scripted, whole
 
@@ -117,6 +125,19 @@ def test_a_call_that_was_not_opened(talk):
     stray = "error: ‹/tool_call> without ‹tool_call>"  # no tag can be spelled in what a tool says
     assert [texts_of(response) for response in responses] == [[stray], ["2", stray], ["4"]]
     assert all(response.finished for response in responses)
+
+
+def test_a_picture_that_is_gone_when_a_tool_wants_it(talk):
+    """The call gets an error, and the row goes on; other rows see theirs."""
+
+    def gone():
+        raise MediaError("a.png", "missing")
+
+    texts = [f"{call('image(1)')}{call('1 + 1')}so red", f"{call('image(1)')}so red"]
+    lost, other = talk(texts, [gone, [picture(60, 60)]])
+    assert texts_of(lost) == ["error: a.png: missing"] * 2
+    assert lost.finished and not any(seen.ok for seen in lost.observations)
+    assert other.observations[0].ok and other.finished
 
 
 def test_too_much_to_look_at(talk, monkeypatch):
@@ -269,8 +290,8 @@ def test_chunks_bound_what_is_decoded_together(model, processor, six, monkeypatc
     assert sizes == [2, 2, 1] and all("patches" in one.sample for group in groups for one in group)
 
 
-def test_a_prompt_whose_picture_is_missing_has_no_group(model, processor, tmp_path, capsys):
-    """The others have the same responses as without it."""
+def test_a_prompt_whose_picture_is_missing_has_no_group(model, processor, tmp_path):
+    """It says why. The others have the same responses as without it."""
     good = [asked("One?", "think", "a"), asked("Two?", "agentic_think", "d")]
     bad = []
     for mode, seed in (("no_think", "b"), ("auto_think", "c")):
@@ -278,7 +299,9 @@ def test_a_prompt_whose_picture_is_missing_has_no_group(model, processor, tmp_pa
     generator = Generator(model, processor)
     groups = sample_groups(generator, [good[0], *bad, good[1]], 2, 5)
     assert [len(group) for group in groups] == [2, 0, 0, 2]
-    assert capsys.readouterr().err.count("skipped: none.png: missing") == 2
+    assert [prompt.failure[:18] for prompt in [good[0], *bad]] == ["", *["none.png: missing "] * 2]
+    why = failures_of([good[0], *bad])
+    assert [line.startswith(f"{tmp_path}: none.png: missing") for line in why] == [True] * 2
     assert ids_of([groups[0], groups[3]]) == ids_of(sample_groups(generator, good, 2, 5))
     assert sample_groups(generator, bad, 2, 5) == [[], []]
     assert sample_groups(generator, [], 2, 5) == []

@@ -1,6 +1,7 @@
 """sft.py: what the filter drops, what a step does, and the command as a user starts it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from common.rollout import Response
 from common.rollout import Rollout
 from conftest import toy_processor
 from data import Processor
+from miniature import curve
+from miniature import run_small
 from phases import FakeRun
 from phases import Loaded
 from phases import Loop
@@ -54,7 +57,11 @@ class Sampler:
     def sample_groups(self, generator, prompts, group, max_tokens, temperature=1.0, **how):
         self.prompts += prompts
         self.calls.append((generator, group, list(max_tokens), temperature, how))
-        return [[self.rollout(prompt, text) for text in self.says(prompt)] for prompt in prompts]
+        groups = []
+        for prompt in prompts:
+            groups.append([self.rollout(prompt, text) for text in self.says(prompt)])
+            prompt.failure = "" if groups[-1] else "a.png: missing"
+        return groups
 
     def rollout(self, prompt, text):
         ids = TOKENIZER.encode(text)
@@ -82,7 +89,6 @@ def test_ranks_share_the_questions_and_all_know_all_answers(tmp_path, monkeypatc
     sampler = Sampler(monkeypatch, lambda prompt: [prompt.seed])
     local = {}
     one = FakeRun(tmp_path, rank=1, world=2, local=local)
-    monkeypatch.setattr(sft, "MAX_UNREADABLE", 1.0)
     with pytest.raises(KeyError):  # the other rank's answers are not there yet
         sft.attempts(one, tmp_path, questions, 1, 0)
     assert [prompt.seed for prompt in sampler.prompts] == ["0/1", "0/3"]
@@ -117,10 +123,20 @@ def test_questions_that_cannot_be_asked_are_few_or_the_run_ends(tmp_path, monkey
     questions = read_questions(sums(tmp_path / "q.jsonl", 40))
     broken = {"0/7", "0/9"}
     Sampler(monkeypatch, lambda prompt: [] if prompt.seed in broken else ["1"])
-    answers = sft.attempts(FakeRun(tmp_path), tmp_path, questions, 1, 0)
+    run = FakeRun(tmp_path)
+    answers = sft.attempts(run, tmp_path, questions, 1, 0)
     assert [i for i, tries in enumerate(answers) if not tries] == [7, 9]
-    broken.add("0/11")
-    with pytest.raises(SystemExit, match=r"3 of 40 questions .*q.jsonl:8"):
+    first = f"{tmp_path}/q.jsonl:8: a.png: missing"
+    assert run.said == [f"skipped: 2 of 40 questions cannot be used, the first: {first}"]
+    broken |= {f"0/{i}" for i in range(20, 24)}
+    with pytest.raises(SystemExit, match=r"6 of 40 questions .*q.jsonl:8: a.png: missing; more"):
+        sft.attempts(run, tmp_path, questions, 1, 0)
+
+
+def test_of_a_few_questions_most_must_be_there(tmp_path, monkeypatch):
+    questions = read_questions(sums(tmp_path / "q.jsonl", 3))
+    Sampler(monkeypatch, lambda prompt: ["1"] if prompt.seed == "0/0" else [])
+    with pytest.raises(SystemExit, match="2 of 3 questions"):
         sft.attempts(FakeRun(tmp_path), tmp_path, questions, 1, 0)
 
 
@@ -212,14 +228,18 @@ def test_pictures_come_along_and_few_may_be_missing(tmp_path, monkeypatch):
     wrong = [[attempt(0.0, 1)] * 2]
     kept, _, said = drop_easy(monkeypatch, tmp_path, source, wrong, filtered=1)
     assert len(kept) == 38
-    assert "skipped: pictures/3.png: missing" in said and "skipped: pictures/21.png" in said
+    first = f"{tmp_path / 'data'}: pictures/3.png: missing"
+    assert f"skipped: 2 of 40 lines cannot be used, the first: {first}" in said
     for content in kept:
         assert (tmp_path / "kept" / content[0]["image"]).is_file()
     assert kept[0][0]["image"] == "media/pictures/0.png"
 
-    (tmp_path / "data/pictures/5.png").unlink()
-    with pytest.raises(ValueError, match="3 of 40 lines have media that cannot be read"):
+    (tmp_path / "kept" / "kept.jsonl").unlink()
+    for i in range(5, 9):
+        (tmp_path / f"data/pictures/{i}.png").unlink()
+    with pytest.raises(SystemExit, match="6 of 40 lines cannot be used, .*pictures/3.png"):
         drop_easy(monkeypatch, tmp_path, source, wrong, filtered=1)
+    assert not (tmp_path / "kept" / "kept.jsonl").exists()
 
 
 def test_one_rank_writes_for_all(tmp_path):
@@ -232,7 +252,7 @@ def test_one_rank_writes_for_all(tmp_path):
 
 def test_a_line_that_is_no_question_is_named(tmp_path):
     write(tmp_path / "q.jsonl", [talk("1 + 1?", "2")])
-    with pytest.raises(SystemExit, match="q.jsonl:1: meta"):
+    with pytest.raises(SystemExit, match="q.jsonl:1: .*meta"):
         sft.drop_easy(FakeRun(tmp_path), first_model(), tmp_path / "q.jsonl", tmp_path, {}, 0)
 
 
@@ -426,6 +446,47 @@ def test_a_changed_model_of_the_same_name_counts_as_another(phase):
         phase("--init", phase.init)
 
 
+def test_corrected_data_are_learnt_by_a_run_that_was_killed(phase, capsys):
+    path = sums(phase.data / "train" / "questions.jsonl", 3)
+    sums(phase.data / "train" / "pairs.jsonl", 3)
+    kept = phase.out / "toy" / "sft" / "data" / "questions.jsonl"
+    phase.failing = "finetune"
+    with pytest.raises(RuntimeError):
+        phase("--init", phase.init)
+    phase.failing = None
+    for correct in (
+        lambda: sums(path, 4),
+        lambda: sums(phase.data / "train" / "vqa.jsonl", 1),  # is learnt as it is
+    ):
+        kept.write_text("of the old lines")
+        (phase.out / "toy" / "sft" / "done.json").unlink(missing_ok=True)
+        correct()
+        phase("--init", phase.init)
+        assert [what for what, *_ in phase.done] == ["mixture", "finetune", "score"]
+        assert not kept.exists()
+        assert ".jsonl changed since" in capsys.readouterr().err
+
+    sums(phase.data / "train" / "pairs.jsonl", 4)  # is not learnt here
+    phase("--init", phase.init)
+    assert phase.done == [] and "changed" not in capsys.readouterr().err
+    sums(path, 5)
+    phase("--init", phase.init)
+    assert phase.done == [], "a model that is finished stays"
+    assert "questions.jsonl changed" in capsys.readouterr().err
+    phase("--init", phase.init, "--fresh")
+    assert [what for what, *_ in phase.done] == ["mixture", "finetune", "score"]
+
+
+def test_the_numbers_of_the_filter_count_too(phase, capsys):
+    sums(phase.data / "train" / "questions.jsonl", 3)
+    phase.failing = "finetune"
+    for plan in ("filtered=9", "filtered=8", "lr=3"):
+        with pytest.raises(RuntimeError):
+            phase("--init", phase.init, "--plan", plan)
+    said = capsys.readouterr().err.replace("\n", " ").split("sft: cpu")
+    assert ["filtered changed" in start for start in said[1:]] == [False, True, True]
+
+
 def test_a_failing_scorer_does_not_undo_the_training(phase, capsys):
     phase.failing = "score"
     phase("--init", phase.init)
@@ -445,6 +506,47 @@ def test_an_unreadable_heldout_line_ends_the_run_before_it_begins(phase):
     with pytest.raises(SystemExit, match="heldout/q.jsonl:2: "):
         phase("--init", phase.init)
     assert phase.done == [] and not (phase.out / "toy" / "sft").exists()
+
+
+def test_a_killed_run_learns_what_was_corrected(tmp_path):
+    """From the first step on, in processes of its own."""
+    path = sums(tmp_path / "train" / "questions.jsonl", 12)
+    args = ["--data", tmp_path, "--init", first_model(), "--out", tmp_path, "--device", "cpu"]
+    args += ["--steps", 4, "--save-every", 2, "--workers", 0]
+    run_small("sft.py", *args, kill=3, code=-9)
+    folder = tmp_path / "toy" / "sft"
+    assert (folder / "checkpoint" / "step-2").exists()
+    path.write_text(path.read_text().replace("+ 0?", "+ 00?"))
+    said = run_small("sft.py", *args)
+    assert "questions.jsonl changed" in said and "resumed" not in said
+    assert all("+ 00?" in line for line in lines_of(folder / "data" / "questions.jsonl"))
+    assert [record["step"] for record in curve(folder)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut"])
+def test_pictures_that_cannot_be_read_are_few_or_there_is_no_model(kind, tmp_path):
+    """Found by the filter, when they are linked, or as late as in training."""
+    train = tmp_path / "train"
+    with_pictures(train, 60).rename(train / "vqa.jsonl")
+    spoil = {
+        "missing": lambda path: path.unlink(),
+        "cut": lambda path: path.write_bytes(path.read_bytes()[:-30]),
+    }[kind]
+    args = flags(tmp_path, "--data", tmp_path, "--init", first_model(), "--steps", 12)
+    for name in ("vqa.jsonl", "questions.jsonl"):
+        spoil(train / "pictures" / "7.png")
+        said = run_script("sft.py", *args)
+        first = r"skipped: \d+ of \d+ (samples|questions) cannot be used, the first: .*7.png: "
+        assert re.search(first, said)
+        for path in (train / "pictures").iterdir():
+            if path.stem != "7":
+                spoil(path)
+        said = run_script("sft.py", *args, "--fresh", "--steps", 2, code=1)
+        assert re.search(r"\n\d+ of \d+ \w+ cannot be used, the first: .*; more than 5% end", said)
+        assert "Traceback" not in said and not (tmp_path / "toy" / "sft" / "done.json").exists()
+        shutil.rmtree(train)
+        shutil.rmtree(tmp_path / "toy")
+        with_pictures(train, 60).rename(train / "questions.jsonl")
 
 
 def test_the_whole_command(tmp_path):

@@ -1,0 +1,52 @@
+"""How much of what a run reads may be unusable: one number for lines, samples, prompts and pairs.
+
+    leave_out(run, failures, tried, "questions of vqa.jsonl")     few are said, many end the run
+
+A few broken files among many are passed over by name. A run that lost more is not the run that its
+folder says it is: it ends, and leaves no model.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from common.jsonl import Lines
+
+MAX_BAD_SHARE = 0.05  # ours: a larger share ends the run
+# ours: of a small set, whose share says little, so many may fail; but no more than a quarter of it
+FEW = 5
+
+
+def too_many(failed: int, tried: int, share: float = MAX_BAD_SHARE) -> bool:
+    return failed > max(share * tried, min(FEW, tried / 4))
+
+
+def counted(failures: list[str], tried: int, what: str) -> str:
+    """The line that says how many failed. failures: where and why; the first is named."""
+    return f"{len(failures)} of {tried} {what} cannot be used, the first: {failures[0]}"
+
+
+def refuse_many(failures: list[str], tried: int, what: str, share: float = MAX_BAD_SHARE):
+    """SystemExit where too many failed."""
+    if too_many(len(failures), tried, share):
+        raise SystemExit(f"{counted(failures, tried, what)}; more than {share:.0%} end a run")
+
+
+def lines_or_exit(path: Path, check: Callable) -> Lines:
+    """The good lines of a file. SystemExit where many are bad, or it cannot be read."""
+    try:
+        return Lines(path, check, MAX_BAD_SHARE)
+    except (OSError, ValueError) as e:
+        raise SystemExit(str(e)) from None
+
+
+def say_failures(run, failures: list[str], tried: int, what: str):
+    """All ranks: says how many failed, if any did. failures: of this rank; tried: of all ranks."""
+    failures = sum(run.gather_objects(failures), [])
+    if failures:
+        run.say(f"skipped: {counted(failures, tried, what)}")
+
+
+def leave_out(run, failures: list[str], tried: int, what: str):
+    """All ranks: the same, but SystemExit where it is too much."""
+    refuse_many(sum(run.gather_objects(failures), []), tried, what)
+    say_failures(run, failures, tried, what)
