@@ -3,6 +3,7 @@
 An attempt says THROUGH, or shows the secret, where it succeeds. In a plain interpreter it does.
 """
 
+import contextlib
 import os
 import pickle
 import platform
@@ -630,8 +631,11 @@ def test_many_children_at_once(python):
     """As the rows of a rollout: answers stay apart, and none is left behind, not even a zombie."""
 
     def children():
-        tasks = Path("/proc/self/task").iterdir()
-        return {pid for task in tasks for pid in (task / "children").read_text().split()}
+        found = set()
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                found.update((task / "children").read_text().split())
+        return found
 
     seen = [None] * 8
 
