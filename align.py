@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common.checkpoint import export, replace_folder, save_if_due
+from common.checkpoint import export, on_main, replace_folder, save_if_due
 from common.conversation import (
     MODES,
     check_training,
@@ -265,7 +265,7 @@ def prepare(run: Run, model_folder: Path, pairs: list[Pair], out: Path):
     for i, logprobs in sorted(pair_logprobs(run, model, processor, pairs).items()):
         records.append((pairs[i].record | {"reference": logprobs}, pairs[i].root))
     records = linked(run, records, out)
-    run.attempt(f"cannot write {out}", lambda: run.main and write_pairs(records, out))
+    on_main(run, f"cannot write {out}", write_pairs, records, out)
 
 
 def write_pairs(records: list[dict], out: Path):

@@ -692,7 +692,7 @@ def main():
     # here, as these stand above this file, and only the command needs them
     from common.survey import survey
     from common.weights import read_config
-    from model import PRESETS, SCALE
+    from model import PRESETS, SCALE, Config, scale_like
 
     parser = argparse.ArgumentParser(description="What a folder of data holds, and its faults.")
     add = parser.add_argument
@@ -703,14 +703,17 @@ def main():
     try:
         if args.init:
             processor = Processor.from_pretrained(args.init)
-            like = "toy" if read_config(args.init)["hidden_size"] < 1024 else "8b"
+            where = Path(args.init) / "config.json"
+            scale = scale_like(Config.from_json(read_config(args.init), where))
         else:
-            like = args.size or "toy"
-            if PRESETS[like].vocab_size != 1024:
-                raise ValueError(f"--size {like} needs a vocabulary: name a model by --init")
+            size = args.size or "toy"
+            if PRESETS[size].vocab_size != 1024:
+                raise ValueError(f"--size {size} needs a vocabulary: name a model by --init")
             vocab = Path(__file__).parent / "toyworld" / "vocab.json"
-            processor = Processor(vocab, **SCALE[like].budget)
-        well = survey(Path(args.check), processor, SCALE[args.size or like].pack)
+            scale = SCALE[size]
+            processor = Processor(vocab, **scale.budget)
+        pack = SCALE[args.size].pack if args.size else scale.pack
+        well = survey(Path(args.check), processor, pack)
     except (OSError, ValueError) as e:
         raise SystemExit(str(e)) from None
     raise SystemExit(0 if well else 1)

@@ -39,7 +39,7 @@ from common.conversation import pictures_of
 from common.media import MediaError
 from common.rollout import CLOSE_CALL, Response, tool_turns
 from data import Processor, pack
-from model import SCALE, Config, KeyeVL, KVCache
+from model import Config, KeyeVL, KVCache, scale_like
 
 STOP = ("<|im_end|>", "<|endoftext|>")
 # tokens that only a prompt may hold
@@ -56,7 +56,7 @@ CACHE_BYTES = 16 << 30  # ours, of keys and values: 8B's take 144 KiB a token
 
 def max_answer(cfg: Config) -> int:
     """Tokens of an answer in a mode, for code that has a model but no name of its size."""
-    return SCALE["toy" if cfg.hidden_size < 1024 else "8b"].max_answer
+    return scale_like(cfg).max_answer
 
 
 # --------------------------------------------------------------------------------------------------

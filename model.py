@@ -216,6 +216,12 @@ SCALE = {
     "8b": RELEASED,
 }
 
+
+def scale_like(cfg: Config) -> Scale:
+    """The toy's scale or the released models', for a model whose size has no name."""
+    return SCALE["toy" if cfg.hidden_size < 1024 else "8b"]
+
+
 # --------------------------------------------------------------------------------------------------
 # decoder
 

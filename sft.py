@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import export, fingerprint, resume, save_if_due
+from common.checkpoint import export, fingerprint, on_main, resume, save_if_due
 from common.conversation import link_media, text_of
 from common.failures import leave_out, say_failures
 from common.jsonl import write_lines
@@ -175,7 +175,7 @@ def linked(run: Run, records: list[tuple[dict, Path]], folder: Path) -> list[dic
 def write_linked(run: Run, target: Path, records: list[dict], root: Path):
     """Rank 0: records whose media are below root become lines of target, their media beside it."""
     lines = linked(run, [(record, root) for record in records], target.parent)
-    run.attempt(f"cannot write {target}", lambda: run.main and write_lines(target, lines))
+    on_main(run, f"cannot write {target}", write_lines, target, lines)
 
 
 def sources_of(folder: Path) -> dict[str, Path]:

@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from tqdm import tqdm
 
+from common.jsonl import replacing
 from common.threads import watch_cores
 from kernels import attention_path
 
@@ -467,9 +468,8 @@ class Run:
     def write_json(self, name: str, content):
         """A small file of the run's folder, whole or not at all (rank 0)."""
         if self.main:
-            tmp = self.folder / f"{name}.tmp"
-            tmp.write_text(json.dumps(content, indent=1) + "\n")
-            tmp.rename(self.folder / name)
+            with replacing(self.folder / name) as part:
+                part.write_text(json.dumps(content, indent=1) + "\n")
 
     # -- the log -------------------------------------------------------------------------------
 

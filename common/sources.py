@@ -46,7 +46,6 @@ def note(run: Run, files: list[Path], numbers: dict) -> list[str]:
     data = run.folder / "data"
     now = {path.name: sha256(path) for path in files if path.exists()} | numbers
     if not (data / "made_from.json").exists():
-        data.mkdir(exist_ok=True)
         run.write_json("data/made_from.json", now)
     before = json.loads((data / "made_from.json").read_text())
     changed = [key for key in sorted(now | before) if now.get(key) != before.get(key)]

@@ -52,15 +52,20 @@ def tiles_of(lengths: list[int], causal: bool) -> list[tuple[int, int, int]]:
     return sorted(tiles, key=keys_seen, reverse=True)
 
 
-def call(name: str, tensors: list[Tensor], lse: Tensor, starts: Tensor, causal: bool):
-    """attention.cpp's function `name`; tensors: q, k, v and so on, each (T, heads, D)."""
-    q, k, *_ = tensors
+def addresses(tensors: list[Tensor]) -> ctypes.Array:
+    """For each tensor its address and its steps from token to token and from head to head."""
     arguments = (ctypes.c_int64 * (3 * len(tensors)))()
     for i, x in enumerate(tensors):
         arguments[3 * i : 3 * i + 3] = [x.data_ptr(), x.stride(0), x.stride(1)]
+    return arguments
+
+
+def call(name: str, tensors: list[Tensor], lse: Tensor, starts: Tensor, causal: bool):
+    """attention.cpp's function `name`; tensors: q, k, v and so on, each (T, heads, D)."""
+    q, k, *_ = tensors
     _, heads, width = q.shape
     getattr(load("attention.cpp"), name)(
-        arguments, ctypes.c_void_p(lse.data_ptr()), ctypes.c_void_p(starts.data_ptr()),
+        addresses(tensors), ctypes.c_void_p(lse.data_ptr()), ctypes.c_void_p(starts.data_ptr()),
         len(starts) - 1, heads, k.shape[1], width,
         int(causal), int(q.dtype == torch.bfloat16), torch.get_num_threads(),
     )
@@ -69,14 +74,12 @@ def call(name: str, tensors: list[Tensor], lse: Tensor, starts: Tensor, causal: 
 def call_cuda(tensors: list[Tensor], lse: Tensor, delta: Tensor, tiles: Tensor, causal: bool):
     """attention.cu; tensors: q, k, v, out, and for the backward pass d_out, dq, dk, dv."""
     q, k, *_ = tensors
-    arguments = (ctypes.c_int64 * (3 * len(tensors)))()
-    for i, x in enumerate(tensors):
-        arguments[3 * i : 3 * i + 3] = [x.data_ptr(), x.stride(0), x.stride(1)]
     tokens, heads, width = q.shape
     library = load("attention.cu")
     with torch.cuda.device(q.device):
         error = library.attention(
-            arguments, *(ctypes.c_void_p(x.data_ptr()) for x in (lse, delta, tiles)), len(tiles),
+            addresses(tensors),
+            *(ctypes.c_void_p(x.data_ptr()) for x in (lse, delta, tiles)), len(tiles),
             tokens, heads, k.shape[1], width, int(causal), int(q.dtype == torch.bfloat16),
             int(len(tensors) > 4), q.device.index,
             ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
