@@ -34,9 +34,11 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from common.clips import Clip
 from common.conversation import check_conversation
 from common.jsonl import replacing
-from common.media import PIXEL_LIMIT, Clip, MediaError, load_picture, reading
+from common.media import PIXEL_LIMIT, MediaError, reading
+from common.pictures import load_picture
 from common.tokenizer import Tokenizer, read_vocab, vocab_file
 from common.weights import read_json
 
@@ -583,12 +585,12 @@ class Processor:
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes) -> "Processor":
         """From a folder with vocab.json or tokenizer.json, and preprocessor_config.json, ours or
-        Keye's.
+        Keye's, or the processor_config.json of transformers 5.
 
         Keye's file caps pictures at 1,280 tokens: pass image_max=16384 for the report's budget,
         which also holds where a file has none. FileNotFoundError or ValueError name the file.
         """
-        budget = saved_budget(Path(folder) / "preprocessor_config.json")
+        budget = saved_budget(Path(folder))
         try:
             return cls(vocab_file(folder), **budget | changes)
         except ValueError as e:
@@ -629,35 +631,69 @@ FIXED = {
 SAVED = [f.name for f in fields(Processor) if f.name not in ("vocab_path", "allow_outside")]
 
 
-def saved_budget(path: Path) -> dict:
-    """What a preprocessor_config.json says for Processor: Keye's pixels of a picture, or the "size"
-    that transformers has in their place, and our own "budget". ValueError names the file and key.
+def saved_budget(folder: Path) -> dict:
+    """What the files of a folder say for Processor. ValueError names the file and the key.
+
+    preprocessor_config.json has the pixels of a picture, and our own "budget". transformers 5 puts
+    pictures and frames into one processor_config.json; before it, frames had a file of their own.
+    How frames are chosen is Keye's rule here, whatever transformers writes for others.
     """
-    config = read_json(path)
+    both = folder / "processor_config.json"
+    main, video = folder / "preprocessor_config.json", folder / "video_preprocessor_config.json"
+    stated = {}  # name -> (its value, where it stands)
+    nested = read_json(both) if both.exists() else {}
+    for key, kind in (("image_processor", "image"), ("video_processor", "frame")):
+        part = _object(nested, key, both)
+        _state(stated, _by_pixels(part, kind, f"{both}: {key}"), both, f"in {both.name}")
+    if main.exists() or "image_processor" not in nested:
+        config = read_json(main)
+        _state(stated, _by_pixels(config, "image", main), main, "by its pixels")
+        _state(stated, _own_budget(config, main), main, "in budget")
+    if video.exists():
+        _state(stated, _by_pixels(read_json(video), "frame", video), video, f"in {video.name}")
+    return {name: value for name, (value, _) in stated.items()}
+
+
+def _object(config, key, where):
+    nested = config.get(key) or {}
+    if not isinstance(nested, dict):
+        raise ValueError(f"{where}: {key} is {nested!r}, where an object was expected")
+    return nested
+
+
+def _state(stated, budget, path, place):
+    for name, value in budget.items():
+        known, other = stated.setdefault(name, (value, place))
+        if known != value:
+            raise ValueError(f"{path}: {name} is {value} {place}, but {known} {other}")
+
+
+def _by_pixels(config, kind, where):
+    """Tokens of a picture or a frame, by Keye's pixels or transformers' "size" in their place."""
     for key, value in FIXED.items():
         if config.get(key) not in (None, value):
-            raise ValueError(f"{path}: {key} is {config[key]}, only {value} is implemented")
+            raise ValueError(f"{where}: {key} is {config[key]}, only {value} is implemented")
     size = config.get("size")
     edges = size if isinstance(size, dict) else {}
-    stated = {}
+    budget = {}
     for name, key, edge, whole in (
-        ("image_min", "min_pixels", "shortest_edge", math.ceil),
-        ("image_max", "max_pixels", "longest_edge", math.floor),
+        (f"{kind}_min", "min_pixels", "shortest_edge", math.ceil),
+        (f"{kind}_max", "max_pixels", "longest_edge", math.floor),
     ):
         pixels = edges.get(edge) if config.get(key) is None else config[key]
         if pixels is not None:
             if type(pixels) is not int or pixels <= 0:
-                raise ValueError(f"{path}: {key} is {pixels!r}; want a number of pixels")
-            stated[name] = whole(pixels / TOKEN**2)
-    ours = config.get("budget") or {}
-    if not isinstance(ours, dict):
-        raise ValueError(f"{path}: budget is {ours!r}, where an object was expected")
+                raise ValueError(f"{where}: {key} is {pixels!r}; want a number of pixels")
+            budget[name] = whole(pixels / TOKEN**2)
+    return budget
+
+
+def _own_budget(config, where):
+    ours = _object(config, "budget", where)
     for key, value in ours.items():
         if key not in SAVED or type(value) is not type(getattr(Processor, key)):
-            raise ValueError(f"{path}: budget: {key} is {value!r}; known are {', '.join(SAVED)}")
-        if stated.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {value} in budget, but {stated[key]} by its pixels")
-    return stated | ours
+            raise ValueError(f"{where}: budget: {key} is {value!r}; known are {', '.join(SAVED)}")
+    return ours
 
 
 # Samples -> batch

@@ -24,9 +24,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.clips import Clip
 from common.forms import CLIP_KEYS
 from common.jsonl import replacing
-from common.media import Clip, load_picture, open_media
+from common.media import MediaError, open_media
+from common.pictures import load_picture
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -199,9 +201,10 @@ def pictures_of(conversation: dict, root=None, **limits) -> list[Image.Image]:
 def link_media(conversation: dict, root: str | Path, folder: str | Path) -> dict:
     """A copy of a conversation from `root` for a JSONL file in `folder`.
 
-    Its files are hard-linked below folder/media (copied from another file system), unless they are
-    in the folder already; pictures in memory are written there as PNG. A file that has changed
-    since it was linked is linked anew. MediaError for whatever the reader of media would refuse.
+    Its files are hard-linked below folder/media (else copied: from another file system, or off
+    Linux), unless they are in the folder already; pictures in memory are written there as PNG. A
+    file that has changed since it was linked is linked anew. MediaError for whatever the reader of
+    media would refuse.
     """
     root, folder = Path(root).resolve(), Path(folder).resolve()
     conversation = copy.deepcopy(conversation)
@@ -232,14 +235,23 @@ def _linked(source, root, folder):
     elif root == folder:
         return source
     else:
-        open_media(source, root).close()
-        # open_media has made sure that its real place is below root: no ".." leads out of folder.
-        file = (root / source).resolve()
-        target = folder / "media" / file.relative_to(root)
-        if not target.exists() or not filecmp.cmp(file, target):
-            with replacing(target) as part:
-                try:
-                    os.link(file, part)
-                except OSError:  # another file system
-                    shutil.copy2(file, part)
+        with open_media(source, root) as file:
+            # Linked is what was opened, whatever its path leads to by now.
+            target = _link_opened(f"/dev/fd/{file.fileno()}", source, root, folder)
     return target.relative_to(folder).as_posix()
+
+
+def _link_opened(opened, source, root, folder):
+    """Links the opened file to where its source's real place, without "..", is below root."""
+    place = (root / source).resolve()
+    if not place.is_relative_to(root):  # just now: it was below root when it was opened
+        raise MediaError(source, "outside", f"leads out of {root}")
+    target = folder / "media" / place.relative_to(root)
+    if not target.exists() or not filecmp.cmp(opened, target):
+        with replacing(target) as part:
+            try:
+                # With a folder given, os.link follows the link that `opened` is.
+                os.link(opened, part, src_dir_fd=0)
+            except OSError:  # another file system
+                shutil.copy2(opened, part)
+    return target

@@ -7,6 +7,7 @@ import os
 import pytest
 from PIL import Image
 
+from common import conversation as room
 from common.conversation import (
     MODES,
     check_conversation,
@@ -20,7 +21,7 @@ from common.conversation import (
     text_of,
     with_switch,
 )
-from common.media import MediaError
+from common.media import MediaError, open_media
 
 
 def user(*content):
@@ -249,7 +250,7 @@ def test_files_are_linked_below_the_folder(tmp_path, source):
 def test_files_of_another_file_system_are_copied_once(tmp_path, source, monkeypatch):
     folder, record = source
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError("cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
@@ -280,6 +281,37 @@ def test_a_new_file_of_an_old_name_replaces_the_link(tmp_path, source):
     Image.new("RGB", (50, 50), (9, 9, 9)).save(folder / "deep/0.png")
     moved = link_media(record, folder, tmp_path / "to")
     assert Image.open(tmp_path / "to" / path_of(moved)).getpixel((0, 0)) == (9, 9, 9)
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_linked_is_what_was_opened(tmp_path, source, monkeypatch, links, inside):
+    """Another process swaps the folder for another one, just after the file was opened."""
+    folder, record = source
+    other = (folder if inside else tmp_path) / "other"
+    other.mkdir()
+    Image.new("RGB", (5, 5)).save(other / "0.png")
+
+    def swapping(path, root):
+        file = open_media(path, root)
+        (folder / "deep").rename(tmp_path / "gone")
+        (folder / "deep").symlink_to(other)
+        return file
+
+    def refuse(*_, **__):
+        raise OSError("cross-device link")
+
+    monkeypatch.setattr(room, "open_media", swapping)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    if inside:
+        linked = tmp_path / "to" / path_of(link_media(record, folder, tmp_path / "to"))
+        assert Image.open(linked).size == (40, 30)
+        assert os.path.samefile(linked, tmp_path / "gone/0.png") == links
+    else:
+        with pytest.raises(MediaError, match="outside"):
+            link_media(record, folder, tmp_path / "to")
+        assert not (tmp_path / "to").exists()
 
 
 @pytest.mark.parametrize(

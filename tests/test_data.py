@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_media import noise, reason, write_clip
+from test_clips import write_clip
+from test_media import noise, reason
 from test_tokenizer import reference_tokenizer, vocab  # noqa: F401  (a fixture)
 
 from common.media import MediaError
 from common.tokenizer import CONTROL
 from data import (
-    Medium,
     Processor,
     TooLong,
     pack,
@@ -641,7 +641,7 @@ def test_a_layout_knows_the_sample_without_decoding(tmp_path, processor, monkeyp
     question = talk(user(image("a.png"), video("a.mp4"), "Hello"), assistant("y"))
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "load", None)
-        patch.setattr("common.media.Clip.frames", None)
+        patch.setattr("common.clips.Clip.frames", None)
         layout = processor.layout(question, tmp_path)
     planned = layout.tokens
     grids = [list(medium.plan()[0]) for medium in layout.media]
@@ -843,6 +843,65 @@ def test_a_wrong_preprocessor_config_is_named(processor, tmp_path, change, said)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"budget": None} | change))
     with pytest.raises(ValueError, match=f"{tmp_path}.*: {said}"):
+        Processor.from_pretrained(tmp_path)
+
+
+def transformers_5(folder, image, video):
+    """A folder as transformers 5.24 saves a processor: what its image processor, also here, and its
+    video processor write, nested in one file."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    nested = {}
+    for kind, (low, high) in (("image", image), ("video", video)):
+        size = {"shortest_edge": low * 784, "longest_edge": high * 784}
+        half = [0.5] * 3
+        how = dict(size=size, temporal_patch_size=1, image_mean=half, image_std=half)
+        nested[f"{kind}_processor"] = json.loads(Qwen2VLImageProcessorPil(**how).to_json_string())
+    nested["video_processor"] |= {"min_frames": 4, "max_frames": 768, "do_sample_frames": False}
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps(nested | {"processor_class": "Qwen2VLProcessor"}))
+    return path
+
+
+def test_the_budgets_that_transformers_5_writes_are_read(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    path = transformers_5(tmp_path, (5, 1280), (130, 700))
+    again = Processor.from_pretrained(tmp_path)
+    assert (again.image_min, again.image_max) == (5, 1280)
+    assert (again.frame_min, again.frame_max, again.video_max) == (130, 700, 24576)
+    whole = json.loads(path.read_text())
+    for key, change, said in (
+        ("image_processor", {"patch_size": 16}, "patch_size is 16, only 14"),
+        ("video_processor", {"temporal_patch_size": 2}, "temporal_patch_size is 2, only 1"),
+        ("video_processor", {"size": {"longest_edge": "many"}}, "max_pixels is 'many'"),
+    ):
+        path.write_text(json.dumps(whole | {key: whole[key] | change}))
+        with pytest.raises(ValueError, match=f"{path}: {key}: {said}"):
+            Processor.from_pretrained(tmp_path)
+    path.write_text(json.dumps(whole | {"video_processor": [1]}))
+    with pytest.raises(ValueError, match=f"{path}: video_processor is .1., where an object"):
+        Processor.from_pretrained(tmp_path)
+    # Before, it held no processors but their names: then the others must be there.
+    path.write_text('{"processor_class": "Qwen2VLProcessor"}')
+    with pytest.raises(FileNotFoundError, match="no preprocessor_config.json here"):
+        Processor.from_pretrained(tmp_path)
+
+
+def test_files_that_disagree_about_a_budget_are_named(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    path = transformers_5(tmp_path, (4, 16), (4, 9))
+    again = Processor.from_pretrained(tmp_path)
+    assert (again.image_max, again.frame_max, again.video_max) == (16, 9, 96)
+    transformers_5(tmp_path, (4, 17), (4, 9))
+    said = "preprocessor_config.json: image_max is 16 by its pixels, but 17 in processor_config"
+    with pytest.raises(ValueError, match=said):
+        Processor.from_pretrained(tmp_path)
+    path.unlink()
+    video = tmp_path / "video_preprocessor_config.json"
+    video.write_text(json.dumps({"size": {"shortest_edge": 3136, "longest_edge": 7840}}))
+    said = f"{video}: frame_max is 10 in {video.name}, but 9 in budget"
+    with pytest.raises(ValueError, match=said):
         Processor.from_pretrained(tmp_path)
 
 
