@@ -71,8 +71,8 @@ def read_facts(
     known: values that are built here, of what is no field of kind; needed: keys that must be there.
     ValueError names `where`, the key and its value.
     """
-    numbers = known.keys() | {f.name for f in fields(kind)}
-    facts = _side_by_side(facts, numbers, where)
+    types = {f.name: f.type for f in fields(kind)}
+    facts = _side_by_side(facts, known | types, where)
     if facts.get("use_sliding_window") is False:
         facts.pop("sliding_window", None)  # the size of what is not used
     for key, values in known.items():
@@ -82,46 +82,52 @@ def read_facts(
     for key in needed:
         if key not in facts:
             raise ValueError(f"{where}: no {key}; Keye's or Qwen3's file was expected")
-    for f in fields(kind):
-        if f.name in facts and f.type in (int, float, bool):
-            _check_type(f.name, facts[f.name], f.type, where)
     for key, value in facts.items():
-        if value and key not in numbers and is_telling(key):
+        if key in types:
+            _check_type(key, value, types[key], where)
+        elif value and key not in known and _is_telling(key):
             raise ValueError(f"{where}: {key} is {value!r}; nothing here honours that")
     return facts
 
 
-def is_telling(key: str) -> bool:
-    """Whether a key that is not known looks as if it changed numbers."""
-    note = key in HARMLESS or key.startswith("_") or key.endswith("_id")
-    return bool(TELLING.search(key)) and not note
+def as_object(value, where: str | Path) -> dict:
+    """An entry of a file, such as vision_config. ValueError where it is a list, a text, null, .."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {value!r}, where an object was expected")
+    return value
+
+
+def _is_telling(key):
+    harmless = key in HARMLESS or key.startswith("_") or key.endswith("_id")
+    return TELLING.search(key) and not harmless
 
 
 def _check_type(key, value, kind, where):
-    right = type(value) is kind or (kind is float and type(value) is int)
-    if right and kind is not bool:
-        right = 0 < value < inf or (value == 0 and key.endswith("_id"))
+    if kind is bool:
+        right, want = isinstance(value, bool), "true or false"
+    elif kind in (int, float):
+        above = -1 if key.endswith("_id") else 0
+        right = type(value) in (int, kind) and above < value < inf
+        want = f"a positive {kind.__name__}"
+    else:  # of what is no number its reader knows more
+        return
     if not right:
-        want = "true or false" if kind is bool else f"a positive {kind.__name__}"
         raise ValueError(f"{where}: {key} is {value!r}; want {want}")
 
 
 def _side_by_side(facts, numbers, where):
-    if not isinstance(facts, dict):
-        raise ValueError(f"{where}: {facts!r}, where an object was expected")
-    entries = {}
-    for name in ("text_config", *ROPE_ENTRIES):
-        if facts.get(name) is not None:
-            entry = _side_by_side(facts[name], numbers, f"{where}, {name}")
-            if name in ROPE_ENTRIES:  # what else stands there keeps its place's name
-                entry = {k if k in ROPE_KEYS else f"{name}.{k}": v for k, v in entry.items()}
-            entries[name] = entry
-    flat = {k: v for k, v in facts.items() if v is not None and k not in entries}
+    as_object(facts, where)
+    for name in ("text_config", "vision_config"):
+        as_object(facts.get(name, {}), f"{where}, {name}")
+    flat = {key: value for key, value in facts.items() if value is not None}
+    found = [name for name in ("text_config", *ROPE_ENTRIES) if name in flat]
+    entries = {name: _side_by_side(flat.pop(name), numbers, f"{where}, {name}") for name in found}
     for name, entry in entries.items():
         for key, value in entry.items():
-            if flat.get(key, value) != value and key in numbers:
-                raise ValueError(
-                    f"{where}: {key} is {value!r} in {name}, but {flat[key]!r} elsewhere"
-                )
-        flat |= entry
+            if name in ROPE_ENTRIES and key not in ROPE_KEYS:
+                key = f"{name}.{key}"  # what else stands there keeps its place's name
+            if key in numbers and flat.setdefault(key, value) != value:
+                other = f"{key} is {value!r} in {name}, but {flat[key]!r} elsewhere"
+                raise ValueError(f"{where}: {other}")
+            flat[key] = value
     return flat

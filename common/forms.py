@@ -52,6 +52,7 @@ MEANING = set(
 NOTE = set("id ids source num count hash license score rating model type length ended".split())
 
 PLACE = re.compile("<(image|video|audio)>")
+LLAVA_PLACE = re.compile(rf"\n?{PLACE.pattern}\n?")  # there a line feed parts it from the text
 PATH_MAX = 4096  # bytes, of Linux: what is longer is no path
 
 
@@ -63,7 +64,7 @@ def to_ours(record: dict) -> dict:
     returned as it is. Half of a surrogate pair (a cut emoji) becomes U+FFFD.
     """
     rest = {key: value for key, value in _clean(record).items() if value is not None}
-    if not any(key in rest for key in FORMS):
+    if not rest.keys() & FORMS:
         return rest
     media = _Media(rest)
     name = "conversations" if "conversations" in rest else "messages"
@@ -111,21 +112,22 @@ def _present(item, where):
     return {k: v for k, v in item.items() if v not in EMPTY or (k in kept and v is not None)}
 
 
+def _pop(item, *names):
+    """Takes the first of these keys that is there out of an object; None where none is."""
+    return next((item.pop(name) for name in names if name in item), None)
+
+
 # What is said
 
 
 def _turns(rest, media):
     """Takes the turns out of a record, as they are written there."""
     system = rest.pop("system", None)
-    names = [key for key in ("messages", "conversations") if key in rest]
-    if names:
-        turns = rest.pop(names[0])
-    elif any(key in rest for key in QUESTIONS):
+    turns = _pop(rest, "messages", "conversations")
+    if turns is None and rest.keys() & QUESTIONS:
         turns = _asked(rest, media)
-    elif _are_turns(rest.get("chosen")):
+    elif turns is None and _are_turns(rest.get("chosen")):
         turns = rest["chosen"][:-1]  # each of the two answers is a whole conversation
-    else:
-        turns = None
     if not isinstance(turns, list) or not turns:
         raise ValueError('expected an object with a non-empty list "messages", or a question')
     return [{"role": "system", "content": system}, *turns] if system else turns
@@ -139,16 +141,16 @@ def _asked(rest, media):
     if _are_turns(asked):
         turns += asked
     else:
-        more = rest.pop("input", None) if key == "instruction" else None
-        if not isinstance(asked, str) or not isinstance(more or "", str):
+        texts = [asked, rest.pop("input", None) or ""] if key == "instruction" else [asked]
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{key}: expected a text")
-        for pair in rest.pop("history", None) or []:
+        history = rest.pop("history", None) or []
+        for pair in history if isinstance(history, list) else [history]:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise ValueError("history: expected pairs of a question and its answer")
-            turns += [_turn("user", pair[0]), _turn("assistant", pair[1])]
-        asked = "\n".join(text for text in (asked, more) if text)
-        turns.append(_turn("user", media.before(asked)))
-    answer = next((rest.pop(key) for key in ANSWERS if key in rest), None)
+            turns += map(_turn, ("user", "assistant"), pair)
+        turns.append(_turn("user", media.before("\n".join(filter(None, texts)))))
+    answer = _pop(rest, *ANSWERS)
     if answer is not None:
         turns += answer if _are_turns(answer) else [_turn("assistant", answer)]
     return turns
@@ -156,6 +158,10 @@ def _asked(rest, media):
 
 def _turn(role, content):
     return {"role": role, "content": content}
+
+
+def _text(text):
+    return {"type": "text", "text": text}
 
 
 def _are_turns(value):
@@ -187,7 +193,8 @@ def _message(turn, media, where):
 
 def _content(content, role, media, where):
     if isinstance(content, str):
-        return media.place(content, role)
+        items = media.place(content, role)
+        return content if items == [_text(content)] else items
     if not isinstance(content, list):
         return content
     items = []
@@ -203,27 +210,21 @@ def _items(item, role, media, where):
     kind = TYPES.get(kind, kind) if isinstance(kind, str) else None
     if kind not in KEYS:
         raise ValueError(f'{where}: expected {{"type": "text"|"image"|"video", and that key}}')
+    value = _pop(item, kind, f"{kind}_url", "url", "path")
     if item.get("detail") == "auto":  # OpenAI's default
         del item["detail"]
-    sources = [key for key in (kind, f"{kind}_url", "url", "path") if key in item]
-    if sources:
-        value = item.pop(sources[0])
     _refuse(item.keys() - KEYS[kind], where)
     if kind == "text":
-        if not sources or not isinstance(value, str):
+        if not isinstance(value, str):
             raise ValueError(f"{where}: text must be a string")
         if item.get("loss", 1) not in (0, 1):
             raise ValueError(f"{where}: loss must be true or false")
         parts = media.place(value, role)
-        if isinstance(parts, str):
-            return [{"type": "text", "text": parts} | item]
         return [part | item if part["type"] == "text" else part for part in parts]
-    if sources:
-        source = _source(value, kind, where)
-        media.shown += 1
-    else:
-        source = media.next(kind)
-    return [{"type": kind, kind: source} | item]
+    if value is None:
+        return [media.next(kind) | item]
+    media.shown += 1
+    return [{"type": kind, kind: _source(value, kind, where)} | item]
 
 
 # Preferences
@@ -267,20 +268,19 @@ def _answer(answer, turns, media, where):
 def _source(value, kind, where):
     """A path or data URL; of a clip also a list of these, its frames."""
     if isinstance(value, dict):  # OpenAI's {"url": ..}, or an Image column's {"path": ..}
-        value = _present(value, where)
-        if value.get("detail") == "auto":
-            del value["detail"]
-        path = value.pop("url", None) or value.pop("path", None)
-        _refuse(value, where)
-        value = path
+        keys = _present(value, where)
+        value = _pop(keys, "url", "path")
+        if keys.get("detail") == "auto":
+            del keys["detail"]
+        _refuse(keys, where)
     if isinstance(value, list) and kind == "video":
         return [_source(frame, "image", where) for frame in value]
     if value in EMPTY or isinstance(value, list):
         raise ValueError(f"{where}: {kind} must be a path or a data URL")
-    if isinstance(value, str):
-        if value.startswith("data:") and not re.match(r"data:image/[^;,]+;base64,", value):
+    if isinstance(value, str) and not re.match(r"data:image/[^;,]+;base64,", value):
+        if value.startswith("data:"):
             raise ValueError(f"{where}: of data URLs only data:image/..;base64,.. are read")
-        if len(value) > PATH_MAX and not value.startswith("data:"):
+        if len(value) > PATH_MAX:
             count = f"{len(value)} characters"
             raise ValueError(f"{where}: {count} are no path; bytes go into a data: URL")
     return value
@@ -295,19 +295,18 @@ class _Media:
         self.shown = 0  # items that have their own picture or clip
         self.unfilled = Counter()  # places in questions of a record that gives no media
         self.llava = False
-        for kind in ("image", "video"):
-            for name in (kind, f"{kind}s"):
-                value = rest.pop(name, None)
-                if rest.get(f"rejected_{name}") == value:  # ms-swift repeats them
-                    rest.pop(f"rejected_{name}", None)
-                if value in EMPTY:
-                    continue
-                if self.given[kind]:
-                    raise ValueError(f'both "{kind}" and "{kind}s"')
-                self.llava |= name == kind
-                values = value if isinstance(value, list) else [value]
-                for i, value in enumerate(values):
-                    self.given[kind].append(_source(value, kind, f"{name}[{i}]"))
+        for name in ("image", "images", "video", "videos"):
+            kind = name.removesuffix("s")
+            value = rest.pop(name, None)
+            if rest.get(f"rejected_{name}") == value:  # ms-swift repeats them
+                rest.pop(f"rejected_{name}", None)
+            if value in EMPTY:
+                continue
+            if self.given[kind]:
+                raise ValueError(f'both "{kind}" and "{kind}s"')
+            self.llava |= name == kind
+            for i, source in enumerate(value if isinstance(value, list) else [value]):
+                self.given[kind].append(_source(source, kind, f"{name}[{i}]"))
 
     def before(self, text):
         """LLaVA's single picture or clip stands before a question that has no place for it."""
@@ -317,30 +316,25 @@ class _Media:
         return text
 
     def next(self, kind):
-        """The next one, for a place of this kind; None where there are too few, see check."""
+        """An item for the next place of this kind; it shows None where too few are given."""
+        i = self.places[kind]
         self.places[kind] += 1
-        given = self.given[kind][self.places[kind] - 1 :]
-        return given[0] if given else None
+        given = self.given[kind]
+        return {"type": kind, kind: given[i] if i < len(given) else None}
 
     def place(self, text, role):
-        """A text -> itself, or where "<image>" stands in it, items."""
+        """A text -> items: one, or where "<image>" stands in it, several."""
         if not any(self.given.values()):
             if role == "user":
                 self.unfilled.update(PLACE.findall(text))
-            return text
-        if not PLACE.search(text):
-            return text
-        parts = PLACE.split(text)  # text, kind, text, kind, .., text
+            return [_text(text)]
+        parts = (LLAVA_PLACE if self.llava else PLACE).split(text)  # text, kind, text, .., text
         items = []
         for i, part in enumerate(parts):
             if i % 2:
-                items.append({"type": part, part: self.next(part)})
-                continue
-            if self.llava:  # there a line feed parts a picture from the text beside it
-                part = part.removeprefix("\n") if i else part
-                part = part.removesuffix("\n") if i < len(parts) - 1 else part
-            if part:
-                items.append({"type": "text", "text": part})
+                items.append(self.next(part))
+            elif part or len(parts) == 1:
+                items.append(_text(part))
         return items
 
     def check(self):

@@ -20,7 +20,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from common.conversation import check_conversation, media_items, read_header
-from common.failures import counted, refuse_many
+from common.failures import counted, or_exit, refuse_many
 from common.jsonl import Lines, data_files, data_name
 from common.media import MediaError
 from common.rollout import Prompt
@@ -151,17 +151,13 @@ def read_headers(question: Question):
 
 
 def files_or_exit(folder: Path) -> dict[str, Path]:
-    try:
+    with or_exit():
         return data_files(folder)
-    except ValueError as e:
-        raise SystemExit(str(e)) from None
 
 
 def read_or_exit(path: Path, limit_per_task: int | None = None) -> list[Question]:
-    try:
+    with or_exit():
         return read_questions(path, limit_per_task)
-    except ValueError as e:
-        raise SystemExit(str(e)) from None
 
 
 def draw_prompts(

@@ -383,21 +383,22 @@ def repetition(text: str) -> float:
     seen = set()
 
     def drop_if_new(row):
-        if len(row[0]) > 200 or row[0] in seen:
-            return row[0]
+        known = row[0] in seen or len(row[0]) > 200
         seen.add(row[0])
-        return ""
+        return row[0] if known else ""
 
     text = re.sub(r"\{[^{}]*\},?\s*", drop_if_new, text)  # {"box": [1, 2, 3, 4]},
-    n, window = 20, 1000
+    window = 1000
     starts = range(0, len(text) - window, window // 2)
-    worst = 0.0
-    for part in [text, text[-window:], *(text[start : start + window] for start in starts)]:
-        count = len(part) - n + 1
-        if count > n:
-            different = {part[start : start + n] for start in range(count)}
-            worst = max(worst, 1 - len(different) / count)
-    return worst
+    windows = [text[start : start + window] for start in starts]
+    return max(map(known_share, [text, text[-window:], *windows]))
+
+
+def known_share(text, n=20):
+    count = len(text) - n + 1
+    if count <= n:
+        return 0.0
+    return 1 - len({text[start : start + n] for start in range(count)}) / count
 
 
 def overlong(length: int, max_tokens: int, buffer: int) -> float:

@@ -2,14 +2,19 @@
 
     if renewed(run, [folder / "train/questions.jsonl"], {"asked": 700}):
         ...                             what it had made and learnt is gone, and that was said
+    note_media(run.folder / "data")     when media have been linked below it
 """
 
-import filecmp
 import json
+import time
 from pathlib import Path
 
 from common.checkpoint import sha256
+from common.jsonl import replacing
 from common.run import Run
+
+# ours, in ns: a file that has changed so lately may change again within one tick of its clock
+SETTLED = 2 * 10**9
 
 
 def renewed(run: Run, files: list[Path], numbers: dict, last: str = "") -> bool:
@@ -44,23 +49,59 @@ def renewed(run: Run, files: list[Path], numbers: dict, last: str = "") -> bool:
 def note(run: Run, files: list[Path], numbers: dict) -> list[str]:
     """Writes data/made_from.json where there is none, else names what is no longer as it says."""
     data = run.folder / "data"
-    now = {path.name: sha256(path) for path in files if path.exists()} | numbers
-    if not (data / "made_from.json").exists():
+    path = data / "made_from.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    now = dict(numbers)
+    for file in files:
+        if file.exists():
+            now[file.name] = look_at(file, before.get(file.name, (0, "")))
+    if not before:
         run.write_json("data/made_from.json", now)
-    before = json.loads((data / "made_from.json").read_text())
-    changed = [key for key in sorted(now | before) if now.get(key) != before.get(key)]
-    for folder in {path.parent for path in files}:
-        changed += changed_media(data / "media", folder)
-    return changed
+        before = now
+    changed = []
+    for key in sorted(before.keys() | now):
+        if content_of(before.get(key)) != content_of(now.get(key)):
+            changed.append(key)
+    return changed + note_media(data, {file.resolve().parent for file in files})
 
 
-def changed_media(kept: Path, folder: Path) -> list[str]:
-    """The first file below `kept` that is another one in the folder that it was linked from.
+def look_at(path: Path, before=(0, "")) -> list:
+    """[time of its last change or 0, sha256]; a file is read only if touched since `before`.
 
-    A link is its source; where that is a new file, its content decides.
+    The change time (ctime) moves with every write, and nobody can set it back.
     """
-    for path in sorted(kept.rglob("*")):
-        source = folder / path.relative_to(kept)
-        if source.is_file() and not filecmp.cmp(path, source):
-            return [str(source)]
+    changed = path.stat().st_ctime_ns
+    if changed == before[0]:
+        return before
+    settled = time.time_ns() - changed > SETTLED
+    return [changed if settled else 0, sha256(path)]
+
+
+def content_of(value):
+    """What counts of a number, or of a file as it was looked at."""
+    return value[1] if isinstance(value, list) else value
+
+
+def note_media(data: Path, folders=()) -> list[str]:
+    """Adds what is new below data/media to data/media.json.
+
+    -> the first that is another file now in one of the folders, which it was linked from. A kept
+    file may be the source itself, by its link: only the notes tell then that it was edited.
+    """
+    path = data / "media.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    notes = dict(before)
+    for kept in sorted((data / "media").rglob("*")):
+        name = kept.relative_to(data / "media").as_posix()
+        if kept.is_file() and name not in notes:
+            notes[name] = look_at(kept)
+        for source in (folder / name for folder in folders):
+            if name in notes and source.is_file():
+                now = look_at(source, notes[name])
+                if now[1] != notes[name][1]:
+                    return [str(source)]
+                notes[name] = now
+    if notes != before:
+        with replacing(path) as part:
+            part.write_text(json.dumps(notes, indent=0))
     return []

@@ -451,14 +451,18 @@ def coordinates(text, kind, strict):
     try:
         if not strict and "<|" not in text:
             rows = bare_rows(plain(text), width)
-            return [] if rows == [] and kind != "point" else usable(rows, kind)
-        rows = [json.loads(part) for part in parts]
-        good = all(rows)
-        if kind != "interval":  # of which there is one a tag
-            rows = [row for part in rows for row in part]
-    except (ValueError, RecursionError, TypeError):  # TypeError: a number, for a list of rows
+            if rows == [] and kind != "point":
+                return rows
+        else:
+            rows = [json.loads(part) for part in parts]
+            if not all(rows):
+                return None
+            if kind != "interval":  # of which there is one a tag
+                rows = sum(rows, [])
+    except (ValueError, RecursionError, TypeError):  # TypeError: no list of rows
         return None
-    return usable(rows, kind) if good else None
+    good = rows and len(rows) <= MAX_ROWS and all(is_row(row, kind) for row in rows)
+    return rows if good else None
 
 
 FENCE = r"(?s)```(?:json)?(.*?)```"
@@ -491,20 +495,14 @@ def rows_in(value):
     return [row for item in value for row in rows_in(item)]
 
 
-def usable(rows, kind):
-    """The rows, or None where they are none, too many, or one is no row of this kind."""
-    if rows and len(rows) <= MAX_ROWS and all(is_row(row, kind) for row in rows):
-        return rows
-    return None
-
-
 def is_row(row, kind):
     """Whether it is a list of so many numbers, not true, NaN or infinity; an interval in order."""
     _, width = COORDINATES[kind]
     if not isinstance(row, list) or len(row) != width:
         return False
-    numbers = all(type(number) in (int, float) and abs(number) < 1e6 for number in row)
-    return numbers and (kind != "interval" or row == sorted(row))
+    if not all(type(number) in (int, float) and abs(number) < 1e6 for number in row):
+        return False
+    return kind != "interval" or row[0] <= row[1]
 
 
 def iou(got, truth, meta):
@@ -520,15 +518,15 @@ def iou(got, truth, meta):
 def box_ious(a, b):
     """Of boxes (n, 4) with boxes (m, 4) -> (n, m); 0 where one is empty."""
     a = a[:, None]
-    # what both cover: the larger left and top, the smaller right and bottom, (n, m, 4)
-    both = np.where([True, True, False, False], np.maximum(a, b), np.minimum(a, b))
-    shared = area(both)
-    union = area(a) + area(b) - shared
+    # what both cover: the larger left and top, the smaller right and bottom, (n, m) each
+    shared = area(np.maximum(a, b), np.minimum(a, b))
+    union = area(a, a) + area(b, b) - shared
     return shared / np.where(union > 0, union, 1)
 
 
-def area(boxes):
-    return (boxes[..., 2:] - boxes[..., :2]).clip(0).prod(-1)
+def area(first, last):
+    """Between the left and top of boxes (.., 4) and the right and bottom of others."""
+    return (last[..., 2:] - first[..., :2]).clip(0).prod(-1)
 
 
 def matched(gain):

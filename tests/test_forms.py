@@ -232,6 +232,7 @@ def test_no_preference(record, why):
     ({"messages": [user([{"type": "text"}])]}, "text must be a string"),
     ({"query": {"a": 1}, "response": "x"}, "query: expected a text"),
     ({"query": "x", "response": "y", "history": ["q", "a"]}, "history: expected pairs"),
+    ({"query": "x", "response": "y", "history": 1}, "history: expected pairs"),
     ({"messages": [user("x"), assistant("y", weight=0.5)]}, "weight must be true or false"),
     ({"messages": [user("x"), assistant("y", loss="no")]}, "loss must be true or false"),
     ({"messages": [user("x") | {"loss": True}]}, "only what the assistant says"),

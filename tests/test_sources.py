@@ -1,11 +1,13 @@
 """common/sources.py: an unfinished run starts over where what it was made from has changed."""
 
+import json
 import os
 import shutil
 
 import pytest
 
-from common.sources import renewed
+from common import checkpoint, sources
+from common.sources import note_media, renewed
 from phases import kept_process
 from stage import begin
 
@@ -57,6 +59,17 @@ def test_the_same_content_is_the_same_whatever_its_time(made, capsys):
     capsys.readouterr()
     assert not made.look() and made.is_whole()
     assert capsys.readouterr().err == ""
+
+
+def test_what_earlier_runs_wrote_down_is_understood(made):
+    """Hashes alone."""
+    path = made.run.folder / "data" / "made_from.json"
+    notes = json.loads(path.read_text())
+    hashes = {name: notes[name][1] for name in ("a.jsonl", "b.json")}
+    path.write_text(json.dumps(NUMBERS | hashes))
+    assert not made.look()
+    path.write_text(json.dumps(NUMBERS | hashes | {"b.json": hashes["a.jsonl"]}))
+    assert made.look()
 
 
 def test_other_content_of_the_same_size_and_time_is_another(made, capsys):
@@ -137,3 +150,79 @@ def test_a_picture_that_was_replaced_is_noticed(made, linked, capsys):
     source.write_bytes(b"tan")
     assert made.look() and not kept.exists()
     assert f"{source} changed" in capsys.readouterr().err
+
+
+def keep_linked(made, content: bytes):
+    """A picture of the data, and the run's own link to it."""
+    source = made.a.parent / "pictures" / "1.png"
+    source.parent.mkdir()
+    source.write_bytes(content)
+    kept = made.run.folder / "data" / "media" / "pictures" / "1.png"
+    kept.parent.mkdir(parents=True)
+    os.link(source, kept)
+    return source, kept
+
+
+@pytest.mark.parametrize("length", [3, 5 * 2**20])
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_picture_that_was_edited_in_place_is_noticed(made, length, settled, monkeypatch, capsys):
+    """The kept link is the edited file itself: only what was noted tells."""
+    if settled:
+        monkeypatch.setattr(sources, "SETTLED", -1)
+    source, kept = keep_linked(made, b"r" * length)
+    note_media(made.run.folder / "data")
+    assert not made.look() and not made.look(), "nothing has changed"
+    before = source.stat()
+    with open(source, "r+b") as f:
+        f.seek(length // 2)
+        f.write(b"t")
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.path.samefile(source, kept) and source.stat().st_size == before.st_size
+    assert made.look() and not kept.exists()
+    assert f"{source} changed" in capsys.readouterr().err
+
+
+def test_a_picture_that_was_only_touched_is_the_same(made):
+    source, _ = keep_linked(made, b"red")
+    note_media(made.run.folder / "data")
+    os.utime(source, (1, 1))
+    source.chmod(0o600)
+    os.link(source, source.with_name("2.png"))  # as a later phase does
+    assert not made.look() and made.is_whole()
+
+
+def test_files_are_read_again_only_where_they_were_touched(made, monkeypatch):
+    source, _ = keep_linked(made, b"red")
+    monkeypatch.setattr(sources, "SETTLED", -1)
+    (made.run.folder / "data" / "made_from.json").unlink()
+    made.look()
+    read = []
+
+    def sha256(path):
+        read.append(path.name)
+        return checkpoint.sha256(path)
+
+    monkeypatch.setattr(sources, "sha256", sha256)
+    for touched in ([source], [], [source], []):
+        for path in touched:
+            path.chmod(0o600)
+        assert not made.look()
+        assert read == [path.name for path in touched]
+        read.clear()
+
+
+def test_media_of_a_linked_file_stand_beside_what_it_links_to(made):
+    source, kept = keep_linked(made, b"red")
+    made.a.rename(made.a.parent / "real.jsonl")
+    elsewhere = made.out / "elsewhere"
+    elsewhere.mkdir()
+    made.b.unlink()
+    os.symlink(made.a.parent / "real.jsonl", elsewhere / "a.jsonl")
+    made.a = made.b = elsewhere / "a.jsonl"
+    made.look()  # the files are others than before
+    made.keep()
+    kept.parent.mkdir(parents=True)
+    os.link(source, kept)
+    assert not made.look()
+    source.write_bytes(b"tan")
+    assert made.look()
