@@ -3,6 +3,7 @@
     lines = Lines("data/train/vqa.jsonl", check_conversation)
     record = lines[3]                # a dict in our form; only this record is read
     print(lines.where(3))            # data/train/vqa.jsonl:4
+    lines = Lines("data/train/web")  # a folder of shards: one set, as if they stood end to end
     write_lines("kept.jsonl", (record for record in lines if wanted(record)))
     data_files(Path("data/train"))   # {"vqa": Path("data/train/vqa.jsonl"), ...}
 """
@@ -14,18 +15,25 @@ import json
 import logging
 import os
 import re
+import shutil
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
-from common.forms import to_ours
+import numpy as np
+
+from common.forms import FORMS, to_ours
+from common.index import is_large, made_once, table, write_places
 
 log = logging.getLogger("jsonl")
 
 SUFFIX = re.compile(r"\.jsonl?(\.gz)?$", re.IGNORECASE)
-UNREAD = re.compile(r"\.(parquet|arrow|jsonl?\.\w+)$", re.IGNORECASE)  # data all the same
+LINES = re.compile(r"\.jsonl(\.gz)?$", re.IGNORECASE)
+UNREAD = re.compile(r"\.(parquet|arrow|jsonl?\.(?!gz$)\w+)$", re.IGNORECASE)  # data all the same
+SHARD = re.compile(r"\.(jsonl(\.\w+)?|parquet|arrow)$", re.IGNORECASE)  # makes a folder a set
 BLANK = re.compile(r"[ \t\r\n]*")  # JSON's own
 
 GZIP = b"\x1f\x8b"
@@ -33,6 +41,8 @@ PARQUET = (
     "parquet is not read: write it as JSON lines, pictures as files (with pandas: "
     "read_parquet(..).to_json(.., orient='records', lines=True))"
 )
+SETTINGS = 2**26  # ours: bytes; no settings are longer
+TAR = "tar shards are not read: unpack them, and write a line of JSON for each sample"
 UTF_16 = "UTF-16, not utf-8: save it as UTF-8"
 FOREIGN = {  # how files begin that hold no JSON in UTF-8
     b"PAR1": PARQUET,
@@ -44,30 +54,89 @@ FOREIGN = {  # how files begin that hold no JSON in UTF-8
 }
 
 
+# Folders
+
+
+# Folders
+
+
 def data_name(path: Path) -> str:
-    """A data file's name without its suffixes: "vqa" of vqa.jsonl.gz."""
+    """A set's name, without suffixes: "vqa" of vqa.jsonl.gz."""
     return SUFFIX.sub("", path.name)
 
 
 def data_files(folder: Path) -> dict[str, Path]:
-    """{name without suffixes: file} of a folder's data sets, sorted; {} where there is no folder.
+    """{name: file, or folder of shards} of a folder's data sets, sorted; {} where there is none.
 
-    ValueError for two files of one name, a form that is not read (parquet), a link to nothing.
+    A folder NAME with .jsonl files in it is one set NAME. A .json file that holds no records (a
+    config.json) is passed over, and that is said. ValueError for two sets of one name, a form that
+    is not read (parquet), a link to nothing.
     """
     files = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        name = data_name(path)
-        if path.is_dir() or (name == path.name and not UNREAD.search(name)):
+        if path.is_dir():
+            is_set = _is_sharded(path, path.stat().st_mtime_ns) and bool(shards_of(path))
+        else:
+            is_set = _is_data(path)
+        if not is_set:
             continue
-        if name == path.name:
-            why = PARQUET if path.suffix.lower() == ".parquet" else "not read"
-            raise ValueError(f"{path}: {why}; .jsonl, .json, .jsonl.gz and .json.gz are")
+        name = data_name(path)
         if name in files:
             raise ValueError(f"{path} and {files[name].name} have one name: keep one of them")
-        if not path.exists():
-            raise ValueError(f"{path}: a link to nothing")
         files[name] = path
     return files
+
+
+def shards_of(path: Path) -> list[Path]:
+    """The files of a set: the file itself, or those of a folder, sorted. ValueError: see above."""
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.iterdir()) if not file.is_dir() and _is_data(file)]
+
+
+@lru_cache
+def _is_sharded(folder: Path, changed: int) -> bool:
+    """Whether a folder holds shards. changed: when; a million pictures are looked at once."""
+    names = os.listdir(folder)
+    if names and all(name.lower().endswith(".tar") for name in names):
+        raise ValueError(f"{folder}: {TAR}")
+    return any(SHARD.search(name) for name in names)
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file holds records, by its name; .json may be anything, so by what is in it."""
+    if UNREAD.search(path.name):
+        why = PARQUET if path.suffix.lower() == ".parquet" else "not read"
+        raise ValueError(f"{path}: {why}; .jsonl, .json, .jsonl.gz and .json.gz are")
+    if not SUFFIX.search(path.name):
+        return False
+    if not path.exists():
+        raise ValueError(f"{path}: a link to nothing")
+    return bool(LINES.search(path.name)) or _holds_records(path, path.stat().st_mtime_ns)
+
+
+@lru_cache
+def _holds_records(path: Path, changed: int) -> bool:
+    """Whether a .json file is an array or begins with a record, and is no settings or scores.
+
+    Whatever is broken is taken for data: who reads it says what is wrong.
+    """
+    try:
+        with open(path, "rb") as file:
+            packed = file.read(2) == GZIP
+        with (gzip.open if packed else open)(path, "rb") as file:
+            begin = file.read(4096).decode("utf-8-sig", "ignore").lstrip()
+            if not begin or begin.startswith("["):
+                return True
+            file.seek(0)
+            text = file.readline() + file.read(SETTINGS)
+        first, _ = json.JSONDecoder().raw_decode(text.decode("utf-8-sig").lstrip())
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError):
+        return True
+    holds = isinstance(first, dict) and any(key in first for key in FORMS)
+    if not holds:
+        log.warning("%s: passed over: neither an array nor records with %s", path, FORMS[0])
+    return holds
 
 
 # Bytes -> records
@@ -129,67 +198,66 @@ def _elements(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         raise json.JSONDecodeError("Extra data", text, rest)
 
 
-class Lines(Sequence):
-    """The records of a file, as a sequence of dicts in our form (see to_ours) that stays on disk.
+class File:
+    """One file of records: how its bytes are read, and where its records stand.
 
-    A file is an array where it begins with "[", else each line is an object; what its name says
-    does not matter. It is read once, here: every record is parsed, brought into our form and given
-    to `check`, which raises ValueError for one that cannot be used. Of good ones only the place in
-    the file is kept, 24 bytes each, so a file may be larger than the memory; one that gzip has
-    packed is unpacked into memory. A line ends at b"\\n" alone, as JSON strings may hold other line
-    separators (U+2028).
+    It is an array where it begins with "[", else each line is an object; what its name says does
+    not matter. What gzip has packed is unpacked into memory, if large into the cache. A line ends
+    at b"\\n" alone, as JSON strings may hold other line separators (U+2028).
 
-    path: the file; root: its folder, links resolved; bad: [("path:12", reason), ...].
-    ValueError naming file and line when more than the share `max_bad_share` of the records is bad
-    (None: never), when no record is good, or when the file cannot be read at all.
+    places: (n, 3) int64, offset, length and number from 1 of each record. Of a large file those of
+    all records, found once and kept; else whoever has read it sets them.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        check: Callable[[dict], None] | None = None,
-        max_bad_share: float | None = 0.0,
-    ):
-        self.path = Path(path)
-        self.root = self.path.resolve().parent
-        self.bad = []
-        self._offsets, self._lengths, self._numbers = array("q"), array("q"), array("q")
-        self._unpacked = self._unpack()
-        with self._open() as file:
-            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-            file.seek(0)
-            for begin, why in FOREIGN.items():
-                if start.startswith(begin):
-                    raise ValueError(f"{self.path}:1: {why}")
-            if b"\0" in start:
-                raise ValueError(f"{self.path}:1: NUL bytes, as of {UTF_16}")
-            self._is_array = start.startswith(b"[")
-            for number, offset, data in self._array(file) if self._is_array else _lines(file):
-                try:
-                    record = _ours(data)
-                    if check:
-                        check(record)
-                    self._offsets.append(offset)
-                    self._lengths.append(len(data))
-                    self._numbers.append(number)
-                except ValueError as e:
-                    self.bad.append((self._place(number), str(e)))
-        if max_bad_share is not None:
-            self._refuse(max_bad_share)
+    def __init__(self, path: Path, large: bool = False):
+        self.path = path
+        self._plain, self._unpacked = path, None
+        with open(path, "rb") as file:
+            packed = file.read(2) == GZIP
+        if packed and large:
+            self._plain = made_once(path, "unpacked", self._unpack)
+        elif packed:
+            self._unpacked = self._unpack()
+        self._check_begin()
+        self._kept = made_once(self._plain, "places", self._write_places) if large else None
+        self._places = np.zeros((0, 3), np.int64)
 
-    def _unpack(self):
-        """What gzip has packed; None where the file is plain."""
-        with open(self.path, "rb") as file:
-            if file.read(2) != GZIP:
-                return None
+    @property
+    def places(self) -> np.ndarray:
+        return self._places if self._kept is None else table(self._kept)
+
+    @places.setter
+    def places(self, rows):
+        self._places = np.array(rows, np.int64).reshape(-1, 3)
+
+    def _unpack(self, target: Path | None = None) -> bytes | None:
+        """What gzip has packed, or into target. ValueError where it cannot."""
         try:
-            return gzip.decompress(self.path.read_bytes())
-        except (OSError, EOFError, zlib.error) as e:
+            if target is None:
+                return gzip.decompress(self.path.read_bytes())
+            with gzip.open(self.path) as packed, open(target, "wb") as out:
+                shutil.copyfileobj(packed, out)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
             raise ValueError(f"{self.path}: gzip cannot unpack it: {e}") from None
 
-    def _open(self):
+    def open(self):
         # Opened for every record: that costs 10 us, and processes share no position in the file.
-        return open(self.path, "rb") if self._unpacked is None else io.BytesIO(self._unpacked)
+        return open(self._plain, "rb") if self._unpacked is None else io.BytesIO(self._unpacked)
+
+    def _check_begin(self):
+        with self.open() as file:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        for begin, why in FOREIGN.items():
+            if start.startswith(begin):
+                raise ValueError(f"{self.path}:1: {why}")
+        if b"\0" in start:
+            raise ValueError(f"{self.path}:1: NUL bytes, as of {UTF_16}")
+        self._is_array = start.startswith(b"[")
+
+    def records(self) -> Iterator[tuple[int, int, bytes]]:
+        """(number, offset, bytes) of all records. ValueError where an array breaks."""
+        with self.open() as file:
+            yield from self._array(file) if self._is_array else _lines(file)
 
     def _array(self, file):
         data = file.read()
@@ -203,40 +271,136 @@ class Lines(Sequence):
         except RecursionError:
             raise ValueError(f"{self.path}: nested too deeply") from None
 
+    def _write_places(self, target: Path):
+        if not self._is_array:
+            write_places(self._plain, target)
+            return
+        rows = array("q")
+        for number, offset, data in self.records():
+            rows.extend((offset, len(data), number))
+        target.write_bytes(rows.tobytes())
+
+    def read(self, i: int) -> bytes:
+        offset, length, _ = self.places[i].tolist()
+        with self.open() as file:
+            file.seek(offset)
+            return file.read(length)
+
+    def place(self, number: int) -> str:
+        return f"{self.path}: record {number}" if self._is_array else f"{self.path}:{number}"
+
+    def where(self, i: int) -> str:
+        return self.place(int(self.places[i, 2]))
+
+
+class Lines(Sequence):
+    """The records of a set, as a sequence of dicts in our form (see to_ours) that stays on disk.
+
+    A set is a file, or a folder of them. It is read once, here: every record is parsed, brought
+    into our form and given to `check`, which raises ValueError for one that cannot be used. Of good
+    ones only the place in the file is kept, 24 bytes each.
+
+    lazy: records of a large set (see is_large) are parsed and checked when they are asked for, all
+    of them count, and lines[i] raises ValueError for a bad one. Nothing is read at the start then
+    but, once for all runs, where its lines stand.
+
+    path: the file or folder; root: the folder of its media, links resolved; bad: [("path:12",
+    reason), ...]. ValueError naming file and line when more than the share `max_bad_share` of the
+    records is bad (None: never), when no record is good, or when a file cannot be read at all.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        check: Callable[[dict], None] | None = None,
+        max_bad_share: float | None = 0.0,
+        lazy: bool = False,
+    ):
+        self.path = Path(path)
+        real = self.path.resolve()
+        self.root = real if real.is_dir() else real.parent
+        self.bad = []
+        shards = shards_of(self.path)
+        self.large = lazy and is_large(shards)
+        self._check = check if self.large else None  # of what is asked for
+        self._files = []
+        for shard in shards:
+            file = File(shard, self.large)
+            if not self.large:
+                file.places = self._read_all(file, check)
+            self._files.append(file)
+        self._ends = np.cumsum([len(file.places) for file in self._files], dtype=np.int64)
+        if max_bad_share is not None:
+            self._refuse(max_bad_share)
+
+    def _read_all(self, file, check):
+        """The places of a file's good records; the others become bad."""
+        places = array("q")
+        for number, offset, data in file.records():
+            try:
+                record = _ours(data)
+                if check:
+                    check(record)
+                places.extend((offset, len(data), number))
+            except ValueError as e:
+                self.bad.append((file.place(number), str(e)))
+        return places
+
     def _refuse(self, max_bad_share):
         good, bad = len(self), len(self.bad)
         if good == 0 or bad > max_bad_share * (good + bad):
             where, why = self.bad[0] if self.bad else (self.path, "no lines")
-            raise ValueError(f"{where}: {why} ({bad} bad and {good} good lines in this file)")
+            what = "folder" if self.path.is_dir() else "file"
+            raise ValueError(f"{where}: {why} ({bad} bad and {good} good lines in this {what})")
         for where, why in self.bad[:3]:
             log.warning("skipped line %s: %s", where, why)
         if bad:
             log.warning("%s: %d bad lines skipped, %d good", self.path, bad, good)
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, i: int) -> dict:
+        file, k = self._find(i)
         try:
-            return _ours(self._data(i))
+            record = _ours(file.read(k))
         except ValueError as e:
-            raise ValueError(f"{self.where(i)}: changed since it was first read: {e}") from e
+            if self.large:
+                raise
+            raise ValueError(f"{file.where(k)}: changed since it was first read: {e}") from e
+        if self._check:
+            self._check(record)
+        return record
+
+    def _find(self, i):
+        """-> (the file that holds record i, its index there)."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        k = int(np.searchsorted(self._ends, i, side="right"))
+        return self._files[k], i - (int(self._ends[k - 1]) if k else 0)
 
     def as_written(self, i: int) -> dict:
         """Record i in the form that it has in the file."""
-        return _parse(self._data(i))
-
-    def _data(self, i):
-        with self._open() as file:
-            file.seek(self._offsets[i])
-            return file.read(self._lengths[i])
-
-    def _place(self, number):
-        return f"{self.path}: record {number}" if self._is_array else f"{self.path}:{number}"
+        file, k = self._find(i)
+        return _parse(file.read(k))
 
     def where(self, i: int) -> str:
         """The place of record i for messages: "path:12", of an array "path: record 12", from 1."""
-        return self._place(self._numbers[i])
+        file, k = self._find(i)
+        return file.where(k)
+
+
+def index_some(paths: list[Path], rank: int, world: int):
+    """Finds the places of each world-th file of the large sets: all ranks together those of all.
+
+    What is wrong with a file is not said here: whoever opens its set meets it again.
+    """
+    shards = [shards_of(path) for path in paths]
+    for shard in sum(filter(is_large, shards), [])[rank::world]:
+        try:
+            File(shard, large=True)
+        except (OSError, ValueError):
+            pass
 
 
 def write_lines(path: str | Path, records: Iterable[dict]):
@@ -254,7 +418,9 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     part.unlink(missing_ok=True)
-    yield part
-    os.replace(part, path)
-    # Renaming a link over another link to the same file leaves both.
-    part.unlink(missing_ok=True)
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        # It failed; or a link was renamed over another link to the same file, which leaves both.
+        part.unlink(missing_ok=True)

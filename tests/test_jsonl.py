@@ -250,3 +250,70 @@ def test_a_link_to_nothing_is_said(tmp_path):
     (tmp_path / "a.jsonl").symlink_to("none.jsonl")
     with pytest.raises(ValueError, match=r"a\.jsonl: a link to nothing"):
         data_files(tmp_path)
+
+
+def test_a_folder_of_shards_is_one_set(tmp_path):
+    web = tmp_path / "web"
+    web.mkdir()
+    fill(web / "b.jsonl", '{"n": 3}', "", '{"n": 4}')
+    (web / "a.jsonl.gz").write_bytes(zipped(b'{"n": 1}\n{"n": 2}\n'))
+    fill(web / "empty.jsonl")
+    fill(web / "config.json", '{"shards": 2}')
+    fill(web / "notes.txt", "x")
+    (tmp_path / "media").mkdir()
+    fill(tmp_path / "media" / "a.jpg", "x")
+    fill(tmp_path / "c.jsonl", '{"n": 5}')
+    assert data_files(tmp_path) == {"c": tmp_path / "c.jsonl", "web": web}
+    lines = Lines(web, numbered)
+    assert [record["n"] for record in lines] == [1, 2, 3, 4] and lines.root == web
+    assert [lines.where(i) for i in (1, 3)] == [f"{web}/a.jsonl.gz:2", f"{web}/b.jsonl:3"]
+    assert list(pickle.loads(pickle.dumps(lines))) == list(lines)
+    fill(web / "b.jsonl", '{"n": 3}', "{")
+    with pytest.raises(ValueError, match=r"b.jsonl:2: .*\(1 bad and 3 good lines in this folder\)"):
+        Lines(web, numbered)
+    fill(tmp_path / "web.jsonl", "{}")
+    with pytest.raises(ValueError, match="web.jsonl and web have one name"):
+        data_files(tmp_path)
+
+
+@pytest.mark.parametrize("names, why", [
+    (["0.parquet", "1.parquet"], "0.parquet: parquet is not read"),
+    (["0.jsonl", "1.jsonl.zst"], "1.jsonl.zst: not read"),
+    (["0.tar", "1.tar"], "web: tar shards are not read: unpack them"),
+])
+def test_a_folder_of_shards_that_are_not_read(tmp_path, names, why):
+    (tmp_path / "web").mkdir()
+    for name in names:
+        fill(tmp_path / "web" / name, "{}")
+    with pytest.raises(ValueError, match=why):
+        data_files(tmp_path)
+
+
+RECORD = {"id": 1, "conversations": [{"from": "human", "value": "x" * 5000}]}
+
+
+@pytest.mark.parametrize("data, is_data", [
+    (b'{"hidden_size": 64}', False),
+    (json.dumps({"accuracy": {"vqa": 0.5}, "messages_per_s": 3}, indent=2).encode(), False),
+    (zipped(b'\xef\xbb\xbf{"size": 1}\n{"size": 2}'), False),
+    (json.dumps({"vocab": {"x" * 99: n for n in range(9)}, "n": ["y" * 9000]}).encode(), False),
+    (b"3", False),
+    (b'"text"', False),
+    (b"[1, 2]", True),  # an array says itself what is wrong with it
+    (b"", True),
+    (b'{"broken": ', True),
+    (json.dumps(RECORD).encode() * 2, True),
+    (json.dumps(RECORD, indent=2).encode(), True),
+    (b"\xef\xbb\xbf\n\n" + json.dumps(RECORD).encode() + b"\n{", True),
+    (zipped(json.dumps(RECORD).encode()), True),
+    (zipped(json.dumps(RECORD).encode())[:-9], True),
+    (json.dumps(RECORD).encode("utf-16"), True),
+])
+def test_a_json_file_counts_where_it_holds_records(tmp_path, caplog, data, is_data):
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    for _ in range(2):
+        assert data_files(tmp_path) == ({"config": path} if is_data else {})
+    said = [record.getMessage() for record in caplog.records]
+    passed = f"{path}: passed over: neither an array nor records with messages"
+    assert said == ([] if is_data else [passed])  # once

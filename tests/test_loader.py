@@ -9,13 +9,20 @@ import random
 import signal
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from conftest import ROOT, toy_processor
+from stage import in_processes
 from test_data import assistant, image, talk, user
 from test_media import noise
 
+from common import index
 from common.loader import Loader, split_packs
+from data import Processor
+from model import SCALE
 
 
 @pytest.fixture
@@ -72,6 +79,8 @@ def load_of(processor, batch):
 
 
 def test_packs_are_full_and_of_even_cost(world, processor):
+    for path, _ in world:  # many lines to choose from
+        path.write_text(8 * path.read_text())
     loader = Loader(world, processor, pack_tokens=600, packs_per_step=4, flops=cost)
     for batches, info in steps(loader, 12):
         used = [len(batch["tokens"]) for batch in batches]
@@ -145,26 +154,149 @@ def test_workers_load_on_when_the_whole_process_group_is_told_to_stop(world, pro
     assert worker.exitcode == 0
 
 
+def packs_of_steps(world, processor, ranks, n, state=None):
+    """n steps on so many ranks -> ([the packs of a step, sorted], the state after them)."""
+    runs = []
+    for rank in range(ranks):
+        loader = Loader(world, processor, 400, 4, rank=rank, world=ranks, state=state)
+        runs.append(steps(loader, n))
+    packs, states = [], []
+    for parts in zip(*runs, strict=True):
+        assert all(len(batches) == 4 // ranks for batches, _ in parts)
+        in_step = [names(processor, [b]) for batches, _ in parts for b in batches]
+        packs.append(sorted(in_step))
+        states.append([info["state"] for _, info in parts])
+    assert all(state == states[-1][0] for state in states[-1])
+    return packs, json.loads(json.dumps(states[-1][0]))
+
+
 def test_any_number_of_ranks_sees_the_same_steps(world, processor):
-    one = steps(Loader(world, processor, 400, 4), 3)
-    two = [steps(Loader(world, processor, 400, 4, rank=rank, world=2), 3) for rank in range(2)]
-    for k, (batches, info) in enumerate(one):
-        whole = [names(processor, [batch]) for batch in batches]
-        for rank in range(2):
-            part, part_info = two[rank][k]
-            assert [names(processor, [batch]) for batch in part] == whole[rank::2]
-            assert part_info["state"] == info["state"]
-    state = two[1][0][1]["state"]
-    moved = steps(Loader(world, processor, 400, 4, rank=1, world=4, state=state), 1)
-    assert names(processor, moved[0][0]) == names(processor, one[1][0][1:2])
+    whole, last = packs_of_steps(world, processor, 1, 6)
+    packs, state = [], None
+    for ranks in (2, 1, 4):
+        more, state = packs_of_steps(world, processor, ranks, 2, state)
+        packs += more
+    assert packs == whole and state == last
     with pytest.raises(ValueError, match="4 packs .* 3 ranks"):
         Loader(world, processor, 400, 4, world=3)
+
+
+def test_no_draw_is_lost_or_made_twice(world, processor):
+    """What was in packs and what waits are, together, the first draws of each slot."""
+    packs, state = packs_of_steps(world, processor, 4, 9)
+    seen = Counter(name for step in packs for pack in step for name in pack)
+    for d, i in state["deferred"]:
+        seen[f"{'PT'[d]}{i:03d}"] += 1
+    expected = Counter()
+    draws = Loader(world, processor, 400, 4).draws
+    for s, drawn in enumerate(state["drawn"]):
+        for n in range(drawn):
+            d, i = draws[4 * n + s]
+            expected[f"{'PT'[d]}{i:03d}"] += 1
+    assert seen == expected and sum(seen.values()) == sum(state["taken"])
+
+
+def alone_and_together(argv):
+    """In one of two processes: the steps are those that one rank sees, and states are whole."""
+    (out,) = argv
+    paths = [(Path(out) / "pictures.jsonl", 3.0), (Path(out) / "texts.jsonl", 1.0)]
+    dist.init_process_group("gloo")
+    rank, processor = dist.get_rank(), toy_processor()
+    index.LARGE, index.CACHE = 0, Path(out) / "cache"
+    laid_out = Counter()
+    layout = type(processor).layout
+
+    def count(self, *args, **keys):
+        laid_out["lines"] += 1
+        return layout(self, *args, **keys)
+
+    type(processor).layout = count
+    loader = Loader(paths, processor, 400, 4, rank=rank, world=2, workers=rank)
+    mine = steps(loader, 3)
+    by_two = laid_out.pop("lines")
+    one = steps(Loader(paths, processor, 400, 4), 3)
+    for (batches, info), (whole, of_one) in zip(mine, one, strict=True):
+        packs = [names(processor, [batch]) for batch in whole]
+        assert all(names(processor, [batch]) in packs for batch in batches)
+        for key in ("state", "step_tokens", "flops", "sets", "epoch"):
+            assert info[key] == of_one[key], key
+    assert by_two < 0.7 * laid_out["lines"]  # each rank lays out its own packs' lines alone
+    dist.destroy_process_group()
+
+
+def test_ranks_plan_their_own_packs_and_tell_each_other_where_they_are(world, tmp_path):
+    in_processes(alone_and_together, [tmp_path], ranks=2)
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # each file was indexed once
 
 
 def test_packs_are_split_for_the_ranks():
     assert split_packs(8192, 64, 8) == (8192, 64)
     assert split_packs(4096, 1, 3) == (1365, 3)
     assert split_packs(8192, 64, 128) == (4096, 128)
+
+
+def test_a_state_of_another_version_is_refused(world, processor):
+    state = Loader(world, processor, 400, 2).state
+    del state["waiting"]
+    with pytest.raises(ValueError, match="another version"):
+        Loader(world, processor, 400, 2, state=state)
+
+
+def test_what_was_drawn_of_each_set_is_said(world, processor):
+    for _, info in steps(Loader(world, processor, 400, 2), 6):
+        pictures, texts = info["state"]["taken"]
+        assert info["sets"] == {"pictures": pictures, "texts": texts}
+        assert info["epoch"] == [pictures / 40, texts / 25]
+    assert abs(pictures / (pictures + texts) - 0.75) < 0.1
+
+
+# Large sets
+
+
+@pytest.fixture
+def everything_is_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "LARGE", 0)
+    monkeypatch.setattr(index, "CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_large_sets_are_drawn_as_small_ones(world, processor, monkeypatch, tmp_path, workers):
+    small = steps(Loader(world, processor, 400, 2), 8)
+    monkeypatch.setattr(index, "LARGE", 0)
+    monkeypatch.setattr(index, "CACHE", tmp_path / "cache")
+    large = steps(Loader(world, processor, 400, 2, workers=workers), 3)
+    state = json.loads(json.dumps(large[-1][1]["state"]))
+    large += steps(Loader(world, processor, 400, 2, workers=workers, state=state), 5)
+    for (batches, info), (same, info_of_large) in zip(small, large, strict=True):
+        assert info == info_of_large
+        for batch, other in zip(batches, same, strict=True):
+            assert all(torch.equal(batch[key], other[key]) for key in batch)
+
+
+def test_bad_lines_of_large_sets_are_failures(world, processor, everything_is_large):
+    path = world[1][0]
+    texts = path.read_text().splitlines()
+    path.write_text("\n".join([*texts, "{", '{"messages": []}']) + "\n")
+    loader = Loader(world[1:], processor, 300, 1, max_bad_share=0.5)
+    bad = sum((info["bad"] for _, info in steps(loader, 20)), [])
+    lines = {what.split(": ")[0] for what, _ in bad}
+    assert lines == {f"{path}:{len(texts) + 1}", f"{path}:{len(texts) + 2}"}
+    assert {reason for _, reason in bad} == {"bad_line"}
+    with pytest.raises(SystemExit, match="samples cannot be used, the first: .*texts.jsonl:5"):
+        steps(Loader(world[1:], processor, 300, 1), 90)
+
+
+def test_a_folder_of_shards_is_trained_on(world, processor, tmp_path, everything_is_large):
+    shards = tmp_path / "web"
+    shards.mkdir()
+    texts = world[1][0].read_text().split("\n\n")
+    for k in range(5):
+        (shards / f"{k}.jsonl").write_text("\n".join(texts[5 * k : 5 * k + 5]))
+    loader = Loader([(shards, 1.0)], processor, 300, 1)
+    seen = set()
+    for batches, info in steps(loader, 20):
+        seen |= set(names(processor, batches))
+    assert seen == {f"T{k:03d}" for k in range(25)} and list(info["sets"]) == ["web"]
 
 
 # Work that is done once
@@ -318,6 +450,35 @@ def test_pictures_too_large_for_a_pack_are_made_smaller(world, processor, tmp_pa
         for batch in batches:
             assert names(processor, [batch]) == ["P000"]
             assert batch["grids"].tolist() == [[1, 6, 6]] and len(batch["tokens"]) <= size
+
+
+CAMERAS = [  # width, height, seconds, frames a second
+    (4000, 3000), (6000, 4000), (3024, 4032), (8064, 6048), (16382, 3628), (640, 480), (320, 240),
+    (1280, 720, 6, 30), (1920, 1080, 60, 30), (3840, 2160, 600, 60), (640, 360, 7200, 25),
+    (1080, 1920, 20, 30), (176, 144, 0.2, 15), (720, 576, 10800, 25),
+]
+
+
+@pytest.mark.parametrize("pack", [8192, 4096, 2048])
+def test_what_cameras_take_fits_in_the_packs_of_released_sizes(tmp_path, pack):
+    """split_packs halves the packs where there are many ranks."""
+    processor = Processor(ROOT / "toyworld" / "vocab.json", **SCALE["8b"].budget)
+    records = []
+    for k, (width, height, *clip) in enumerate(CAMERAS):
+        keys = {"width": width, "height": height}
+        item = image("a.jpg", **keys)
+        if clip:
+            keys |= {"duration": clip[0], "fps_source": clip[1]}
+            item = {"type": "video", "video": "a.mp4", **keys}
+        records.append(talk(user(item, f"C{k:03d}"), assistant("x")))
+    write(tmp_path / "a.jsonl", records)
+    loader = Loader([(tmp_path / "a.jsonl", 1)], processor, pack, 64)
+    for i, record in enumerate(records):
+        example = loader._lay_out(0, i)
+        whole = processor.layout(record, tmp_path).tokens
+        assert example.tokens <= pack
+        # no smaller than need be: a clip's frames are all smaller at once, or one fewer
+        assert example.tokens >= min(whole, 0.8 * pack)
 
 
 def test_too_much_text_is_counted_and_named(world, processor):

@@ -1,0 +1,113 @@
+"""Files too large to be parsed at every start: where their lines stand is found once, and kept.
+
+    places = table(made_once(path, "lines", partial(write_places, path)))   # (n, 3) int64
+
+What is kept lies in a cache folder, under a name that changes with the file. All processes of a
+machine map the same bytes, so they are in memory once. Nothing of a small set comes here.
+"""
+
+import atexit
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+log = logging.getLogger("index")
+
+# ours: bytes of a set. At most so much is parsed at the start, which takes a few seconds.
+LARGE = 64 * 2**20
+PACKED = 8  # ours: gzip makes JSON so much smaller, about
+BLOCK = 2**24  # bytes that are searched at once
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanokeye/index")
+
+
+def is_large(paths: list[Path]) -> bool:
+    """Whether the files of a set are too large, all together, to be parsed at every start."""
+    total = 0
+    for path in paths:
+        total += path.stat().st_size * (PACKED if path.suffix.lower() == ".gz" else 1)
+    return total > LARGE
+
+
+@lru_cache
+def cache_folder(folder: Path) -> Path:
+    """The folder itself, or where it cannot be written one of this process, until its end."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as e:
+        own = Path(tempfile.mkdtemp(prefix="nanokeye-"))
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        log.warning("%s: %s; large files are indexed anew at every start", folder, e.strerror)
+        return own
+
+
+def made_once(path: Path, what: str, make: Callable[[Path], None]) -> Path:
+    """A file that make(target) writes of the file at `path`, unless it was already made.
+
+    Several processes may make the same one: each puts a whole one in its place. ValueError where
+    there is no room for it.
+    """
+    real, info = path.resolve(), path.stat()
+    key = f"{real}\0{info.st_size}\0{info.st_mtime_ns}".encode("utf-8", "surrogateescape")
+    folder = cache_folder(CACHE)
+    made = folder / f"{hashlib.sha256(key).hexdigest()[:24]}.{what}"
+    if made.exists():
+        return made
+    handle, part = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    os.close(handle)
+    try:
+        make(Path(part))
+        os.replace(part, made)
+    except OSError as e:
+        raise ValueError(f"{path}: its {what} in {folder}: {e.strerror or e}") from None
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return made
+
+
+@lru_cache(None)
+def table(path: Path) -> np.ndarray:
+    """The rows (n, 3) int64 of a file of places: mapped, not read."""
+    if path.stat().st_size == 0:  # no empty file can be mapped
+        return np.zeros((0, 3), np.int64)
+    return np.memmap(path, np.int64, "r").reshape(-1, 3)
+
+
+def write_places(source: Path, target: Path):
+    """Writes (offset, length, number from 1) of all lines of source that are not blank.
+
+    Nothing is parsed, so that a gigabyte takes a few seconds.
+    """
+    offset, number, rest = 0, 1, b""
+    with open(source, "rb") as file, open(target, "wb") as out:
+        while block := file.read(BLOCK):
+            data = rest + block
+            ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
+            out.write(_rows(data, ends, offset, number).tobytes())
+            done = int(ends[-1]) if len(ends) else 0
+            rest = data[done:]
+            offset += done
+            number += len(ends)
+        if rest:  # a last line without an end
+            out.write(_rows(rest, np.array([len(rest)]), offset, number).tobytes())
+
+
+def _rows(data: bytes, ends: np.ndarray, offset: int, number: int) -> np.ndarray:
+    """Places of the lines in data that end there, (n, 3), without the blank ones."""
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)]
+    lengths = ends - starts
+    rows = np.stack([offset + starts, lengths, number + np.arange(len(ends))], 1)
+    first = np.frombuffer(data, np.uint8)[starts]
+    full = first != ord("\n")
+    # A line that begins with another blank may hold nothing else.
+    for k in np.flatnonzero(np.isin(first, list(b" \t\r\v\f"))):
+        full[k] = bool(data[starts[k] : ends[k]].strip())
+    return rows[full]
