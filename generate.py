@@ -12,20 +12,23 @@ model chooses. In code, texts come from conversations, or ids from samples:
     responses = generator.sample([processor(conversation, root, generate=True)])
 
 Prefill: all tokens of a prompt go through the model at once, as in training, and leave their keys
-and values in a cache. Decode: from then on one token at a time goes through it, reads the cache,
-adds its own keys and values, and the logits at its place give the next token.
+and values in a cache. Copy: rows that were asked the same, as a group's are, get theirs from the
+one that has read it. Decode: from then on one token at a time goes through the model, reads the
+cache, adds its own keys and values, and the logits at its place give the next token.
 
-Conversations of any lengths are decoded together. Prompts enter packed, without padding. A row that
-ends gives its place in the cache to the next one. Each row draws from its own random numbers, so
-its text does not depend on its neighbours. A row that has ended may go on with tokens that it did
-not write: a tool's reply, or the user's next turn (common/rollout.py).
+Conversations of any lengths are decoded together. Prompts enter packed, without padding. The rows
+that are decoded are always the first ones of the cache: when one ends, the last one takes its
+place, and a new one enters behind it. Each row draws from its own random numbers, so its text does
+not depend on its neighbours. A row that has ended may go on with tokens that it did not write: a
+tool's reply, or the user's next turn (common/rollout.py).
 """
 
 import argparse
 import random
 import sys
 import time
-from collections import deque
+import unicodedata
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -39,6 +42,7 @@ from common.conversation import pictures_of
 from common.media import MediaError
 from common.rollout import CLOSE_CALL, Response, tool_turns
 from data import Processor, pack
+from kernels import to_device
 from model import Config, KeyeVL, KVCache, scale_like
 
 STOP = ("<|im_end|>", "<|endoftext|>")
@@ -52,6 +56,10 @@ BANNED = (
     "<|video_pad|>",
 )
 CACHE_BYTES = 16 << 30  # ours, of keys and values: 8B's take 144 KiB a token
+# ours: a cache that grew for one turn has room for the next, as a graph is captured anew for each
+GROWTH = 256
+# ours: a graph takes as long to capture as some steps to run; a few rows are soon fewer still
+STEPS_BEFORE_GRAPH = 8
 
 
 def max_answer(cfg: Config) -> int:
@@ -64,41 +72,64 @@ def max_answer(cfg: Config) -> int:
 
 
 def choose(
-    logits: Tensor, draws: list, temperature: float, top_k: int, top_p: float, banned: Tensor
+    logits: Tensor,
+    draws: list,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    banned: Tensor,
+    repetition_penalty: float = 1.0,
+    seen: list[set] = (),
 ) -> tuple[Tensor, Tensor]:
     """One token per row: logits (B, V) fp32 and B draws in [0, 1) -> ids (B,), logprobs (B,) fp32.
 
     Kept are the top_k most likely tokens (0: all), of these the fewest that reach a share of top_p.
     Temperature 0 takes the most likely one. The logprob is that of softmax(logits / temperature)
-    over the whole vocabulary, before bans and truncation, which is what a trainer computes again
-    (at temperature 0: that of 1). banned (n,): ids that are never taken.
+    over the whole vocabulary, before bans, penalty and truncation, which is what a trainer computes
+    again (at temperature 0: that of 1). banned (n,): ids that are never taken. seen: for each row
+    the ids that repetition_penalty makes less likely.
     """
-    vocab = logits.shape[1]
     logp = (logits / (temperature or 1)).log_softmax(-1)  # (B, V)
-    allowed = logp.index_fill(1, banned, float("-inf"))
+    allowed = logp
+    if repetition_penalty != 1:
+        allowed = penalised(logits, seen, repetition_penalty) / (temperature or 1)
+    allowed = allowed.index_fill(1, banned, float("-inf"))
     if temperature == 0:
-        ids = allowed.argmax(-1, keepdim=True)  # (B, 1)
-        return ids[:, 0], logp.gather(1, ids)[:, 0]
-
-    # Truncation needs the tokens sorted. Without it their order does not matter.
-    k = min(top_k or vocab, vocab)
-    if k < vocab or top_p < 1:
-        allowed, order = allowed.topk(k, dim=-1)  # (B, k) each, the most likely token first
+        ids = allowed.argmax(-1)
     else:
-        order = torch.arange(vocab, device=logits.device).expand_as(allowed)
+        ids = drawn(allowed, draws, top_k, top_p)
+    return ids, logp.gather(1, ids[:, None])[:, 0]
+
+
+def drawn(logits: Tensor, draws: list, top_k: int, top_p: float) -> Tensor:
+    """Ids (B,) of softmax(logits (B, V)), truncated as choose says, at B draws in [0, 1)."""
+    # Truncation needs the tokens sorted. Without it their order does not matter.
+    vocab = logits.shape[1]
+    k = min(top_k or vocab, vocab)
+    order = None
+    if k < vocab or top_p < 1:
+        logits, order = logits.topk(k, dim=-1)  # (B, k) each, the most likely token first
 
     # fp64: a sum of 150,000 fp32 shares is off by more than the rarest tokens have.
-    p = allowed.double().softmax(-1)  # (B, k)
+    p = (logits - logits.amax(-1, keepdim=True)).exp()  # (B, k), in units of the largest
+    cdf = p.cumsum(-1, dtype=torch.float64)
     if top_p < 1:
-        before = p.cumsum(-1) - p  # the share of all likelier tokens
-        p = p * (before < top_p)
+        before = cdf - p  # of all likelier tokens
+        cdf = (p * (before < top_p * cdf[:, -1:])).cumsum(-1, dtype=torch.float64)
 
     # Inverse of the distribution function: the first token at which it exceeds the draw.
-    cdf = p.cumsum(-1)
-    u = torch.tensor(draws, dtype=cdf.dtype, device=cdf.device)[:, None]
-    at = (cdf <= u * cdf[:, -1:]).sum(-1, keepdim=True).clamp(max=k - 1)  # (B, 1)
-    ids = order.gather(1, at)
-    return ids[:, 0], logp.gather(1, ids)[:, 0]
+    u = to_device(torch.tensor(draws, dtype=torch.float64), cdf.device)[:, None]  # (B, 1)
+    ids = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=k - 1)  # (B, 1)
+    return (ids if order is None else order.gather(1, ids))[:, 0]
+
+
+def penalised(logits: Tensor, seen: list[set], penalty: float) -> Tensor:
+    """Logits (B, V) in which ids of `seen` count less: positive ones are divided by the penalty,
+    negative ones multiplied (CTRL, arXiv 1909.05858, as Hugging Face has it)."""
+    pairs = [(row, i) for row, ids in enumerate(seen) for i in ids]
+    at = tuple(to_device(torch.tensor(pairs), logits.device).T)
+    x = logits[at]
+    return logits.index_put(at, torch.where(x > 0, x / penalty, x * penalty))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,7 +146,8 @@ class Row:
     rng: random.Random
     response: Response = field(default_factory=Response)
     next_position: int = 0  # of the token after the last one, equal on all three axes
-    slot: int = -1  # its place in the cache
+    slot: int = -1  # its row of the cache
+    seen: set[int] = field(default_factory=set)  # ids that it has read or written
     unsent: list[int] = field(default_factory=list)  # ids whose text is not streamed yet
 
     def write(self, token, logprob):
@@ -126,6 +158,7 @@ class Row:
         self.response.positions.append([self.next_position] * 3)
         self.next_position += 1
         self.left -= 1
+        self.seen.add(token)
 
     def read(self, sample):
         """Tokens to go on with. The last id enters the cache together with them."""
@@ -150,22 +183,22 @@ def behind(token, position, sample):
 
 
 class Schedule:
-    """Rows wait, take a free place in the cache, and leave it. Each step a group of them moves."""
+    """Rows wait, enter the cache, and leave it. Each step a group of them moves."""
 
     def __init__(self, rows, places, pack_tokens):
         self.waiting = deque(rows)
-        self.active = []
-        self.free = list(range(places))[::-1]
-        self.quarter = -(-places // 4)
+        self.active = []  # active[i] has row i of the cache
+        self.places = places
         self.pack_tokens = pack_tokens
 
     def admit(self):
         """Several rows enter together: a prefill for each that ends would often stop the others."""
-        if len(self.free) < min(len(self.waiting), self.quarter):
+        free = self.places - len(self.active)
+        if free < min(len(self.waiting), -(-self.places // 4)):
             return
-        while self.waiting and self.free:
+        while self.waiting and len(self.active) < self.places:
             row = self.waiting.popleft()
-            row.slot = self.free.pop()
+            row.slot = len(self.active)
             self.active.append(row)
 
     def next_group(self) -> list[Row]:
@@ -178,22 +211,26 @@ class Schedule:
         # Later turns wait until they are a fifth of all: one by one they would stop the others.
         if unread and 5 * len(unread) >= len(self.active):
             return self.first_pack(unread)
-        # In the cache's own order, a step that moves all its rows need not copy any.
-        others = [row for row in self.active if not row.unread]
-        return sorted(others, key=lambda row: row.slot)
+        return [row for row in self.active if not row.unread]
 
     def first_pack(self, rows):
-        """The first rows whose unread tokens fit into a pack; at least one."""
-        total = 0
+        """The first rows whose unread tokens fit into a pack; at least one. Rows that have the same
+        sample to read, read it once."""
+        read = {}
         for i, row in enumerate(rows):
-            total += len(row.unread["tokens"])
-            if i and total > self.pack_tokens:
+            read[id(row.unread)] = len(row.unread["tokens"])
+            if len(read) > 1 and sum(read.values()) > self.pack_tokens:
                 return rows[:i]
         return rows
 
-    def leave(self, row):
-        self.active.remove(row)
-        self.free.append(row.slot)
+    def leave(self, row) -> int:
+        """The last row takes the place of the one that leaves. Returns the last one's old place."""
+        last = self.active.pop()
+        old = last.slot
+        if last is not row:
+            self.active[row.slot] = last
+            last.slot = row.slot
+        return old
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,12 +242,17 @@ class Generator:
 
     rows: conversations in the cache at once, as far as CACHE_BYTES reach (default: 64, on CUDA 512,
     as a GPU waits for the host as long for few rows as for many). pack_tokens: tokens of a prefill;
-    a longer prompt goes alone. On CUDA fp32 weights compute in bf16.
-    ValueError when the vocabulary is not the model's.
+    a longer prompt goes alone. graphs: decode by CUDA graphs, where there is CUDA. On CUDA fp32
+    weights compute in bf16. ValueError when the vocabulary is not the model's.
     """
 
     def __init__(
-        self, model: KeyeVL, processor: Processor, rows: int | None = None, pack_tokens: int = 16384
+        self,
+        model: KeyeVL,
+        processor: Processor,
+        rows: int | None = None,
+        pack_tokens: int = 16384,
+        graphs: bool = True,
     ):
         cfg = model.config
         tokenizer = processor.tokenizer
@@ -229,6 +271,7 @@ class Generator:
         self.bf16 = weight.is_cuda and weight.dtype == torch.float32
         self.rows = rows or (512 if weight.is_cuda else 64)
         self.pack_tokens = pack_tokens
+        self.use_graphs = graphs and weight.is_cuda
         self.stop = {special[name] for name in STOP}
 
         # Never sampled: marks of prompts, and rows of the table that stand for no token.
@@ -267,11 +310,13 @@ class Generator:
         stop: list[int] = (),
         extend: Callable | None = None,
         stream: Callable | None = None,
+        repetition_penalty: float = 1.0,
     ) -> list[Response]:
         """Samples of processor(..., generate=True) -> their responses, in order.
 
         A response ends with a stop token, or when its max_new_tokens (an int, or one per sample)
-        are spent. logprobs, temperature, top_k and top_p: see choose.
+        are spent. logprobs, temperature, top_k, top_p, repetition_penalty: see choose; the latter
+        counts what stands in the row's prompt too. Samples that are one object are read once.
         seed: an int (sample i draws from "seed/i"), one per sample, or None for fresh randomness.
         stop: further ids that end a response.
         extend(row): called when a row has ended. It goes on behind the sample that this returns
@@ -283,9 +328,14 @@ class Generator:
                 "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
                 f"{temperature}, {top_k}, {top_p}"
             )
+        if repetition_penalty <= 0:
+            raise ValueError(f"sampling needs repetition_penalty > 0, got {repetition_penalty}")
         rows = new_rows(samples, max_new_tokens, seed)
-        how = (temperature, top_k, top_p, self.banned)
-        self.run(rows, how, self.stop | set(stop), extend, stream)
+        how = (temperature, top_k, top_p, self.banned, repetition_penalty)
+        try:
+            self.run(rows, how, self.stop | set(stop), extend, stream)
+        finally:
+            self.graphs = None  # and with them the memory of the cache
         return [row.response for row in rows]
 
     def run(self, rows, how, stops, extend, stream):
@@ -296,6 +346,7 @@ class Generator:
         # One context for all steps: bf16 copies of fp32 weights are made once.
         with torch.autocast("cuda", torch.bfloat16) if self.bf16 else nullcontext():
             cache = self.model.new_cache(places, longest)
+            self.graphs = Graphs()
 
             # 1. Who moves next: rows with a prompt to read (prefill), else all by a token (decode).
             while group := schedule.next_group():
@@ -304,30 +355,86 @@ class Generator:
 
                 # 3. One token for each row, from the row's own random numbers.
                 draws = [row.rng.random() for row in group]
-                ids, logprobs = choose(logits, draws, *how)  # (B,) each
+                seen = [row.seen for row in group]
+                ids, logprobs = choose(logits, draws, *how, seen)  # (B,) each
 
+                ended = []
                 for row, token, logprob in zip(group, ids.tolist(), logprobs.tolist()):
                     # 4. It is written. The row's next step reads it.
                     row.write(token, logprob)
                     row.response.finished = token in stops
-                    ended = row.response.finished or row.left <= 0
+                    last = row.response.finished or row.left <= 0
                     if stream:
-                        self.send(row, stream, ended)
+                        self.send(row, stream, last)
+                    # A row that has ended may be given more to read.
+                    if last and not self.goes_on(row, extend, cache):
+                        ended.append(row)
 
-                    # 5. A row that has ended leaves its place, unless it is given more to read.
-                    if ended and not self.goes_on(row, extend, cache):
-                        cache.lengths[row.slot] = 0
-                        schedule.leave(row)
+                # 5. Rows that have ended leave. Behind them first: none is moved only to leave.
+                for row in sorted(ended, key=lambda row: -row.slot):
+                    place, last = row.slot, schedule.leave(row)
+                    if last != place:
+                        cache.copy(last, place)
+                    cache.lengths[last] = 0
 
     def step(self, rows: list[Row], cache: KVCache) -> Tensor:
         """Runs the rows' new tokens; logits (B, V) fp32 of what follows each row's last one."""
-        batch = prefill_batch(rows) if rows[0].unread else decode_batch(rows)
-        last = batch["segments"][1:].long() - 1  # (B,) each row's last token in the pack
-        for key in batch.keys() & {"tokens", "positions", "patches"}:
+        logits = self.prefill(rows, cache) if rows[0].unread else self.decode(rows, cache)
+        return logits.to(self.banned.device)
+
+    def prefill(self, rows: list[Row], cache: KVCache) -> Tensor:
+        """All unread tokens of the rows go through the model, with their pictures: a pack as in
+        training. What several rows are to read is read once. Logits as step's."""
+        readers = {}  # rows by what they read
+        for row in rows:
+            readers.setdefault(id(row.unread), []).append(row)
+        first = [same[0] for same in readers.values()]
+        batch = pack([row.unread for row in first])
+        last = batch["segments"][1:].long() - 1  # (S,) each sample's last token in the pack
+        for key in ("tokens", "positions", "patches"):
             batch[key] = batch[key].to(self.device)
-        hidden = self.model.step(batch, cache, [row.slot for row in rows])  # (T, C)
-        logits = self.model.head(hidden[last.to(self.device)])
-        return logits.float().to(self.banned.device)
+        hidden = self.model.step(batch, cache, [row.slot for row in first])  # (T, C)
+        logits = self.model.head(hidden[last.to(self.device)]).float()  # (S, V)
+
+        # The others get its keys and values, and its logits.
+        for one, *others in readers.values():
+            for other in others:
+                cache.copy(one.slot, other.slot)
+        sample_of = {key: i for i, key in enumerate(readers)}
+        which = [sample_of[id(row.unread)] for row in rows]
+        for row in rows:
+            row.seen.update(row.unread["tokens"].tolist())
+            row.next_position = row.unread["next_position"]
+            row.unread = None
+        return logits[which]
+
+    def decode(self, rows: list[Row], cache: KVCache) -> Tensor:
+        """The last id of each row, which the cache does not hold yet, goes through the model.
+
+        All rows of the cache up to the last of these do. Between them some may wait to read a later
+        turn: they pass a token of no meaning, and what they read overwrites it. Logits as step's.
+        """
+        n = rows[-1].slot + 1
+        size = min(1 << (n - 1).bit_length(), len(cache.lengths)) if self.use_graphs else n
+        tokens = [0] * size
+        positions = [0] * size
+        for row in rows:
+            tokens[row.slot] = row.response.ids[-1]
+            positions[row.slot] = row.next_position - 1
+        inputs = torch.tensor([tokens, positions, cache.lengths[:size]])  # (3, B)
+
+        def run(inputs):
+            # A graph is good for any length. Without one, no place is looked at that none holds.
+            reach = cache.max_len if self.use_graphs else max(cache.lengths[:n]) + 1
+            return self.model.head(self.model.step_one(*inputs, cache, reach)).float()
+
+        if self.use_graphs:
+            logits = self.graphs.run(run, inputs, self.device)
+        else:
+            logits = run(to_device(inputs, self.device))
+        for row in rows:
+            cache.lengths[row.slot] += 1
+        return logits[:n] if n == len(rows) else logits[[row.slot for row in rows]]
 
     def goes_on(self, row, extend, cache):
         """Whether the row that has ended goes on; the cache grows by what it may then lack."""
@@ -337,10 +444,8 @@ class Generator:
         row.read(sample)
         lacking = cache.lengths[row.slot] + len(row.unread["tokens"]) + row.left - cache.max_len
         if lacking > 0:
-            # one after the other: the old keys go before the new values come
-            cache.k = F.pad(cache.k, (0, 0, 0, 0, 0, lacking))
-            cache.v = F.pad(cache.v, (0, 0, 0, 0, 0, lacking))
-            cache.max_len += lacking
+            cache.grow(max(lacking, GROWTH))
+            self.graphs = Graphs()  # the old ones know the old cache
         return True
 
     def next_turn(self, row: Row, content: str | list, root: str | Path | None = None) -> dict:
@@ -385,24 +490,32 @@ def new_rows(samples, max_new_tokens, seed):
     return [Row(i, sample, limit, random.Random(s)) for i, (sample, limit, s) in each]
 
 
-def prefill_batch(rows):
-    """All unread tokens of the rows, with their pictures: a pack as in training."""
-    batch = pack([row.unread for row in rows])
-    for row in rows:
-        row.next_position = row.unread["next_position"]
-        row.unread = None
-    return batch
+class Graphs:
+    """Steps of decoding as CUDA graphs, one for each number of rows. Launched from Python one by
+    one, a step's some thousand kernels take longer than they run."""
 
+    def __init__(self):
+        self.steps = Counter()  # taken with so many rows
+        self.graphs = {}
+        self.pool = None  # memory that all graphs share: only one runs at a time
 
-def decode_batch(rows):
-    """The last id of each row, which the cache does not hold yet: a pack of one-token segments."""
-    positions = torch.tensor([row.next_position - 1 for row in rows])
-    return {
-        "tokens": torch.tensor([row.response.ids[-1] for row in rows]),  # (B,)
-        "positions": positions.expand(3, -1),  # (3, B)
-        "segments": torch.arange(len(rows) + 1, dtype=torch.int32),
-        "grids": torch.zeros(0, 3, dtype=torch.long),  # nothing to see
-    }
+    def run(self, step: Callable, inputs: Tensor, device) -> Tensor:
+        """step(inputs (3, B) on the device) -> logits (B, V), valid until the next step."""
+        size = inputs.shape[1]
+        self.steps[size] += 1
+        if self.steps[size] <= STEPS_BEFORE_GRAPH:  # what is set up at a first run must be by now
+            return step(to_device(inputs, device))
+        if size not in self.graphs:
+            static = to_device(inputs, device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                logits = step(static)
+            self.pool = graph.pool()
+            self.graphs[size] = graph, static, logits
+        graph, static, logits = self.graphs[size]
+        static.copy_(inputs.pin_memory(), non_blocking=True)
+        graph.replay()
+        return logits
 
 
 # --------------------------------------------------------------------------------------------------
@@ -441,6 +554,16 @@ def read_question():
             return attached + [{"type": "text", "text": line}]
 
 
+def visible(text: str) -> str:
+    """What a model or a tool wrote, with control characters spelled out but newline and tab: a
+    terminal obeys them, and would hide or rewrite what it shows."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) == "Cc" and c not in "\n\t"
+        else c
+        for c in text
+    )
+
+
 class Chat:
     """A conversation on the terminal. Tools run in it as they do in training."""
 
@@ -468,6 +591,7 @@ class Chat:
         [response] = self.generator.sample(
             [sample], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
             [self.generator.processor.tokenizer.special[CLOSE_CALL]], self.extend, self.show,
+            args.repetition_penalty,
         )
         if args.prompt is not None:
             seconds = time.perf_counter() - begin
@@ -480,7 +604,7 @@ class Chat:
         self.pictures += pictures_of({"messages": messages}, ".", allow_outside=True)
 
     def show(self, i, piece):
-        print(piece, end="", flush=True)
+        print(visible(piece), end="", flush=True)
 
     def extend(self, row):
         """After a tool call its result, after an answer the user's next question."""
@@ -489,7 +613,7 @@ class Chat:
             print()
             return self.next_turn(row) if self.args.prompt is None else None
         seen = row.response.observations[-1]
-        said = seen.text or "no text"
+        said = visible(seen.text) or "no text"
         print(f"\n[sandbox: {said}, {len(seen.images)} pictures]", flush=True)
         return sample
 
@@ -517,6 +641,7 @@ def arguments(argv):
     add("--temperature", type=float, default=0.6, help="0: always the most likely token")
     add("--top-k", type=int, default=20)
     add("--top-p", type=float, default=0.95)
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repeated words")
     add("--seed", type=int)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)

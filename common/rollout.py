@@ -203,7 +203,7 @@ def respond(generator, waiting, temperature, keep_pixels):
         return
     rollouts, limits, seeds = zip(*waiting)
     samples = [rollout.sample for rollout in rollouts]
-    pictures = [load_pictures(rollout.prompt) for rollout in rollouts]
+    pictures = [load_pictures(rollout.prompt, generator.processor) for rollout in rollouts]
     responses = converse(
         generator, samples, pictures, limits,
         temperature=temperature, top_k=0, top_p=1.0, seed=seeds,
@@ -216,12 +216,14 @@ def respond(generator, waiting, temperature, keep_pixels):
                 sample.pop("patches", None)
 
 
-def load_pictures(prompt):
+def load_pictures(prompt, processor):
     """What tool_turns takes: pictures of the question alone, or None in a mode without tools."""
     if prompt.mode not in TOOL_MODES:
         return None
     question = {"messages": prompt.record["messages"][:-1]}
-    return partial(pictures_of, question, prompt.root)
+    # as the processor has read them
+    limits = dict(allow_outside=processor.allow_outside, pixel_limit=processor.pixel_limit)
+    return partial(pictures_of, question, prompt.root, **limits)
 
 
 def reward_groups(groups: list[list[Rollout]], max_tokens: int, judge=None):

@@ -6,6 +6,10 @@ from kernels.attention import (
     attention_path,
     attention_reference,
     cached_attention,
+    to_device,
 )
 
-__all__ = ["Segments", "attention", "attention_path", "attention_reference", "cached_attention"]
+__all__ = [
+    "Segments", "attention", "attention_path", "attention_reference", "cached_attention",
+    "to_device",
+]

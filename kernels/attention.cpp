@@ -461,6 +461,87 @@ static void run(const Pass& pass, const std::vector<Task>& tasks, int threads) {
     }
 }
 
+// ------------------------------------------------------------------------------------------------
+// decoding: a few new queries of each row against the keys that it has in a cache
+
+// As kernels/decode.py lays it out; decode.cu explains it, and reads what is left out here.
+struct Decode {
+    const void *q, *k, *v;        // (batch, queries, heads, D), and caches (rows, capacity, KV, D)
+    const int32_t *lengths;       // (batch,): keys before the new ones
+    const int32_t *rows;          // (batch,): row of the caches; null: the first, the second, ...
+    void* out;                    // as q
+    float *part_out, *part_lse2;
+    int64_t row, token;           // steps of the caches
+    int32_t batch, queries, heads, kv_heads, cache_rows, capacity, parts, part_keys;
+};
+
+// All queries of a row that share a key head: they are the columns of its scores.
+template <typename T>
+static void decode_head(const Decode& x, int width, int b, int kv_head, Scratch& scratch) {
+    int wide = padded(width), group = x.heads / x.kv_heads, count = group * x.queries;
+    int columns = padded(count), row = x.rows ? x.rows[b] : b;
+    bool there = row >= 0 && row < x.cache_rows;
+    int end = there ? std::min(x.lengths[b] + x.queries, x.capacity) : 0;
+    Tensor<const T> q{(const T*)x.q, (int64_t)x.heads * width, width};
+    Tensor<const T> k{(const T*)x.k + row * x.row, x.token, width};
+    Tensor<const T> v{(const T*)x.v + row * x.row, x.token, width};
+    float* rows_of_q = scratch.take(count * wide);
+    float* q_across = scratch.take(wide * columns);
+    float* sums = scratch.zeros(count * wide);
+    float *largest = scratch.take(columns), *sum = scratch.zeros(columns);
+    float *shrink = scratch.take(columns), *scores = scratch.take(KEYS * columns);
+    float *rows_of_k = scratch.take(KEYS * wide), *rows_of_v = scratch.take(KEYS * wide);
+    std::fill_n(largest, columns, -INFINITY);
+    for (int n = 0; n < count; n++)
+        copy_rows(q, (int64_t)b * x.queries + n / group, kv_head * group + n % group, 1, width,
+                  wide, 1 / std::sqrt((float)width), rows_of_q + n * wide);
+    transpose(rows_of_q, count, width, wide, columns, q_across);
+
+    for (int key = 0; key < end; key += KEYS) {
+        int keys = std::min(KEYS, end - key);
+        copy_rows(k, key, kv_head, keys, width, wide, 1, rows_of_k);
+        copy_rows(v, key, kv_head, keys, width, wide, 1, rows_of_v);
+        product(keys, columns, width, {rows_of_k, wide}, {q_across, columns}, {scores, columns},
+                false);
+        for (int n = 0; n < count; n++)
+            for (int i = std::max(0, x.lengths[b] + n / group + 1 - key); i < keys; i++)
+                scores[i * columns + n] = -INFINITY;
+        soften(scores, keys, columns, largest, sum, shrink);
+        for (int n = 0; n < count; n++) scale_row(sums + n * wide, wide, shrink[n]);
+        product(count, wide, keys, {scores, 1, columns}, {rows_of_v, wide}, {sums, wide},
+                key > 0);
+    }
+
+    Tensor<T> out{(T*)x.out, (int64_t)x.heads * width, width};
+    for (int n = 0; n < count; n++) {
+        scale_row(sums + n * wide, wide, end > 0 ? 1 / sum[n] : 0);
+        write_rows(sums + n * wide, 1, width, wide, out, (int64_t)b * x.queries + n / group,
+                   kv_head * group + n % group);
+    }
+}
+
+template <typename T>
+static void decode(const Decode& x, int width, int threads) {
+    size_t count = x.heads / x.kv_heads * x.queries, columns = padded(count), wide = padded(width);
+    size_t numbers = (2 * count + columns + 2 * KEYS) * wide + (3 + KEYS) * columns;
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch scratch(numbers);
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < x.batch * x.kv_heads; i++) {
+            scratch.reset();
+            decode_head<T>(x, width, i / x.kv_heads, i % x.kv_heads, scratch);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// what kernels/ours.py and kernels/decode.py call
+
+extern "C" void attention_decode(const Decode* x, int width, int is_bf16, int threads) {
+    (is_bf16 ? decode<bf16> : decode<float>)(*x, width, threads);
+}
+
 // A tensor's address and steps, as kernels/ours.py passes them.
 struct Argument {
     void* data;

@@ -7,9 +7,10 @@ padding and no mask tensor.
     cached_attention(q, k, v, lengths)     decoding: the keys lie in a cache, a row per conversation
 
 `attention_reference` says in a few lines what both compute. The rest of the file picks the fastest
-way for the device and the shape at hand: our kernels (attention.cpp on a CPU, attention.cu on a GPU
-for segments of mixed lengths) where a compiler is there to build them, else PyTorch's best. That
-choice is made here and nowhere else; NANOKEYE_ATTENTION=ours, torch or reference forces one.
+way for the device and the shape at hand: our kernels (attention.cpp on a CPU, on a GPU attention.cu
+for segments of mixed lengths, and decode.cu) where a compiler is there to build them, else
+PyTorch's best. That choice is made here and nowhere else; NANOKEYE_ATTENTION=ours, torch or
+reference forces one.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import ours
+from kernels import decode, ours
 
 try:  # flash attention over cumulative lengths, CUDA only
     from torch.nn.attention.varlen import varlen_attn
@@ -51,7 +52,18 @@ class Segments:
     def of(cls, lengths: list[int], device: torch.device | str) -> "Segments":
         """Segments of these lengths. Empty ones are left out: no token can see them."""
         lengths = [n for n in lengths if n]
-        return cls(torch.tensor([0] + lengths).cumsum(0).to(device, torch.int32), lengths)
+        starts = torch.tensor([0] + lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(to_device(starts, device), lengths)
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host, on the device, without waiting for what runs there.
+
+    From memory that may be swapped out, CUDA copies only when all work before it is done.
+    """
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def attention_reference(
@@ -73,6 +85,7 @@ def attention_reference(
     return torch.cat(out)
 
 
+@torch.compiler.disable  # a compiled block breaks here: the choice below reads lengths
 def attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False
 ) -> Tensor:
@@ -115,9 +128,7 @@ def choice(
     width: of the heads; None: one that ours takes. even: all segments are of one length, which
     cuDNN computes faster than our GPU kernel. ValueError where what is asked for cannot be had.
     """
-    asked = os.environ.get("NANOKEYE_ATTENTION", "")
-    if asked not in ("", "ours", "torch", "reference"):
-        raise ValueError(f"NANOKEYE_ATTENTION={asked}: known are ours, torch and reference")
+    asked = _forced()
     if asked in ("torch", "reference"):
         return asked
     wanted = asked == "ours" or not (even and device.type == "cuda")
@@ -133,6 +144,14 @@ def choice(
     return "torch"
 
 
+def _forced() -> str:
+    """What NANOKEYE_ATTENTION says; "": nothing."""
+    asked = os.environ.get("NANOKEYE_ATTENTION", "")
+    if asked not in ("", "ours", "torch", "reference"):
+        raise ValueError(f"NANOKEYE_ATTENTION={asked}: known are ours, torch and reference")
+    return asked
+
+
 def _tiles(segments: Segments, device: torch.device, causal: bool) -> Tensor:
     """The GPU's list of tiles (tiles, 3) int32, sent there once for all layers; else empty."""
     if device.type != "cuda":
@@ -140,8 +159,7 @@ def _tiles(segments: Segments, device: torch.device, causal: bool) -> Tensor:
     key = ("tiles", causal)
     if key not in segments.plans:
         tiles = torch.tensor(ours.tiles_of(segments.lengths, causal), dtype=torch.int32)
-        # from pinned memory: the copy waits for nothing that runs on the GPU
-        segments.plans[key] = tiles.pin_memory().to(device, non_blocking=True)
+        segments.plans[key] = to_device(tiles, device)
     return segments.plans[key]
 
 
@@ -209,15 +227,26 @@ def batches_by_length(segments: Segments, step: int) -> tuple[list[tuple[int, Te
     return batches, torch.tensor(back, device=device)
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, rows: Tensor | None = None
+) -> Tensor:
     """New queries against a cache that already holds their own keys.
 
-    q (B, Q, H, D): query i of row b sits at position lengths[b] + i. k, v (B, L, KV, D): row b
-    holds lengths[b] + Q entries, of which lengths (B,) int64 were there before. Returns
-    (B, Q, H, D). Rows with fewer than Q new tokens give garbage beyond them; the caller drops it.
+    q (B, Q, H, D): query i of row b sits at position lengths[b] + i. k, v (R, L, KV, D): its row
+    rows[b] holds lengths[b] + Q entries, of which lengths (B,) were there before; rows (B,) or
+    None: the first B. Both are whole numbers on the device, and it is never waited for. Returns
+    (B, Q, H, D). A query that sees no key gives garbage; the caller drops it.
     """
+    wanted = _forced() in ("", "ours") and decode.takes(q, k)
+    # Several new tokens, as tools answer with, go to PyTorch on a GPU: their mask in decode.cu was
+    # wrong when it last ran on one, and what mended it has not.
+    wanted &= not q.is_cuda or q.shape[1] == 1
+    if wanted and decode.available(q.device.type):
+        lengths, rows = (x if x is None else x.int() for x in (lengths, rows))
+        return decode.decode(q, k, v, lengths, rows)
     new = q.shape[1]
     kv = k.shape[2]
+    k, v = (x[: len(q)] if rows is None else x[rows] for x in (k, v))
     last = lengths[:, None] + torch.arange(new, device=q.device)  # (B, Q): the last key seen
     mask = torch.arange(k.shape[1], device=q.device) <= last[:, None, :, None]  # (B, 1, Q, L)
     # The G = H / KV queries that share a key head stand beside each other as if they were one

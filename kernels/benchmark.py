@@ -10,6 +10,9 @@ a dense batch for "flash" and "cudnn". Times are the best of some runs, on a GPU
 FLOPs are those of the products: 4 D for each query, key and head that it sees, 2.5 times as many
 in the backward pass, which computes the scores again. "of mm" is the share of the rate that one
 large matrix product reaches on this machine.
+
+On a GPU a second table has decoding: GB/s of the keys and values that rows hold, and their share of
+what a copy reaches here. PyTorch's ways read rows padded to the longest, "flash" without a mask.
 """
 
 import argparse
@@ -21,9 +24,10 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import Segments, attention, attention_reference, ours
+from kernels import Segments, attention, attention_reference, cached_attention, decode, ours
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -85,6 +89,49 @@ def gpu_cases(scale: int) -> list[Case]:
         Case("D128 causal GQA, 300 to 1,500", documents, 32, 8, 128, True),
         Case("D128 causal GQA, 2,048 each", [2048] * 8 * scale, 32, 8, 128, True),
         Case("D128 causal GQA, 8,192 each", [8192] * 2 * scale, 32, 8, 128, True),
+    ]
+
+
+@dataclass
+class Cache:
+    """Rows of a KV cache, each as long as drawn, which `new` tokens of each now read."""
+
+    name: str
+    rows: int
+    shortest: int
+    longest: int
+    heads: int
+    kv_heads: int
+    width: int
+    new: int = 1
+
+    def draw(self, dtype, device):
+        """q (B, Q, H, D), k and v (B, L, KV, D), and the rows' lengths before the new tokens."""
+        rng = random.Random(0)
+        lengths = [rng.randint(self.shortest, self.longest) - self.new for _ in range(self.rows)]
+        lengths[-1] = self.longest - self.new
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = [(self.new, self.heads), *[(self.longest, self.kv_heads)] * 2]
+        drawn = []
+        for shape in shapes:
+            x = torch.randn(self.rows, *shape, self.width, generator=generator, device=device)
+            drawn.append(x.to(dtype))
+        return drawn, torch.tensor(lengths, dtype=torch.int32, device=device)
+
+    def bytes(self, lengths) -> int:
+        """Of the keys and values that the rows hold, two bytes a number."""
+        keys = int(lengths.sum()) + self.rows * self.new
+        return 2 * 2 * keys * self.kv_heads * self.width
+
+
+def caches() -> list[Cache]:
+    return [
+        Cache("64 rows, 512 to 8,192", 64, 512, 8192, 32, 8, 128),
+        Cache("64 rows, 8,192 each", 64, 8192, 8192, 32, 8, 128),
+        Cache("64 rows, 300 to 1,500", 64, 300, 1500, 32, 8, 128),
+        Cache("1 row, 32,768", 1, 32768, 32768, 32, 8, 128),
+        Cache("D64, 512 rows, 100 to 600", 512, 100, 600, 12, 4, 64),
+        Cache("16 new, 16 rows, 512 to 8,192", 16, 512, 8192, 32, 8, 128, 16),
     ]
 
 
@@ -162,6 +209,61 @@ def errors_of(case: Case, backend: str, dtype, device) -> list[float]:
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted)]
 
 
+def graphed(work, times: int):
+    """`times` runs of it as one CUDA graph: what a launch from Python takes does not count."""
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            work()
+    return graph.replay
+
+
+def decoding_ways(cache: Cache, dtype, device) -> tuple[dict, torch.Tensor]:
+    """A function for each way, which gives (B, Q, H, D); and the rows' lengths."""
+    (q, k, v), lengths = cache.draw(dtype, device)
+    ways = {"torch": lambda: forced("torch", lambda: cached_attention(q, k, v, lengths))}
+    if decode.takes(q, k) and decode.available():
+        ways["ours"] = lambda: forced("ours", lambda: cached_attention(q, k, v, lengths))
+    if cache.new == 1:
+        dense = [x.transpose(1, 2) for x in (q, k, v)]  # (B, H, L, D)
+
+        def flash():
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return F.scaled_dot_product_attention(*dense, enable_gqa=True).transpose(1, 2)
+
+        ways["flash"] = flash
+    return ways, lengths
+
+
+def forced(backend: str, work):
+    with chosen(backend):
+        return work()
+
+
+@torch.no_grad()
+def decoding_table(wanted: list[Cache], dtype, device, seconds: float):
+    a, b = torch.empty(2, 2**30, dtype=torch.uint8, device=device)
+    copied = 2 * len(a) / time_of(lambda: b.copy_(a), device, seconds)
+    del a, b
+    print(f"\ndecoding; a copy: {copied / 1e9:,.0f} GB/s read and written")
+    print(f"{'':32} {'by':6} {'us':>10} {'GB/s':>7} {'of copy':>7} {'ratio':>5} {'error':>8}")
+    for cache in wanted:
+        ways, lengths = decoding_ways(cache, dtype, device)
+        base = exact = None
+        for name, work in ways.items():
+            found = work().double()
+            exact = found if exact is None else exact
+            error = "-" if name != "ours" else f"{(found - exact).norm() / exact.norm():.1e}"
+            taken = time_of(graphed(work, 10), device, seconds) / 10
+            base = base or taken
+            rate = cache.bytes(lengths) / taken
+            print(
+                f"{cache.name:32} {name:6} {taken * 1e6:10,.1f} {rate / 1e9:7,.0f} "
+                f"{rate / copied:7.0%} {base / taken:5.2f} {error:>8}", flush=True,
+            )
+
+
 def main(args):
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
@@ -199,6 +301,9 @@ def main(args):
                 row += f" {seconds * 1e3:11.2f} {rate / 1e9:7,.0f} {rate / peak:5.0%}"
                 row += f" {first / seconds:5.2f}"
             print(row, flush=True)
+    if on_gpu and dtype in decode.DTYPES:
+        wanted = [cache for cache in caches() if args.only in f"decode {cache.name}"]
+        decoding_table(wanted, dtype, device, args.seconds)
 
 
 if __name__ == "__main__":
@@ -208,7 +313,7 @@ if __name__ == "__main__":
     add("--dtype", choices=DTYPES, help="default: fp32, on a GPU bf16")
     add("--threads", type=int, help="CPU threads")
     add("--scale", type=int, default=1, help="times as many segments")
-    add("--only", default="", help="part of a case's name")
+    add("--only", default="", help="part of a case's name, or decode: that table alone")
     add("--seconds", type=float, default=0.5, help="to measure each pass")
     add("--check", action="store_true", help="errors against float64 first")
     main(parser.parse_args())

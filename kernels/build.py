@@ -4,8 +4,8 @@
     library = load("attention.cu")          the same by NVIDIA's compiler, for GPUs
 
 The result lies in the user's cache folder, under a name made of all that it depends on: the source,
-the compiler, and the processor's abilities. It is written aside and renamed, so a build that was
-killed leaves nothing that anybody waits for, and two that run at once do no harm.
+its headers, the compiler, and the processor's abilities. It is written aside and renamed, so a
+build that was killed leaves nothing that anybody waits for, and two that run at once do no harm.
 """
 
 import ctypes
@@ -95,7 +95,8 @@ def commands(source: Path) -> tuple[list[list[str]], list[str]]:
 def build(source: Path) -> Path:
     """The compiled library. OSError where there is no compiler, or it fails."""
     steps, facts = commands(source.absolute())
-    facts = [source.read_text(), *facts]
+    headers = sorted(source.parent.glob("*.cuh")) if source.suffix == ".cu" else []
+    facts = [*(file.read_text() for file in [source, *headers]), *facts]
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     target = cache_folder() / f"{source.stem}-{name}.so"
     if not target.exists():

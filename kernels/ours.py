@@ -1,8 +1,8 @@
 """Our attention kernel as an operator of PyTorch: gradients, torch.compile, autocast, FSDP.
 
-The work is done in attention.cpp, on GPUs in attention.cu; here they get addresses and steps, and
-torch learns what it needs to know of an operator that it cannot look into. Deterministic: tasks
-write to places of their own.
+The work is done in attention.cpp, on GPUs in attention.cu (decode.py has decoding); here they get
+addresses and steps, and torch learns what it needs to know of an operator that it cannot look into.
+Deterministic: tasks write to places of their own.
 """
 
 import ctypes

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from transformers import RepetitionPenaltyLogitsProcessor
+
 import generate
 from conftest import ROOT
 from data import pack
@@ -147,16 +149,77 @@ def test_seed(model, processor):
     assert len({*texts, *fresh}) == 9
 
 
-def test_finished_rows_leave_and_prefill_is_bounded(model, processor, prompts, monkeypatch):
+def watched_steps(model, monkeypatch):
+    """A list that fills with (rows, tokens) of each step of the model."""
     steps = []
-    plain = model.step
+    plain, plain_one = model.step, model.step_one
 
-    def watched(batch, cache, rows):
+    def step(batch, cache, rows):
         steps.append((len(rows), len(batch["tokens"])))
         return plain(batch, cache, rows)
 
-    monkeypatch.setattr(model, "step", watched)
-    same = [prompts[0]] * 4
+    def step_one(tokens, *how):
+        steps.append((len(tokens), len(tokens)))
+        return plain_one(tokens, *how)
+
+    monkeypatch.setattr(model, "step", step)
+    monkeypatch.setattr(model, "step_one", step_one)
+    return steps
+
+
+def test_what_several_rows_are_asked_is_read_once(model, processor, prompts, monkeypatch):
+    """And they say what they would say alone, with the same probabilities."""
+    how = dict(max_new_tokens=8, temperature=1.0, top_k=0, top_p=1.0, seed=list(range(8)))
+    shared = [prompts[i] for i in (2, 2, 2, 4, 2, 4, 0, 4)]
+    apart = Generator(model, processor).sample([dict(sample) for sample in shared], **how)
+    steps = watched_steps(model, monkeypatch)
+    seen = []
+    vit = model.vit.forward
+    monkeypatch.setattr(model.vit, "forward", lambda p, *a: seen.append(len(p)) or vit(p, *a))
+    together = Generator(model, processor).sample(shared, **how)
+    assert steps[0] == (3, sum(len(prompts[i]["tokens"]) for i in (2, 4, 0)))
+    assert seen == [sum(len(prompts[i]["patches"]) for i in (2, 4, 0))]
+    for one, other in zip(together, apart):
+        assert one.ids == other.ids and one.positions == other.positions
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs))
+    # the budget of a pack counts it once too, and few places are no fault
+    steps.clear()
+    crowded = Generator(model, processor, rows=3, pack_tokens=len(prompts[2]["tokens"]))
+    again = crowded.sample(shared, **how)
+    assert [one.ids for one in again] == [one.ids for one in together]
+    assert steps[0] == (1, len(prompts[2]["tokens"]))
+
+
+def test_rows_that_wait_for_a_later_turn_stand_among_those_that_are_decoded(
+    model, processor, prompts
+):
+    """A fifth of the rows must wait before they read on: the others go past them, and they end."""
+    generator = Generator(model, processor, rows=11)
+    asked = [prompts[i % 6] for i in range(14)]
+    limits = [2, 9, 4, 3, 9, 9, 5, 9, 2, 9, 7, 3, 4, 5]
+
+    def extend(row):
+        if row.response.extensions or row.index % 3:
+            return None
+        row.left = 6
+        [message] = ask(picture(40, 50, row.index), "So?")["messages"]
+        return generator.next_turn(row, message["content"])
+
+    responses = generator.sample(asked, limits, temperature=0, extend=extend)
+    assert [len(response.extensions) for response in responses] == [1, 0, 0] * 4 + [1, 0]
+    for prompt, response in zip(asked, responses):
+        own = torch.tensor(response.sampled)
+        logits = full_logits(model, prompt, response)
+        logp = logits.log_softmax(-1)[torch.arange(len(own)), response.ids]
+        want = torch.where(own, logp, 0)
+        torch.testing.assert_close(torch.tensor(response.logprobs), want, atol=1e-4, rtol=0)
+        best = torch.tensor(best_ids(logits, processor))
+        assert torch.tensor(response.ids)[own].tolist() == best[own].tolist()
+
+
+def test_finished_rows_leave_and_prefill_is_bounded(model, processor, prompts, monkeypatch):
+    steps = watched_steps(model, monkeypatch)
+    same = [dict(prompts[0]) for _ in range(4)]
     Generator(model, processor, pack_tokens=50).sample(same, [2, 3, 3, 5], temperature=0)
     length = len(prompts[0]["tokens"])
     prefills = [step for step in steps if step[1] >= length]
@@ -164,7 +227,7 @@ def test_finished_rows_leave_and_prefill_is_bounded(model, processor, prompts, m
     assert all(tokens <= 50 for _, tokens in prefills)
     assert [rows for rows, tokens in steps if tokens < length] == [4, 3, 1, 1]
     steps.clear()
-    same = [prompts[0]] * 5
+    same = [dict(prompts[0]) for _ in range(5)]
     Generator(model, processor, rows=2).sample(same, [1, 6, 2, 2, 2], temperature=0)
     assert max(rows for rows, _ in steps) == 2  # never more than the cache has places
 
@@ -183,10 +246,11 @@ def test_rows_enter_a_quarter_of_the_cache_at_a_time():
     schedule = Schedule(rows, places=8, pack_tokens=100)
     assert moved(schedule) == moved(schedule) == [0, 1, 2, 3, 4, 5, 6, 7]
     schedule.leave(rows[3])
-    assert moved(schedule) == [0, 1, 2, 4, 5, 6, 7]
-    schedule.leave(rows[5])
+    assert moved(schedule) == [0, 1, 2, 7, 4, 5, 6]  # the last takes the place of one that leaves
+    assert schedule.leave(rows[6]) == 6 and rows[7].slot == 3
     assert moved(schedule) == [8, 9]
-    assert moved(schedule) == [0, 1, 2, 9, 4, 8, 6, 7]  # by their places
+    assert moved(schedule) == [0, 1, 2, 7, 4, 5, 8, 9]
+    assert [row.slot for row in schedule.active] == list(range(8))
     for row in (rows[0], rows[1]):
         schedule.leave(row)
     assert moved(schedule) == [10, 11] and not schedule.waiting
@@ -251,6 +315,29 @@ def test_next_turn_after_a_finished_answer_is_the_template(model, processor, rig
     assert first["tokens"].tolist() + response.ids == template + [end]
 
 
+@torch.no_grad()
+def test_a_step_of_one_token_each_is_a_step(model):
+    """Rows of different lengths; the cache's later rows and places hold poison."""
+    cache = model.new_cache(4, 30)
+    cache.k[:] = cache.v[:] = torch.nan
+    lengths = [7, 20, 3]
+    empty = {"patches": torch.zeros(0, 588), "grids": torch.zeros(0, 3, dtype=torch.long)}
+
+    def text(n):
+        places = torch.arange(n)
+        return empty | {"tokens": places + 40, "labels": places, "positions": places.expand(3, -1)}
+
+    model.step(pack([text(n - 1) for n in lengths]), cache, [0, 1, 2])
+    before = torch.tensor(cache.lengths[:3])
+    hidden = model.step_one(before + 40, before, before, cache, 20)
+    want = torch.stack([model.hidden(pack([text(n)]))[-1] for n in lengths])
+    torch.testing.assert_close(hidden, want, atol=2e-5, rtol=1e-5)
+    assert cache.lengths == [6, 19, 2, 0] and cache.k[:, 3].isnan().all()
+    cache.copy(1, 3)
+    assert cache.lengths == [6, 19, 2, 19]
+    assert torch.equal(cache.v[:, 3, :19], cache.v[:, 1, :19]) and cache.v[:, 3, 19:].isnan().all()
+
+
 # --------------------------------------------------------------------------------------------------
 # the choice of a token
 
@@ -295,6 +382,46 @@ def test_frequencies_against_numpy(temperature, top_k, top_p):
     assert chi2 < df + 4 * np.sqrt(2 * df) + 4
     # untruncated
     torch.testing.assert_close(logprobs, (logits / temperature).log_softmax(-1)[ids])
+
+
+def test_the_penalty_is_hugging_faces():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 50, generator=g) * 3
+    read = [[4, 4, 9, 30], list(range(50)), [7]]
+    none = torch.tensor([], dtype=torch.long)
+    for penalty in (0.7, 1.8):
+        theirs = RepetitionPenaltyLogitsProcessor(penalty)
+        want = torch.stack([theirs(torch.tensor([r]), x[None])[0] for r, x in zip(read, logits)])
+        how = (none, penalty, [set(ids) for ids in read])
+        ids, logprobs = choose(logits, [], 0, 0, 1.0, *how)
+        assert ids.tolist() == want.argmax(-1).tolist()
+        # what a trainer computes again
+        assert torch.equal(logprobs, logits.log_softmax(-1)[torch.arange(3), ids])
+        n = 20_000
+        draws = [(i + 0.5) / n for i in range(n)]
+        how = (none, penalty, [set(read[0])] * n)
+        ids, _ = choose(logits[:1].expand(n, -1), draws, 0.8, 0, 1.0, *how)
+        shares = torch.bincount(ids, minlength=50) / n
+        torch.testing.assert_close(shares, (want[0] / 0.8).softmax(-1), atol=1e-4, rtol=0)
+
+
+def test_a_penalty_counts_what_was_read_and_written(model, processor, prompts):
+    """The prompt, its own words, and a second turn."""
+    generator = Generator(model, processor)
+
+    def extend(row):
+        row.left = 8
+        return None if row.response.extensions else generator.next_turn(row, "circle square")
+
+    how = dict(max_new_tokens=20, temperature=0, repetition_penalty=1.5, extend=extend)
+    penalise = RepetitionPenaltyLogitsProcessor(1.5)
+    for prompt, response in zip(prompts, generator.sample(prompts, **how)):
+        logits = full_logits(model, prompt, response)
+        read = prompt["tokens"].tolist() + response.ids
+        for i in range(len(response.ids)):
+            if response.sampled[i]:
+                before = torch.tensor([read[: len(prompt["tokens"]) + i]])
+                assert best_ids(penalise(before, logits[i][None]), processor) == [response.ids[i]]
 
 
 def test_the_ends_of_the_distribution():
@@ -391,6 +518,7 @@ def test_clear_errors(model, processor, prompts):
         dict(max_new_tokens=0),
         dict(max_new_tokens=[1]),
         dict(seed=[1]),
+        dict(repetition_penalty=0),
     ]
     for wrong in cases:
         with pytest.raises(ValueError, match="needs|max_new_tokens"):
@@ -428,8 +556,74 @@ def test_fp32_weights_on_cuda(processor, prompts):
         torch.testing.assert_close(torch.tensor(response.logprobs), want, atol=0.1, rtol=0)
 
 
+@pytest.mark.cuda
+def test_graphs_change_nothing(processor, prompts, monkeypatch):
+    """Rows end one after the other, some go on, the cache grows: fp32, the same tokens."""
+    torch.manual_seed(0)
+    model = KeyeVL.empty(PRESETS["toy"]).init_weights().cuda()
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: replays.append(g) or replay(g))
+    found = []
+    for graphs in (False, True):
+        generator = Generator(model, processor, rows=7, graphs=graphs)
+        generator.bf16 = False
+
+        def extend(row):
+            if row.response.extensions or row.index % 4:
+                return None
+            row.left = 30
+            return generator.next_turn(row, "And now? " * 40)
+
+        limits = [20 + 7 * (i % 5) for i in range(12)]
+        how = dict(temperature=1.0, top_k=0, top_p=1.0, seed=2, extend=extend)
+        found.append(generator.sample(prompts * 2, limits, **how))
+        assert bool(replays) == graphs
+    for plain, one in zip(*found):
+        assert plain.ids == one.ids and plain.positions == one.positions
+        want = torch.tensor(plain.logprobs)
+        torch.testing.assert_close(torch.tensor(one.logprobs), want, atol=1e-4, rtol=0)
+    assert len(set(map(id, replays))) >= 3  # graphs for different numbers of rows
+
+
+@pytest.mark.cuda
+def test_graphs_in_bf16(processor, prompts, monkeypatch):
+    """By the decoding kernel: log-probabilities are those of a full forward."""
+    torch.manual_seed(0)
+    model = KeyeVL.empty(PRESETS["toy"]).init_weights().cuda().bfloat16()
+    monkeypatch.setattr(generate, "STEPS_BEFORE_GRAPH", 1)
+    responses = Generator(model, processor).sample(prompts, 60, 1.0, 0, 1.0, seed=2)
+    for prompt, response in zip(prompts, responses):
+        batch = pack([whole(prompt, response)])
+        for key in ("tokens", "labels", "positions", "patches"):
+            batch[key] = batch[key].cuda()
+        with torch.no_grad():
+            logits = model.logits(batch).float()[len(prompt["tokens"]) - 1 : -1]
+        logp = logits.log_softmax(-1).cpu()
+        want = logp[torch.arange(len(response.ids)), response.ids]
+        torch.testing.assert_close(torch.tensor(response.logprobs), want, atol=0.15, rtol=0)
+
+
 # --------------------------------------------------------------------------------------------------
 # the command line
+
+
+def test_what_a_terminal_would_obey_is_spelled_out():
+    text = "a\tb\nc\x1b[2J\r\x07\x9b\x00\x7f é 👩‍👩‍👧 \\"
+    assert generate.visible(text) == "a\tb\nc\\x1b[2J\\r\\x07\\x9b\\x00\\x7f é 👩‍👩‍👧 \\"
+
+
+@pytest.mark.parametrize("prompt", [["What?"], []])
+def test_no_answer_commands_the_terminal(folder, capsys, monkeypatch, typed, prompt):
+    typed(["What?"])
+    shown = call("print('ab' + chr(27) + '[31m' + chr(155))")
+    said = f"red\x1b]0;title\x07\x1b[2J\r{shown}blue\x08"
+    scripted(monkeypatch, lambda prompt: said)
+    generate.main(["--init", str(folder), "--device", "cpu", *prompt])
+    out = capsys.readouterr().out
+    assert "\\x1b]0;title\\x07\\x1b[2J\\r" in out and out.rstrip().endswith("blue\\x08")
+    assert not set(map(chr, [*range(9), *range(11, 32), *range(127, 160)])) & set(out)
+
 
 
 def test_command_line(folder, tmp_path):

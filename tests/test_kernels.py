@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernels import Segments, attention, attention_reference, build, cached_attention, ours
+from kernels import Segments, attention, attention_reference, build, cached_attention, decode, ours
 
 NO_TILES = torch.empty(0, 3, dtype=torch.int32)  # a CPU's kernel reads none
 BACKENDS = ["torch", "reference"] + ["ours"] * ours.available()
@@ -116,6 +116,7 @@ def test_shapes_that_do_not_fit_are_named():
         attention(q[:, :3], k, v, segments)
 
 
+@each_backend
 def test_cached_rows_of_different_lengths():
     before = [3, 0, 7]
     new = 2
@@ -132,6 +133,18 @@ def test_cached_rows_of_different_lengths():
             weights = (torch.einsum("hd,lhd->hl", q[row, i], keys) / 4).softmax(-1)
             want = torch.einsum("hl,lhd->hd", weights, values)
             torch.testing.assert_close(out[row, i], want, atol=1e-6, rtol=1e-5)
+
+
+@each_backend
+def test_cached_rows_in_any_order():
+    q = torch.randn(2, 3, 4, 16)
+    k, v = torch.randn(2, 5, 12, 2, 16).unbind()
+    lengths, rows = torch.tensor([2, 9]), torch.tensor([4, 1])
+    out = cached_attention(q, k, v, lengths, rows)
+    assert torch.equal(out, cached_attention(q, k[rows], v[rows], lengths))
+    # without rows, the first ones of the cache
+    first = cached_attention(q, k, v, lengths)
+    assert torch.equal(first, cached_attention(q, k[:2], v[:2], lengths))
 
 
 # -- our kernel on the CPU -------------------------------------------------------------------------
@@ -496,3 +509,164 @@ def test_what_the_gpus_kernel_cannot_take_is_named(our_gpu_kernel):
             ours.attention(q, k, v, segments.cu_seqlens, wrong, False)
     with pytest.raises(ValueError, match="k is torch.float16"):
         ours.attention(q, k.half(), v, segments.cu_seqlens, tiles, False)
+
+
+# -- the decoding kernel ---------------------------------------------------------------------------
+
+
+def test_parts_cover_a_row_and_are_few():
+    for capacity in (1, 64, 511, 513, 8192, 8193, 40_000):
+        parts, keys = decode.parts_of(capacity)
+        assert 1 <= parts <= 16 and keys % 64 == 0
+        assert (parts - 1) * keys < capacity <= parts * keys or keys == 64 * (keys // 64)
+        assert parts * keys >= capacity and (parts == 1 or keys >= 256)
+
+
+def cached(rows, new, heads, kv, d, capacity, dtype=torch.bfloat16, device="cpu"):
+    """q, k and v of a cache whose rows are given apart."""
+    g = torch.Generator().manual_seed(0)
+    shapes = ((new, heads), (capacity, kv), (capacity, kv))
+    return [torch.randn(rows, n, h, d, generator=g).to(device, dtype) for n, h in shapes]
+
+
+def test_arguments_of_the_decoding_kernel_are_named():
+    q, k, v = cached(2, 1, 4, 2, 64, 9)
+    whole = torch.tensor([3, 4], dtype=torch.int32)
+    decode.check_inputs(q, k, v, whole, None)
+    decode.check_inputs(q, k[:, :7], v[:, :7], whole, whole)
+    for wrong, said in (
+        ((q.double(), k, v, whole, None), "q is torch.float64"),
+        ((q, k.float(), v, whole, None), "k is torch.float32"),
+        ((q[0], k, v, whole, None), "q is .* four dimensions"),
+        ((q, k[:, :5], v, whole, None), "q .* do not fit"),
+        ((q[:, :, :3], k, v, whole, None), "q .* do not fit"),
+        ((q, k.mT.contiguous().mT, v, whole, None), "k has steps"),
+        ((q, k, v.repeat(1, 2, 1, 1)[:, ::2], whole, None), "v has steps"),
+        ((q, k, v, whole.long(), None), "lengths is torch.int64"),
+        ((q, k, v, whole[:1], None), "lengths is"),
+        ((q, k, v, whole, whole[:, None]), "rows is"),
+        ((q, k[:1], v[:1], whole, None), "q has 2 rows, k 1"),
+    ):
+        with pytest.raises(ValueError, match=f"decode: {said}"):
+            decode.check_inputs(*wrong)
+
+
+def test_torch_knows_the_shape_that_decoding_gives():
+    tensors = [x.to("meta") for x in cached(2, 3, 4, 2, 64, 9)]
+    lengths = torch.empty(2, dtype=torch.int32, device="meta")
+    assert decode.decode(*tensors, lengths).shape == (2, 3, 4, 64)
+
+
+def decoded_in_float64(q, k, v, lengths, rows):
+    """What decode gives, query by query. NaN where a query sees no key."""
+    out = torch.full(q.shape, torch.nan, dtype=torch.float64)
+    q, k, v = (x.double().cpu() for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    for b, (held, row) in enumerate(zip(lengths, rows)):
+        for i in range(max(0, -held), q.shape[1]):
+            keys, values = (x[row, : held + i + 1].repeat_interleave(group, 1) for x in (k, v))
+            scores = torch.einsum("hd,lhd->hl", q[b, i], keys) * q.shape[3] ** -0.5
+            out[b, i] = torch.einsum("hl,lhd->hd", scores.softmax(-1), values)
+    return out
+
+
+@pytest.fixture
+def decoding_kernel(monkeypatch):
+    monkeypatch.setenv("NANOKEYE_ATTENTION", "ours")
+    if not decode.available():
+        pytest.skip("no nvcc")
+
+
+@pytest.mark.parametrize("heads, kv", [(8, 2), (3, 1), (4, 4), (17, 1)])
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("d", [8, 24, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_on_the_cpu_against_float64_with_poison(our_kernel, heads, kv, new, d, dtype):
+    """Around the edges of its tiles of 96 keys."""
+    capacity = 200
+    lengths = [0, 95 - new, 96 - new, 97 - new, 95, 96, 200 - new, 1 - new]
+    rows = [7, 3, 1, 0, 2, 9, 5, 4]
+    q, _, _ = cached(len(rows), new, heads, kv, d, 1, dtype)
+    _, k, v = cached(10, 1, heads, kv, d, capacity + 4, dtype)
+    k, v = k[:, :capacity], v[:, :capacity]
+    for held, row in zip(lengths, rows):
+        k[row, held + new :] = torch.nan
+        v[row, held + new :] = torch.nan
+    want = decoded_in_float64(q, k, v, lengths, rows)
+    held, places = (torch.tensor(x, dtype=torch.int32) for x in (lengths, rows))
+    found = decode.decode(q, k, v, held, places).double()
+    seen = ~want.isnan()
+    assert relative(found[seen], want[seen]) < (1e-6 if dtype == torch.float32 else 4e-3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    again = decode.decode(q, k, v, held, places).double()
+    torch.set_num_threads(before)
+    assert torch.equal(found[seen], again[seen])
+    torch.library.opcheck(decode.decode, (q, k, v, held, places), test_utils=["test_schema"])
+    places[1], places[2] = -1, 10  # rows that are not there
+    assert not decode.decode(q, k, v, held, places)[1:3].any()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("heads, kv", [(32, 8), (3, 1), (4, 4), (32, 1)])
+@pytest.mark.parametrize("new", [1, 5, 16])
+@pytest.mark.parametrize("d", decode.CUDA_WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_decoding_against_float64_with_poison_behind_every_row(
+    decoding_kernel, heads, kv, new, d, dtype
+):
+    """Around the edges of tiles (16 keys), of all warps' tiles (64) and of parts."""
+    capacity = 1100
+    lengths = [0, 14, 15, 16, 63, 64, 383, 384, 385, 1100 - new, -new + 1]
+    rows = [7, 3, 1, 0, 2, 10, 11, 5, 4, 8, 6]
+    q, _, _ = cached(len(rows), new, heads, kv, d, 1, dtype, "cuda")
+    _, k, v = cached(12, 1, heads, kv, d, capacity + 4, dtype, "cuda")
+    k, v = k[:, :capacity], v[:, :capacity]
+    for held, row in zip(lengths, rows):
+        k[row, held + new :] = torch.nan
+        v[row, held + new :] = torch.nan
+    want = decoded_in_float64(q, k, v, lengths, rows)
+    held, places = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (lengths, rows))
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:  # memory that was not filled would hold NaN here
+        runs = [decode.decode(q, k, v, held, places).double().cpu() for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(run).all() and torch.equal(run, runs[0]) for run in runs)
+    seen = ~want.isnan()
+    assert relative(runs[0][seen], want[seen]) < (1e-3 if dtype == torch.float16 else 5e-3)
+
+
+@pytest.mark.cuda
+def test_decoding_of_large_scores_and_of_a_cache_in_order(decoding_kernel):
+    q, k, v = cached(3, 2, 8, 2, 64, 700, device="cuda")
+    q *= 40
+    k[:, :300] -= 20  # a later part brings the largest scores
+    lengths = torch.tensor([698, 310, 5], dtype=torch.int32, device="cuda")
+    want = decoded_in_float64(q, k, v, lengths.tolist(), range(3))
+    assert relative(cached_attention(q, k, v, lengths.long()).double().cpu(), want) < 1e-2
+
+
+@pytest.mark.cuda
+def test_a_graph_of_decoding_follows_the_lengths(decoding_kernel):
+    q, k, v = cached(4, 1, 8, 2, 128, 2000, device="cuda")
+    lengths = torch.tensor([5, 600, 30, 1200], dtype=torch.int32, device="cuda")
+    decode.decode(q, k, v, lengths)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode.decode(q, k, v, lengths)
+    for step in (0, 1, 500):
+        lengths += step
+        graph.replay()
+        assert torch.equal(out, decode.decode(q, k, v, lengths))
+
+
+@pytest.mark.cuda
+def test_numbers_that_would_lead_astray_are_not_followed(decoding_kernel):
+    q, k, v = cached(3, 1, 8, 2, 64, 100, device="cuda")
+    lengths = torch.tensor([500, 3, 3], dtype=torch.int32, device="cuda")
+    rows = torch.tensor([0, -1, 7], dtype=torch.int32, device="cuda")
+    out = decode.decode(q, k, v, lengths, rows)
+    assert torch.equal(out[1:], torch.zeros_like(out[1:]))
+    assert torch.equal(out[:1], decode.decode(q[:1], k, v, lengths[:1].clamp(max=99)))

@@ -1,6 +1,7 @@
 """common/rollout.py: tool calls between tokens, groups of responses, rewards and trajectories."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from common.rollout import (
     Prompt,
     converse,
     failures_of,
+    load_pictures,
     reward_groups,
     sample_groups,
     trajectory,
@@ -317,9 +319,9 @@ def test_tools_run_in_their_modes_alone(model, processor, tmp_path, monkeypatch)
         runs.append(args)
         return run(*args)
 
-    def watched_load(*args):
+    def watched_load(*args, **limits):
         loads.append(args)
-        return pictures_of(*args)
+        return pictures_of(*args, **limits)
 
     monkeypatch.setattr(rollout.sandbox, "run", watched_run)
     monkeypatch.setattr(rollout, "pictures_of", watched_load)
@@ -342,6 +344,21 @@ def test_tools_run_in_their_modes_alone(model, processor, tmp_path, monkeypatch)
                 assert not response.finished and all(response.sampled)
                 assert response.observations == response.extensions == []
                 assert kinds == ["text"]
+
+
+def test_tools_look_at_what_the_processor_may_read(processor, tmp_path):
+    picture(80, 60).save(tmp_path / "x.png")
+    prompt = asked("What?", "agentic_think", "a", tmp_path / "sub", "../x.png")
+
+    def load(**limits):
+        return load_pictures(prompt, replace(processor, **limits))()
+
+    [seen] = load(allow_outside=True, pixel_limit=80 * 60)
+    assert seen.size == (80, 60)
+    with pytest.raises(MediaError, match="too_large"):
+        load(allow_outside=True, pixel_limit=80 * 60 - 1)
+    with pytest.raises(MediaError, match="outside"):
+        load()
 
 
 def test_tools_know_nothing_of_the_known_answer(model, processor, tmp_path, monkeypatch):
