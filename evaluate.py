@@ -3,9 +3,18 @@
     python evaluate.py --init runs/toy/pretrain/model --data data/toy/heldout
     python evaluate.py --init runs/toy/grpo/model --mode think auto_think
     python evaluate.py --board runs/toy
+    python evaluate.py --benchmark MMStar --file MMStar.tsv --init MODEL --out R.json
+    python evaluate.py --benchmark MMStar --file MMStar.tsv --predictions P.jsonl --out R.json
+    python evaluate.py --decontaminate data/toy/train --file MMStar.tsv
 
 The second asks in modes that the cold start taught; the third prints the board of all phases that
-are done. common/questions.py says what a question looks like; its meta may also hold "chance", the
+are done. The next two give the official table of a published benchmark (common/benchmarks.py): for
+a model, whose answers are kept one by one, so that after a kill the same command goes on; and for
+answers that were made elsewhere, {"index": .., "prediction": ".."} a line. Keye's published numbers
+are those of --mode think. The last one lists lines of training data that share pictures or words
+with a benchmark's questions.
+
+common/questions.py says what a question looks like; its meta may also hold "chance", the
 share that guessing gets right, and "difficulty".
 
 Blind: every picture and frame is mid-grey and of the same size, so the prompt and its length stay;
@@ -23,16 +32,31 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from common.conversation import MODES, TOOL_MODES, media_items, text_of
+from common.benchmarks import (
+    ANY, BENCHMARKS, NO_SCORE, AnswerFile, Exam, Overlap, official_name, read_predictions,
+    read_rows, score_rows,
+)
+from common.checkpoint import fingerprint, sha256
+from common.conversation import (
+    MODES, TOOL_MODES, check_conversation, media_items, pictures_of, text_of,
+)
 from common.failures import counted, refuse_many
+from common.judge import Judge
+from common.jsonl import Lines, data_files, data_name, replacing
+from common.measures import final_answer
+from common.media import MediaError
 from common.questions import Question, read_questions
 from common.rewards import REPEATED, Parsed, parse, repetition
-from common.rollout import Prompt, Response, Rollout, sample_groups
-from common.run import at_least
+from common.rollout import (
+    CHUNK_PATCHES, CHUNK_ROLLOUTS, CLOSE_CALL, Prompt, Response, Rollout, sample_groups, tool_turns,
+)
+from common.run import add_judge_arguments, at_least
 from common.verifiers import grade, score
 from data import Processor
 from generate import Generator, load, max_answer
@@ -61,14 +85,14 @@ class Answer:
 
     question: Question
     numbers: dict  # see judged; None: does not apply
-    example: dict  # for the reader, all of the response with what tools showed
+    example: dict | None  # for the reader, all of the response with what tools showed
     failure: str = ""  # why its media could not be read
 
 
 def evaluate(
     model: KeyeVL, processor: Processor, folder: str | Path, limit: int | None = None,
     mode: str = "plain", blind: bool = False, tasks: list[str] | None = None,
-    max_tokens: int | None = None, rows: int | None = None,
+    max_tokens: int | None = None, rows: int | None = None, run=None,
 ) -> dict:
     """Answers the folder's questions greedily -> a dict that JSON can hold.
 
@@ -76,7 +100,8 @@ def evaluate(
     mode: "plain", the bare question, to which all that is said is the answer; or one of MODES,
     where tools run and the answer is what `parse` finds. max_tokens: of every answer. By default
     twice the longest true answer of its task in plain mode, in the others as `max_answer` says.
-    rows: questions decoded at once (default: as Generator).
+    rows: questions decoded at once (default: as Generator). run: all its ranks ask, each its share,
+    and all get the result; RuntimeError on all where one of them cannot.
 
     tasks, categories: {name: see summary}. headline: accuracy, blind and chance, each the mean over
     the tasks of HEADLINE that are there. mixed: the mean accuracy of the categories. all: the mean
@@ -87,20 +112,46 @@ def evaluate(
     begin = time.time()
     if blind and mode in TOOL_MODES:
         raise ValueError(f"nothing is blind in {mode}: its tools show the pictures")
-    questions = read_questions(folder, limit, tasks)
-    if mode != "plain" and max_tokens is None:
-        max_tokens = max_answer(model.config)
-    limits = token_limits(questions, processor.tokenizer, max_tokens)
-    # Short answers are decoded beside short ones: a row of the cache is as long as the longest.
-    questions.sort(key=lambda question: limits[question.task])
-    answers = ask(Generator(model, processor, rows), questions, limits, mode)
-    if blind:
-        seeing = [answer for answer in answers if media_items(answer.question.record)]
-        blindfolded = Generator(model, Blindfold(processor), rows)
-        guesses = ask(blindfolded, [answer.question for answer in seeing], limits, mode)
-        for answer, guess in zip(seeing, guesses):
-            answer.numbers["blind"] = guess.numbers["accuracy"]
+    max_tokens = max_tokens or (None if mode == "plain" else max_answer(model.config))
+
+    def ask_share(rank=0, world=1):
+        questions = read_questions(folder, limit, tasks)
+        limits = token_limits(questions, processor.tokenizer, max_tokens)
+        # Short answers are decoded beside short ones: a row of the cache is as long as the longest.
+        questions.sort(key=lambda question: limits[question.task])
+        # In turn: every rank gets as many short and long ones.
+        answers = ask(Generator(model, processor, rows), questions[rank::world], limits, mode)
+        if blind:
+            ask_blind(Generator(model, Blindfold(processor), rows), answers, limits, mode)
+        return questions, answers
+
+    answers = answers_of_all(run, ask_share) if run else ask_share()[1]
     return result_of(answers, mode) | {"seconds": round(time.time() - begin, 2)}
+
+
+def ask_blind(blindfolded, answers, limits, mode):
+    """Sets the number "blind" of those answers whose question shows something."""
+    seeing = [answer for answer in answers if media_items(answer.question.record)]
+    guesses = ask(blindfolded, [answer.question for answer in seeing], limits, mode)
+    for answer, guess in zip(seeing, guesses):
+        answer.numbers["blind"] = guess.numbers["accuracy"]
+
+
+def answers_of_all(run, ask_share):
+    """The answers of all ranks, in the order of the questions, on all ranks.
+
+    ask_share(rank, world) -> all questions, answers to a share. RuntimeError on all where it fails.
+    Examples are long where a model thinks: only those travel that may be shown, which are among
+    the first of a task on their own rank.
+    """
+    questions, share = run.attempt("scoring", lambda: ask_share(run.rank, run.world))
+    shown = {answer.question.where for answer in first_of_tasks(share)}
+    found = run.merge({
+        a.question.where: (a.numbers, a.example if a.question.where in shown else None, a.failure)
+        for a in share
+    })
+    # Only where ranks read other files is one of them not found: all hear of it.
+    return run.attempt("scoring", lambda: [Answer(q, *found[q.where]) for q in questions])
 
 
 def token_limits(questions, tokenizer, max_tokens):
@@ -249,9 +300,6 @@ def result_of(answers, mode):
     categories = summaries(answers, "category")
     levels = summaries(answers, "difficulty")
     headline = [tasks[task] for task in HEADLINE if task in tasks]
-    examples = []
-    for task in tasks:
-        examples += [a.example for a in answers if a.question.task == task][:3]
     return {
         "mode": mode,
         "questions": len(answers),
@@ -267,8 +315,16 @@ def result_of(answers, mode):
         "failed": [
             {"where": a.question.where, "reason": a.failure} for a in answers if a.failure
         ],
-        "examples": examples,
+        "examples": [answer.example for answer in first_of_tasks(answers)],
     }
+
+
+def first_of_tasks(answers):
+    """Three answers of each task, the tasks in order of their names."""
+    by_task = defaultdict(list)
+    for answer in answers:
+        by_task[answer.question.task].append(answer)
+    return [answer for task in sorted(by_task) for answer in by_task[task][:3]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -357,22 +413,28 @@ def markdown(table):
 def score_phase(run, heldout: Path, modes: list[str], limit: int, blind: bool = False) -> dict:
     """The held-out score of run.folder/"model" in each mode -> {mode: result}, {} on other ranks.
 
-    Rank 0 asks, says the board, and leaves a page of answers, samples.md, beside the model.
-    SystemExit after that where many questions could not be asked: this is no score to keep.
+    All ranks ask, each its share. Rank 0 says the board, and leaves a page of answers, samples.md,
+    beside the model. SystemExit after that where many questions could not be asked: this is no
+    score to keep. RuntimeError on all ranks where one of them cannot load the model, or ask.
     """
-    if not run.main:
-        return {}
-    if not heldout.is_dir():
+    if not all(run.gather_objects(heldout.is_dir())):
         run.say(f"{heldout}: no held-out score")
         return {}
     folder = run.folder / "model"
     # Weights in the dtype of the computation: 8b's in fp32 would leave no room for its cache.
-    model = KeyeVL.from_pretrained(folder, run.dtype, run.device)
-    processor = Processor.from_pretrained(folder)
-    results = {}
+    doing = f"loading {folder}"
+    model = run.attempt(doing, lambda: KeyeVL.from_pretrained(folder, run.dtype, run.device))
+    processor = run.attempt(doing, lambda: Processor.from_pretrained(folder))
+    results = {
+        mode: evaluate(model, processor, heldout, limit, mode, blind, run=run) for mode in modes
+    }
+    return show_scores(run, results, blind) if run.main else {}
+
+
+def show_scores(run, results, blind):
+    """What rank 0 says and writes of a phase's results -> the same without the examples."""
     page = f"# {run.stage}: answers to held-out questions\n"
-    for mode in modes:
-        results[mode] = evaluate(model, processor, heldout, limit, mode, blind)
+    for mode in results:
         page += f"\n## {mode}\n\n"
         for example in results[mode].pop("examples"):
             page += SAMPLE.format_map(example)
@@ -400,15 +462,177 @@ def phases(folder):
 
 
 # --------------------------------------------------------------------------------------------------
+# published benchmarks
+
+
+def ask_exam(exam: Exam, rows: list, generator: Generator, max_tokens: int, answers: AnswerFile):
+    """Greedy answers to those rows that have none; a failure where media cannot be decoded."""
+    todo = [row for row in rows if row.index not in answers.done]
+    bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc=exam.name)
+    samples, asked, patches = [], [], 0
+    for row in todo:
+        try:
+            conversation = exam.conversation(row)
+            samples.append(generator.processor(conversation, exam.root, generate=True))
+        except (MediaError, ValueError) as e:
+            answers.write({"index": row.cells["index"], "failure": str(e)})
+            bar.update()
+            continue
+        look = partial(pictures_of, conversation, exam.root) if exam.mode in TOOL_MODES else None
+        asked.append((row, look))
+        patches += len(samples[-1]["patches"])
+        if len(samples) >= CHUNK_ROLLOUTS or patches > CHUNK_PATCHES:
+            answer(generator, samples, asked, max_tokens, answers, bar)
+            samples, asked, patches = [], [], 0
+    if samples:
+        answer(generator, samples, asked, max_tokens, answers, bar)
+    bar.close()
+
+
+def answer(generator, samples, asked, max_tokens, answers, bar):
+    """Each answer is written as soon as it ends. asked: of each sample its row and pictures."""
+    tokenizer = generator.processor.tokenizer
+    tools = tool_turns(generator, [look for _, look in asked])
+
+    def extend(state):
+        sample = tools(state)
+        if sample is None or state.left <= 0:  # the answer has ended
+            response = state.response
+            own = [token for token, by_model in zip(response.ids, response.sampled) if by_model]
+            reply = tokenizer.decode(own, skip_special=True)
+            index = asked[state.index][0].cells["index"]
+            answers.write({"index": index, "prediction": final_answer(reply), "reply": reply})
+            bar.update()
+        return sample
+
+    stop = [tokenizer.special[CLOSE_CALL]]
+    generator.sample(samples, max_tokens, 0, 0, 1.0, seed=0, stop=stop, extend=extend)
+
+
+def ask_model(args, name: str, rows: list, path: Path):
+    """Has the model of --init answer those rows that the file at `path` has no answers to."""
+    mode = args.mode[0] if args.mode else "plain"
+    if args.blind and mode in TOOL_MODES:
+        raise ValueError(f"nothing is blind in {mode}: its tools show the pictures")
+    root = Path(args.media or Path(args.file).parent)
+    asked = rows[: args.limit]
+    exam = Exam(name, rows, root, mode, args.frames, args.shuffle_frames)
+    for row in asked:
+        exam.check(row)
+    model, processor = load(args.init, args.device)
+    max_tokens = args.max_new_tokens or max_answer(model.config)
+    settings = {
+        "benchmark": name,
+        "file": sha256(Path(args.file)),
+        "model": fingerprint(Path(args.init)),
+        "mode": mode,
+        "blind": bool(args.blind),
+        "frames": args.frames if BENCHMARKS[name].video else None,
+        "shuffle_frames": args.shuffle_frames,
+        "max_new_tokens": max_tokens,
+    }
+    answers = AnswerFile(path, settings, rows)
+    if args.blind:
+        processor = Blindfold(processor)
+    ask_exam(exam, asked, Generator(model, processor, args.batch), max_tokens, answers)
+    answers.file.close()
+
+
+def benchmark_result(args, name: str, rows: list, path: Path) -> dict:
+    """What --out holds: the official table, and what was read of each answer."""
+    benchmark = BENCHMARKS[name]
+    if benchmark.judge == NO_SCORE and not args.judge:
+        raise ValueError(f"{name} has no score without a judge: --predictions {path} --judge URL")
+    answers = read_predictions(path, rows, args.split_think)
+    judge = None
+    if args.judge:
+        judge = Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", ""))
+    scored = score_rows(benchmark, rows, answers, args.rules, judge)
+    failed = [s.row.where for s in scored if answers[s.row.index] is None]
+    notes = []
+    if len(scored) < len(rows):
+        notes.append(f"{len(rows) - len(scored)} of {len(rows)} questions have no answer")
+    if failed:
+        notes.append(f"{counted(failed, len(rows), 'questions')}; they count as wrong")
+    if benchmark.judge and not judge:
+        notes.append(f"without a judge this is {benchmark.judge}")
+    if judge and judge.failed:
+        notes.append(f"the judge failed in {dict(judge.failed)} of {judge.asked} requests")
+    return {
+        "benchmark": name,
+        "rules": args.rules,
+        "judge": args.judge_model or args.judge,
+        "notes": notes,
+        "scores": benchmark.table(scored),
+        "rows": [
+            {"index": s.row.cells["index"], "read": s.read, "hit": s.hit} | s.more for s in scored
+        ],
+    }
+
+
+def flat(scores: dict, above: str = "") -> list[list[str]]:
+    """A table of any depth as lines: name and value."""
+    lines = []
+    for key, value in scores.items():
+        name = f"{above}{key}"
+        if isinstance(value, dict):
+            lines += flat(value, f"{name}, ")
+        else:
+            lines.append([name, f"{value:.4f}" if isinstance(value, float) else str(value)])
+    return lines
+
+
+def run_benchmark(args):
+    """--benchmark: the model's answers, if one is named, and the table of all answers."""
+    name = official_name(args.benchmark)
+    beside = Path(args.out).with_suffix("") if args.out else Path(name)
+    path = Path(args.predictions or f"{beside}.predictions.jsonl")
+    if args.out:
+        check_out(Path(args.out), args.file, path)
+    rows = read_rows(Path(args.file), BENCHMARKS[name])
+    if args.init:
+        ask_model(args, name, rows, path)
+    result = benchmark_result(args, name, rows, path)
+    print(markdown([[name, "score"], *flat(result["scores"])]))
+    for note in result["notes"]:
+        print(f"note: {note}")
+    if args.out:
+        with replacing(Path(args.out)) as part:
+            part.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def decontaminate(args):
+    """Prints which training lines share pictures or words with the questions of --file."""
+    root = Path(args.media or Path(args.file).parent)
+    overlap = Overlap(read_rows(Path(args.file), ANY), root)
+    lines = shared = 0
+    for path in data_files(Path(args.decontaminate)).values():
+        data = Lines(path, check_conversation)
+        for i, record in enumerate(data):
+            lines += 1
+            try:
+                found = overlap.of(record, data.root)
+            except MediaError as e:
+                print(f"{data.where(i)}: not compared: {e}")
+                continue
+            shared += bool(found)
+            for what, row in found:
+                print(f"{data.where(i)}: {what} of {row.where}, index {row.index}")
+    print(f"{shared} of {lines} lines share something; clips are not compared")
+
+
+# --------------------------------------------------------------------------------------------------
 # command line
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--init", help="folder of a model, ours or official")
     what.add_argument("--board", metavar="RUN", help="print the board of a run's phases, and write "
         "RUN/scoreboard.md")
+    what.add_argument("--decontaminate", metavar="FOLDER", help="list which training lines share "
+        "pictures or words with the questions of --file")
     add = parser.add_argument
     add("--data", default="data/toy/heldout", help="folder of *.jsonl questions")
     add("--limit", type=at_least(1), help="questions per task (default: all)")
@@ -421,12 +645,82 @@ def arguments():
     add("--max-new-tokens", type=at_least(1), help="of every answer (default: twice the longest "
         "true answer of its task; in a mode 192 for small models, else 2048)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--out", help="write {mode: result} to this JSON file")
+    add("--out", help="write {mode: result}, or a benchmark's table and rows, to this JSON file")
+    add_benchmark_arguments(parser.add_argument_group("published benchmarks"))
     return parser
 
 
+def add_benchmark_arguments(group):
+    add = group.add_argument
+    add("--benchmark", metavar="NAME", help=f"{', '.join(BENCHMARKS)}")
+    add("--file", metavar="TSV", help="its questions, in VLMEvalKit's form")
+    add("--predictions", metavar="JSONL", help="answers to score; with --init also where they are "
+        "kept (default: beside --out, or NAME.predictions.jsonl)")
+    add("--media", metavar="FOLDER", help="pictures and clips that are files (default: that of "
+        "--file)")
+    add("--rules", choices=["upstream", "keye"], default="upstream", help="VLMEvalKit's, or those "
+        "of Keye's fork of it, where they differ")
+    add("--split-think", action="store_true", help="of answers to score, keep what follows "
+        "</think>")
+    add("--frames", type=at_least(1), default=8, help="of a clip")
+    add("--shuffle-frames", action="store_true", help="show a clip's frames in any order")
+    add_judge_arguments(group)
+
+
+MODEL_FLAGS = "limit mode blind batch max_new_tokens media frames shuffle_frames"
+BENCHMARK_FLAGS = "file predictions rules split_think judge judge_model media frames shuffle_frames"
+
+
+def check_flags(parser, args):
+    """Ends with the parser's message where flags do not go together, or none says what to do."""
+
+    def refuse(names, why):
+        for name in names.split():
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} {why}")
+
+    if args.decontaminate:
+        refuse("out data categories benchmark", "does not go with --decontaminate")
+        if not args.file:
+            parser.error("--decontaminate needs --file")
+        return
+    if not args.benchmark:
+        refuse(BENCHMARK_FLAGS, "goes with --benchmark NAME")
+        if not args.init and not args.board:
+            parser.error("one of --init, --board, --benchmark and --decontaminate is needed")
+        return
+    refuse("board data categories", "does not go with --benchmark")
+    if not args.file or not (args.init or args.predictions):
+        parser.error("--benchmark needs --file, and --init or --predictions")
+    if not args.init:
+        refuse(MODEL_FLAGS, "asks a model: name it with --init")
+    if args.mode and len(args.mode) > 1:
+        parser.error("--benchmark takes one --mode")
+
+
+def check_out(out: Path, *read):
+    """SystemExit where results cannot be written, or would be read later: said before all answers.
+
+    read: files, and folders of files, that are read.
+    """
+    place = out.resolve()
+    for path in map(Path, read):
+        is_data = place.parent == path.resolve() and data_name(place) != place.name
+        if is_data or place == path.resolve():
+            raise SystemExit(f"--out {out}: in or as {path} it would be read; name another place")
+    is_new = not out.exists()
+    try:
+        open(out, "a").close()
+        if is_new:
+            out.unlink()
+    except OSError as e:
+        raise SystemExit(f"--out {out}: {e.strerror}") from None
+
+
 def main(argv=None):
-    args = arguments().parse_args(argv)
+    parser = arguments()
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
     sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no run
     if args.board:
         rows = phases(Path(args.board))
@@ -436,14 +730,13 @@ def main(argv=None):
         Path(args.board, "scoreboard.md").write_text(table + "\n", encoding="utf-8")
         print(table)
         return
+    if args.benchmark or args.decontaminate:
+        try:
+            return run_benchmark(args) if args.benchmark else decontaminate(args)
+        except (OSError, ValueError) as e:
+            raise SystemExit(str(e)) from None
     if args.out:
-        is_new = not Path(args.out).exists()
-        try:  # now, not after all answers
-            open(args.out, "a").close()
-            if is_new:
-                os.remove(args.out)  # in the folder of --data it would be read as data
-        except OSError as e:
-            raise SystemExit(f"--out {args.out}: {e.strerror}") from None
+        check_out(Path(args.out), args.data)
     blind = not args.mode if args.blind is None else args.blind
     model, processor = load(args.init, args.device)
     results = {}

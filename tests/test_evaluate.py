@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,12 +19,14 @@ from common.conversation import MODES, text_of
 from common.questions import read_questions
 from common.rewards import parse
 from common.rollout import Response
+from common.run import arguments, start
 from common.sandbox import observe
 from common.verifiers import grade, score
 from conftest import ROOT
 from data import pack
 from evaluate import board, evaluate, facts_of, task_table, wilson
 from generate import Generator
+from stage import in_processes
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -780,6 +784,8 @@ class Run:
     dtype = torch.float32
     device = torch.device("cpu")
 
+    rank, world = 0, 1
+
     def __init__(self, folder, main=True):
         self.folder = folder
         self.main = main
@@ -787,6 +793,15 @@ class Run:
 
     def say(self, text):
         self.said.append(text)
+
+    def gather_objects(self, thing):
+        return [thing]
+
+    def merge(self, local):
+        return local
+
+    def attempt(self, doing, work):
+        return work()
 
 
 @pytest.fixture
@@ -842,10 +857,64 @@ def test_a_blind_score_is_shown_by_task(run, world, monkeypatch):
     assert task_table(results["plain"]) in run.said
 
 
-def test_only_rank_0_scores_and_only_where_there_are_questions(run, tmp_path):
-    assert E.score_phase(Run(run.folder, main=False), tmp_path, ["plain"], 2) == {}
-    assert E.score_phase(run, tmp_path / "nowhere", ["plain"], 2) == {}
-    assert str(tmp_path / "nowhere") in run.said[0]
+def test_only_rank_0_has_the_score_and_only_where_there_are_questions(run, world, monkeypatch):
+    scripted(monkeypatch, lambda prompt: "red")
+    assert E.score_phase(Run(run.folder, main=False), world, ["plain"], 2) == {}
+    assert not (run.folder / "samples.md").exists()
+    assert E.score_phase(run, world / "nowhere", ["plain"], 2) == {}
+    assert str(world / "nowhere") in run.said[0]
+
+
+def score_phase_of(argv):
+    """A phase's score, as its script has it made. argv: out, held-out folder, a rank that fails."""
+    out, heldout, failing = argv
+    run = start(arguments("").parse_args(["--out", out, "--device", "cpu"]), "sft")
+    evaluated = []
+
+    def ask(generator, questions, *how):
+        evaluated.append(len(questions))
+        if run.rank == int(failing):
+            raise MemoryError("no room")
+        return ask_as_before(generator, questions, *how)
+
+    ask_as_before = E.ask
+    with mock.patch.object(E, "ask", ask):
+        run.score(lambda: E.score_phase(run, Path(heldout), ["plain"], None, blind=True))
+    (run.folder / f"asked-{run.rank}.json").write_text(json.dumps(evaluated))
+    run.close()
+
+
+def score_on(ranks, out, world, model, processor, failing=-1):
+    """-> the folder of the run, and what it said."""
+    folder = out / "toy" / "sft"
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder, in_processes(score_phase_of, [out, world, failing], ranks)
+
+
+def test_ranks_share_the_questions_and_find_what_one_process_finds(
+    model, processor, world, tmp_path
+):
+    (world / "4.png").unlink()
+    scores, pages = [], []
+    for ranks in (1, 3):
+        folder, _ = score_on(ranks, tmp_path / f"on-{ranks}", world, model, processor)
+        score = json.loads((folder / "score.json").read_text())
+        assert score["plain"].pop("seconds") > 0
+        scores.append(score)
+        pages.append((folder / "samples.md").read_text())
+    assert scores[0] == scores[1] and pages[0] == pages[1]
+    assert scores[0]["plain"]["questions"] == 16 and lines_of(scores[0]["plain"]["failed"])
+    asked = [json.loads((folder / f"asked-{rank}.json").read_text()) for rank in range(3)]
+    seeing, blind = zip(*asked)
+    assert sorted(seeing) == [5, 5, 6] and sum(blind) == 12  # the sums show nothing
+
+
+def test_a_rank_that_cannot_ask_ends_the_score_and_not_the_run(model, processor, world, tmp_path):
+    folder, said = score_on(2, tmp_path / "out", world, model, processor, failing=1)
+    assert "scoring: rank 1: MemoryError: no room" in said
+    assert "sft is trained and saved, but scoring it failed" in said
+    assert not (folder / "score.json").exists() and not (folder / "samples.md").exists()
 
 
 def lay(folder, **scores):
@@ -924,6 +993,25 @@ def test_a_file_of_results_that_cannot_be_written_is_refused_before_the_question
     argv = ["--init", "nowhere", "--out", str(tmp_path / "none" / "out.json")]
     with pytest.raises(SystemExit, match="--out .*none/out.json: No such file"):
         E.main(argv)
+
+
+def test_results_never_lie_among_the_questions(world, tmp_path):
+    """At the second run they would be read as questions; and a file of questions is never lost."""
+    before = {path: path.read_bytes() for path in world.iterdir()}
+    (tmp_path / "link").symlink_to(world)
+    for data, out in [
+        (world, world / "out.json"),
+        (world, world / "OUT.JSONL.gz"),
+        (tmp_path / "link", world / "out.jsonl"),
+        (world, tmp_path / "link" / "out.json"),
+        (world / "look.jsonl", world / "look.jsonl"),
+    ]:
+        with pytest.raises(SystemExit, match=r"--out .*it would be read; name another place"):
+            E.main(["--init", "nowhere", "--data", str(data), "--out", str(out)])
+    (tmp_path / "link").unlink()
+    assert {path: path.read_bytes() for path in world.iterdir()} == before
+    with pytest.raises(SystemExit, match="--init nowhere"):  # the next fault
+        E.main(["--init", "nowhere", "--data", str(world), "--out", str(world / "out.txt")])
 
 
 def test_a_wrong_command_line_says_what_is_wrong(run, tmp_path, capsys):
