@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common.checkpoint import export, on_main, replace_folder, save_if_due
+from common.checkpoint import clear_folder, export, on_main, put_in_place, save_if_due
 from common.conversation import (
     MODES,
     check_training,
@@ -76,8 +76,8 @@ from common.run import (
 from data import Processor, pack
 from evaluate import score_phase
 from generate import Generator
-from model import SCALE, KeyeVL, sample_flops, step_work
-from sft import attempts, evenly, linked, mean, packing, start_from, trainable
+from model import SCALE, sample_flops, step_work
+from sft import attempts, evenly, frozen, linked, mean, packing, start_from, trainable
 
 BETA = 0.1  # MPO's own, as are the weights; Keye states neither
 WEIGHTS = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
@@ -259,7 +259,7 @@ def prepare(run: Run, model_folder: Path, pairs: list[Pair], out: Path):
     """
     if not pairs:
         raise SystemExit("no pair: every answer scores the same")
-    model = KeyeVL.from_pretrained(model_folder, device=run.device)
+    model = frozen(run, model_folder)
     processor = Processor.from_pretrained(model_folder)
     records = []
     for i, logprobs in sorted(pair_logprobs(run, model, processor, pairs).items()):
@@ -334,17 +334,20 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
             for name, values in parts.items():
                 log[name] += values.flatten().tolist()
 
-        norm = clip_gradients(model)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
         means = run.means(log)
-        rewards = means.pop("rewards")
+        loss, rewards = means.pop("total"), means.pop("rewards")
+        norm = clip_gradients(model)
+        skip = run.should_skip(loss, norm)
+        if not skip:
+            opt.step()
+        opt.zero_grad(set_to_none=True)
         run.log(
-            step, steps, loss=means.pop("total"), norm=norm, lr=now, pairs=pairs,
+            step, steps, loss=loss, norm=norm, lr=now, pairs=pairs,
             shift=shift.value(), skipped=run.sum(sum(info["skipped"].values())), **means,
             **step_work(model.config, batches),
         )
-        shift.add(rewards * 2 * pairs, 2 * pairs)
+        if not skip:
+            shift.add(rewards * 2 * pairs, 2 * pairs)
         so_far = [shift.total, shift.count]
         save_if_due(run, step + 1, steps, model, opt, info["state"], shift=so_far)
 
@@ -480,10 +483,18 @@ def phase_iterate(args, folder: Path, plan: dict, judge: Judge | None) -> Run:
 
     run = start_from(args, "align", model_folder)
     if not run.trained():
-        copy = partial(shutil.copytree, model_folder, dirs_exist_ok=True)
-        replace_folder(run, run.folder / "model", copy)
+        target = run.folder / "model"
+        on_main(run, f"cannot export to {target}", copy_model, model_folder, target)
         run.mark_trained()
     return run
+
+
+def copy_model(source: Path, target: Path):
+    """Whole, or what stood there stays."""
+    tmp = target.with_name("model.tmp")
+    clear_folder(tmp)
+    shutil.copytree(source, tmp, dirs_exist_ok=True)
+    put_in_place(tmp, target)
 
 
 def main(args):

@@ -45,7 +45,7 @@ from common.failures import refuse_many, say_failures
 from common.judge import Judge
 from common.optim import clip_gradients, schedule, set_lr
 from common.packing import even_packs, sample_of_label
-from common.parallel import shard, whole
+from common.parallel import whole
 from common.questions import check_heldout, draw_prompts, pool_files, question_pool
 from common.rollout import Rollout, failures_of, reward_groups, sample_groups, trajectory
 from common.run import (
@@ -60,7 +60,7 @@ from data import Processor, pack
 from evaluate import score_phase
 from generate import Generator
 from model import KeyeVL, step_work
-from sft import start_from, trainable
+from sft import frozen, start_from, trainable
 
 # ours, every number but those with a source: Keye states no group size, beta, clip, rate or length.
 # prompts, group: of a step; updates: optimizer steps on them; pack: tokens of a micro-batch
@@ -324,7 +324,8 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
             log["mismatch"] += (batch["old"] - batch["sampler"]).abs().tolist()
             batches.append(batch)
         norm = clip_gradients(policy)
-        opt.step()
+        if not run.should_skip(0.0, norm):  # a loss that is not finite has no finite gradient
+            opt.step()
         opt.zero_grad(set_to_none=True)
     work = step_work(policy.config, batches)
     return {"loss": run.sum(loss_sum), "norm": norm, **run.means(log), **work}
@@ -333,10 +334,14 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
 def train(run: Run, init: Path, questions: list, plan: dict, judge: Judge | None):
     args = run.args
     steps = args.steps or plan["steps"]
-    policy, processor, opt, progress = trainable(run, init, plan["lr"], weight_decay=0.0)
+    # beside the policy: its reference in shards, and where it is sharded itself, the sampler's copy
+    copies = bool(args.beta) / run.world + (run.world > 1)
+    policy, processor, opt, progress = trainable(
+        run, init, plan["lr"], plan["pack"], copies, weight_decay=0.0
+    )
     reference = None  # with beta 0 there is no KL term, and no second model
     if args.beta:
-        reference = shard(KeyeVL.from_pretrained(init).requires_grad_(False), run)
+        reference = frozen(run, init)
     sampler = Sampler(run, policy, processor)
     failures = []  # of this rank
     tried = 0

@@ -12,20 +12,21 @@ Samples lie end to end and never see each other.
 """
 
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from common.facts import DECODER, TOWER, read_facts
+from common.parallel import assign
 from common.weights import KEYE_NAMES, UNUSED, load_weights, read_config, save_weights
-from kernels import Segments, attention, cached_attention
-from vit import ViT, ViTConfig, rotate
+from kernels import Segments, attention, cached_attention, to_device
+from vit import ViT, ViTConfig, index_of, recomputed, rotate
 
 # --------------------------------------------------------------------------------------------------
 # sizes
@@ -178,7 +179,6 @@ class Scale:
     packs: int  # micro-batches of a step, on all ranks together
     muon: float  # learning rate of matrices under Muon, as a multiple of AdamW's; 0: AdamW only
     budget: dict  # tokens of a picture, a frame and a clip, as Processor takes them
-    recompute: bool  # activation checkpointing in the decoder, see Decoder
     max_answer: int  # tokens of an answer in one of the modes
 
 
@@ -191,7 +191,6 @@ RELEASED = Scale(
     packs=64,
     muon=0,
     budget=dict(image_min=4, image_max=16384, frame_min=128, frame_max=768, video_max=24576),
-    recompute=True,
     max_answer=2048,
 )
 # ours, all of it: a picture of the toy world must cost a few tokens, and its models think in few
@@ -201,7 +200,6 @@ TOY = Scale(
     packs=1,
     muon=2,
     budget=dict(image_min=4, image_max=16, frame_min=4, frame_max=9, video_max=96),
-    recompute=False,
     max_answer=192,
 )
 TINY_BUDGET = dict(image_min=4, image_max=36, frame_min=4, frame_max=16, video_max=192)
@@ -210,7 +208,7 @@ SCALE = {
     "toy": TOY,
     "tiny": replace(TOY, pack=16384, budget=TINY_BUDGET),
     "small": replace(TOY, pack=16384, packs=4, budget=SMALL_BUDGET),
-    "0.6b": replace(RELEASED, recompute=False),  # narrow enough to keep its activations
+    "0.6b": RELEASED,
     "1.7b": RELEASED,
     "4b": RELEASED,
     "8b": RELEASED,
@@ -294,9 +292,9 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        # Keep only what enters each layer and run the layer again in the backward pass: less
-        # memory, a third more work.
-        self.activation_checkpointing = False
+        # Of so many layers, only what enters them is kept, and the backward pass runs them again:
+        # less memory, and a third more work.
+        self.recompute = 0
 
     def forward(
         self, x: Tensor, positions: Tensor, segments: Segments, cache: "KVCache | None" = None
@@ -305,8 +303,8 @@ class Decoder(nn.Module):
         rope = rope_3d(positions, self.cfg)
         for i, layer in enumerate(self.layers):
             attend = attention if cache is None else partial(cache.attend, i)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, segments, attend, use_reentrant=False)
+            if i < self.recompute and torch.is_grad_enabled():
+                x = recomputed(layer, x, rope, segments, attend)
             else:
                 x = layer(x, rope, segments, attend)
         return self.norm(x)
@@ -321,8 +319,10 @@ def rope_3d(positions: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
     device = positions.device
     exponents = torch.arange(0, cfg.head_dim, 2, device=device) / cfg.head_dim
     freqs = cfg.rope_theta**-exponents  # (D / 2,)
-    section = torch.tensor(cfg.mrope_section, device=device)
-    axis = torch.arange(3, device=device).repeat_interleave(section)  # (D / 2,)
+    # On the device: a CUDA graph of decoding can hold this, but no copy from the host.
+    time, row, _ = cfg.mrope_section
+    place = torch.arange(len(freqs), device=device)
+    axis = (place >= time).long() + (place >= time + row)  # (D / 2,)
     angles = positions[axis] * freqs[:, None]  # (D / 2, T)
     angles = angles.T[:, None]  # (T, 1, D / 2)
     return angles.cos(), angles.sin()
@@ -343,14 +343,29 @@ class Projector(nn.Module):
     def forward(self, features: Tensor, grids: Tensor) -> Tensor:
         """features (N, C_vit) in raster order, grids (M, 3) -> (N / 4, C), row by row."""
         x = self.pre_norm(features)
-        m = self.merge
-        side_by_side = "(t h p w q) c -> (t h w) (p q c)"
-        blocks = []
-        for part, (t, h, w) in zip(x.split(grids.prod(1).tolist()), grids.tolist()):
-            blocks.append(rearrange(part, side_by_side, t=t, h=h // m, p=m, q=m))
-        width = self.linear_1.in_features
-        x = torch.cat(blocks) if blocks else x.reshape(0, width)  # (N / 4, 4 C_vit)
+        # One gather for all pictures: pictures one by one are hundreds of small kernels.
+        order = index_of(grids.tolist(), partial(merge_order, merge=self.merge))
+        x = x.index_select(0, to_device(order, x.device))
+        x = x.view(-1, self.linear_1.in_features)  # (N / 4, 4 C_vit)
         return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+@lru_cache(256)
+def merge_order(grid: tuple[int, int, int], merge: int) -> np.ndarray:
+    """The patches of a picture or clip (t, h, w) in raster order, 2x2 neighbours together."""
+    t, h, w = grid
+    raster = np.arange(t * h * w)
+    side_by_side = "(t h p w q) -> (t h w p q)"
+    return rearrange(raster, side_by_side, t=t, h=h // merge, p=merge, q=merge)
+
+
+class Head(nn.Linear):
+    """The vocabulary's weights. FSDP gathers them for forward alone, so all that needs them comes
+    to them: forward(hidden, work, ...) is work(hidden, weight, ...), by default logits (T, vocab).
+    """
+
+    def forward(self, hidden: Tensor, work=F.linear, *more):
+        return work(hidden, self.weight, *more)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -366,7 +381,21 @@ class KeyeVL(nn.Module):
         self.decoder = Decoder(cfg)
         self.lm_head = None
         if not cfg.tie_word_embeddings:
-            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+            self.lm_head = Head(cfg.hidden_size, cfg.vocab_size, bias=False)
+
+    def units(self) -> list[nn.Module]:
+        """Parts whose weights are large, and used in one place: FSDP gathers each by itself.
+
+        A tied embedding is used at both ends, and stays gathered between them.
+        """
+        if self.lm_head is None:
+            return [self.projector]
+        return [self.projector, self.decoder.embed_tokens, self.lm_head]
+
+    def compile_blocks(self):
+        """torch.compile for each block by itself: all blocks of a kind share one compilation."""
+        for block in [*self.vit.layers, *self.decoder.layers]:
+            block.compile(dynamic=True)
 
     def init_weights(self) -> "KeyeVL":
         """Fresh weights, from torch's generator.
@@ -375,7 +404,7 @@ class KeyeVL(nn.Module):
         """
         init_weights(self.vit, self.config.vision.num_hidden_layers)
         table = self.vit.position_embedding.weight
-        table.data.copy_(sincos_2d(self.vit.side, table.shape[1]))
+        assign(table, sincos_2d(self.vit.side, table.shape[1]))
         init_weights(self.projector, 1)
         init_weights(self.decoder, self.config.num_hidden_layers)
         if self.lm_head is not None:
@@ -411,12 +440,15 @@ class KeyeVL(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
+        """(vocab, C); under FSDP in shards, but within `head`."""
         tied = self.lm_head is None
-        return self.decoder.embed_tokens.weight if tied else self.lm_head.weight  # (vocab, C)
+        return self.decoder.embed_tokens.weight if tied else self.lm_head.weight
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden (T, C) -> logits (T, vocab)."""
-        return F.linear(hidden, self.head_weight)
+    def head(self, hidden: Tensor, work=F.linear, *more):
+        """work(hidden, weight (vocab, C) of the head, ...): by default the logits (T, vocab)."""
+        if self.lm_head is None:
+            return work(hidden, self.head_weight, *more)
+        return self.lm_head(hidden, work, *more)
 
     def logits(self, batch: dict) -> Tensor:
         return self.head(self.hidden(batch))
@@ -424,7 +456,7 @@ class KeyeVL(nn.Module):
     def loss(self, batch: dict) -> tuple[Tensor, int]:
         """Cross entropy summed over the labels that are not -100, fp32, and how many there are."""
         hidden, labels = self.supervised(batch)
-        return cross_entropy_sum(hidden, self.head_weight, labels), len(labels)
+        return self.head(hidden, cross_entropy_sum, labels), len(labels)
 
     def logprobs(self, batch: dict, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """log p(label) of every label that is not -100, with its gradient, and the entropy of that
@@ -433,14 +465,16 @@ class KeyeVL(nn.Module):
         temperature: the one that sampled the labels.
         """
         hidden, labels = self.supervised(batch)
-        return token_logprobs(hidden, self.head_weight, labels, temperature)
+        return self.head(hidden, token_logprobs, labels, temperature)
 
     def supervised(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Hidden states (n, C) and labels (n,) where there is a label: others never meet the
         vocabulary."""
         hidden = self.hidden(batch)
-        kept = (batch["labels"] != -100).nonzero()[:, 0]  # (n,); the one wait for the device
-        return hidden[kept], batch["labels"][kept]
+        labelled = batch.get("labelled")  # (n,) places of labels, where the host has looked
+        if labelled is None:
+            labelled = (batch["labels"] != -100).nonzero()[:, 0]  # on CUDA this waits
+        return hidden[labelled], batch["labels"][labelled]
 
     forward = loss  # FSDP's hooks sit on forward
 
@@ -467,6 +501,16 @@ class KeyeVL(nn.Module):
         cache.end()
         return hidden
 
+    def step_one(self, tokens: Tensor, positions: Tensor, before: Tensor, cache, reach: int):
+        """Hidden states (B, C) of one text token (B,) for each of the cache's first B rows.
+
+        positions (B,); before (B,): tokens that these rows hold, fewer than `reach`. All stay on
+        the device, so that a CUDA graph can hold this; the cache's `lengths` are the caller's care.
+        """
+        cache.begin_one(before, reach)
+        x = self.decoder.embed_tokens(tokens)
+        return self.decoder(x, positions.expand(3, -1), None, cache)
+
     # -- files -------------------------------------------------------------------------------------
 
     @classmethod
@@ -475,44 +519,63 @@ class KeyeVL(nn.Module):
         folder: str | Path,
         dtype: torch.dtype = torch.float32,
         device="cpu",
-        pooling_head: bool = False,
     ) -> "KeyeVL":
         """A model from a folder in the official layout.
 
         KeyError or ValueError name the tensor that is missing, extra or misshapen, or the file and
         the key that describe another model.
         """
-        where = Path(folder) / "config.json"
-        facts = read_config(folder)
-        if facts.get("vision_config") is None:
-            raise ValueError(f"{where}: no vision_config; --init-llm takes a decoder alone")
-        cfg = Config.from_json(facts, where)
-        if cfg.num_attention_heads % cfg.num_key_value_heads:
-            raise ValueError(f"{where}: num_key_value_heads must divide num_attention_heads")
-        if cfg.vision.hidden_size % (4 * cfg.vision.num_attention_heads):
-            raise ValueError(f"{where}: vision_config: heads must be of 4, 8, 12, ... channels")
-        if max(cfg.image_token_id, cfg.video_token_id) >= cfg.vocab_size:
-            raise ValueError(f"{where}: image_token_id or video_token_id is beyond vocab_size")
-        model = cls.empty(cfg, dtype, device, pooling_head)
-        filled = load_weights(model, folder, KEYE_NAMES, UNUSED)
-        # `empty` leaves what was in the memory: nothing of that may stay.
-        held = dict([*model.named_parameters(), *model.named_buffers()])
+        model = cls.shapes(folder).to(dtype).to_empty(device=device)
+        return model.load(folder)
+
+    @classmethod
+    def shapes(cls, source: Config | str | Path, pooling_head: bool = False) -> "KeyeVL":
+        """A model of a Config, or as a folder describes it, without memory (on "meta").
+
+        `to_empty` or common.parallel.shard gives it some, `load` or `init_weights` fills it.
+        """
+        cfg = source if isinstance(source, Config) else config_of(source)
+        with torch.device("meta"):
+            return cls(cfg, pooling_head)
+
+    def load(self, folder: str | Path) -> "KeyeVL":
+        """Fills all of the model; where it is sharded, each rank reads its own rows."""
+        filled = load_weights(self, folder, KEYE_NAMES, UNUSED)
+        # What `to_empty` gave holds what was in the memory: nothing of that may stay.
+        held = dict([*self.named_parameters(), *self.named_buffers()])
         empty = sorted(held.keys() - filled)
         if empty:
             raise KeyError(f"{folder}: nothing for {len(empty)} parts of the model: {empty[0]}")
-        return model
+        return self
 
     @classmethod
-    def empty(
-        cls, cfg: Config, dtype=torch.float32, device="cpu", pooling_head: bool = False
-    ) -> "KeyeVL":
+    def empty(cls, cfg: Config, dtype=torch.float32, device="cpu") -> "KeyeVL":
         """Allocated, not initialised."""
-        with torch.device("meta"):
-            model = cls(cfg, pooling_head)
-        return model.to(dtype).to_empty(device=device)
+        return cls.shapes(cfg).to(dtype).to_empty(device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         save_weights(self.state_dict(), self.config.to_json(), folder)
+
+
+def rest_of(model: KeyeVL) -> list[nn.Module]:
+    """The parts of a model beside its ViT."""
+    return [part for name, part in model.named_children() if name != "vit"]
+
+
+def config_of(folder: str | Path) -> Config:
+    """Of a model folder. ValueError where it describes another model than this one."""
+    where = Path(folder) / "config.json"
+    facts = read_config(folder)
+    if facts.get("vision_config") is None:
+        raise ValueError(f"{where}: no vision_config; --init-llm takes a decoder alone")
+    cfg = Config.from_json(facts, where)
+    if cfg.num_attention_heads % cfg.num_key_value_heads:
+        raise ValueError(f"{where}: num_key_value_heads must divide num_attention_heads")
+    if cfg.vision.hidden_size % (4 * cfg.vision.num_attention_heads):
+        raise ValueError(f"{where}: vision_config: heads must be of 4, 8, 12, ... channels")
+    if max(cfg.image_token_id, cfg.video_token_id) >= cfg.vocab_size:
+        raise ValueError(f"{where}: image_token_id or video_token_id is beyond vocab_size")
+    return cfg
 
 
 def init_weights(part: nn.Module, depth: int) -> None:
@@ -525,13 +588,16 @@ def init_weights(part: nn.Module, depth: int) -> None:
     for name, module in part.named_modules():
         adds = name.endswith(("o_proj", "down_proj", "out_proj", "fc2"))
         for key, p in module.named_parameters(recurse=False):
+            # Every rank draws all of a tensor, and keeps its rows: equal for any number of ranks.
+            drawn = torch.empty(p.shape, device=p.device)
             if p.dim() == 1:
-                nn.init.constant_(p, key == "weight")  # only norms have weights of one dimension
+                nn.init.constant_(drawn, key == "weight")  # of one dimension are norms and biases
             elif isinstance(module, nn.Embedding) or key == "probe":
-                nn.init.normal_(p, std=2 * p.shape[-1] ** -0.5)
+                nn.init.normal_(drawn, std=2 * p.shape[-1] ** -0.5)
             else:
                 less = (2 * depth) ** 0.5 if adds else 1
-                nn.init.normal_(p, std=p.shape[1] ** -0.5 / less)
+                nn.init.normal_(drawn, std=p.shape[1] ** -0.5 / less)
+            assign(p, drawn)
 
 
 def sincos_2d(side: int, width: int) -> Tensor:
@@ -549,19 +615,18 @@ def sincos_2d(side: int, width: int) -> Tensor:
     return torch.cat([rows, columns], -1).flatten(0, 1)[:, :width]
 
 
+MAX_LOGITS = 80_000_000  # fp32 numbers: 320 MB, of 151,936 words 512 rows
+
+
 def cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, labels: Tensor, max_logits: int = 2**26
+    hidden: Tensor, weight: Tensor, labels: Tensor, max_logits: int = MAX_LOGITS
 ) -> Tensor:
-    """Sum of -log p(label), fp32, without ever holding all logits.
-
-    hidden (T, C), weight (vocab, C), labels (T,). At most max_logits fp32 numbers (256 MiB) are
-    held at a time: those of 8k tokens x 151,936 words would be 4.6 GiB.
-    """
-
-    def chunk_loss(h, y):
-        return F.cross_entropy(F.linear(h, weight).float(), y, reduction="sum")
-
-    return sum(_chunks(chunk_loss, hidden, labels, max_logits // len(weight)))
+    """Sum of -log p(label), fp32. hidden (T, C), weight (vocab, C), labels (T,)."""
+    if len(labels) * len(weight) <= max_logits:
+        return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
+    rows = chunk_rows(max_logits, len(weight))
+    logprobs, _ = ChunkedLogprobs.apply(hidden, weight, labels, 1.0, rows, False)
+    return -logprobs.sum()
 
 
 def token_logprobs(
@@ -569,28 +634,76 @@ def token_logprobs(
     weight: Tensor,
     labels: Tensor,
     temperature: float = 1.0,
-    max_logits: int = 2**26,
+    max_logits: int = MAX_LOGITS,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden weight' / temperature) at the labels, and the entropy of that
-    distribution (detached): (T,) fp32 each. Shapes and chunks as cross_entropy_sum."""
-
-    def chunk_logprobs(h, y):
-        logp = (F.linear(h, weight).float() / temperature).log_softmax(-1)  # (t, vocab)
-        detached = logp.detach()
-        entropy = -(detached.exp() * detached).sum(-1)  # (t,)
-        return logp.gather(1, y[:, None])[:, 0], entropy
-
-    chunks = _chunks(chunk_logprobs, hidden, labels, max_logits // len(weight))
-    logprobs, entropies = zip(*chunks)
-    return torch.cat(logprobs), torch.cat(entropies)
+    distribution (detached): (T,) fp32 each. Shapes as cross_entropy_sum."""
+    if len(labels) * len(weight) > max_logits:
+        rows = chunk_rows(max_logits, len(weight))
+        return ChunkedLogprobs.apply(hidden, weight, labels, temperature, rows, True)
+    logp = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)  # (T, vocab)
+    detached = logp.detach()
+    entropy = -(detached.exp() * detached).sum(-1)  # (T,)
+    return logp.gather(1, labels[:, None])[:, 0], entropy
 
 
-def _chunks(part, hidden, labels, size):
-    """[part(h, y)] over chunks of rows, whose logits are computed again in the backward pass."""
-    if len(labels) <= size:
-        return [part(hidden, labels)]
-    pairs = zip(hidden.split(max(1, size)), labels.split(max(1, size)))
-    return [checkpoint(part, h, y, use_reentrant=False) for h, y in pairs]
+def chunk_rows(max_logits: int, vocab_size: int) -> int:
+    """Rows of a chunk; of 128 or more, only whole tiles of a matrix product."""
+    rows = max(1, max_logits // vocab_size)
+    return rows if rows < 128 else rows // 128 * 128
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """token_logprobs over a large vocabulary, a chunk of rows in fp32 at a time.
+
+    What the backward pass needs of a row, softmax - one-hot, is written down in the computation's
+    dtype as soon as the row's logits are there. So no logits are computed twice, and (T, vocab) in
+    bf16 is all that is kept: as much as the gradient of the weights in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature, rows, with_entropy):
+        ctx.temperature = temperature
+        ctx.dtypes = hidden.dtype, weight.dtype
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        logprobs = hidden.new_empty(len(labels), dtype=torch.float32)
+        entropy = torch.zeros_like(logprobs)
+        needed = any(ctx.needs_input_grad[:2])
+        push = hidden.new_empty(len(labels) if needed else 0, len(weight))  # (T, vocab)
+
+        for begin in range(0, len(labels), rows):
+            part = slice(begin, begin + rows)
+            y = labels[part, None]  # (t, 1)
+            logits = F.linear(hidden[part], weight)  # (t, vocab)
+            if temperature != 1:
+                logits = logits.float() / temperature
+            logp = logits.log_softmax(-1, dtype=torch.float32)
+            logprobs[part] = logp.gather(1, y)[:, 0]
+            if with_entropy:
+                entropy[part] = -(logp.exp() * logp).sum(-1)
+            if needed:
+                softmax = logp.exp_()
+                push[part] = softmax.scatter_add_(1, y, softmax.new_full(y.shape, -1))
+                del softmax
+            del logits, logp  # or they would be there beside the next chunk's
+
+        ctx.save_for_backward(hidden, weight, push)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, push = ctx.saved_tensors
+        scale = (-grad / ctx.temperature)[:, None]  # (T, 1): d logp / d logits is -push
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (push @ weight * scale).to(ctx.dtypes[0])  # (T, C)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (push.T @ (hidden * scale).to(push.dtype)).to(ctx.dtypes[1])
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -599,15 +712,14 @@ def _chunks(part, hidden, labels, size):
 
 @dataclass
 class Placement:
-    """Where T new tokens of B rows go. They lie end to end, those of one row together."""
+    """Where T new tokens of B rows go and what they see. Those of one row lie together."""
 
-    rows: list[int]  # cache row of each segment
-    before: list[int]  # tokens that each of these rows already holds
-    new: list[int]  # tokens that are added to each
-    segment: Tensor  # (T,) which of the B segments a token belongs to
-    offset: Tensor  # (T,) its place among the new tokens of its segment
-    row: Tensor  # (T,) its cache row
-    slot: Tensor  # (T,) its place in that row
+    places: Tensor  # (T,) of the tokens among all rows' places end to end
+    before: Tensor  # (B,) int32: position of each row's first query
+    reach: int  # places of a row that any query sees lie before this one
+    rows: Tensor | None = None  # (B,) int32: the rows; None: the first B
+    queries: Tensor | None = None  # (T,) of the tokens among B lines of equal length; None: B = T
+    fresh: bool = False  # nothing was there before: the new tokens see each other alone
 
 
 class KVCache:
@@ -623,43 +735,68 @@ class KVCache:
     def begin(self, rows: list[int], new: list[int]) -> None:
         """`new` tokens are about to be added to each of `rows`: work out where they go."""
         before = [self.lengths[row] for row in rows]
-        if max(held + n for held, n in zip(before, new)) > self.max_len:
+        reach = max(held + n for held, n in zip(before, new))
+        if reach > self.max_len:
             raise ValueError(
                 f"KV cache of {self.max_len} tokens a row is full: rows {rows} hold {before} "
                 f"and {new} more were to be added"
             )
-        segment = torch.arange(len(rows)).repeat_interleave(torch.tensor(new))
-        offset = torch.cat([torch.arange(n) for n in new])
-        row = torch.tensor(rows)[segment]
-        slot = torch.tensor(before)[segment] + offset
-        places = torch.stack([segment, offset, row, slot]).to(self.k.device)  # one copy for all
-        self.at = Placement(rows, before, new, *places)
+        self.adding = list(zip(rows, new))
+        row, held, n = torch.tensor([rows, before, new])
+        segment = torch.arange(len(rows)).repeat_interleave(n)  # (T,)
+        offset = torch.arange(len(segment)) - (n.cumsum(0) - n)[segment]  # within the segment
+        places = (row * self.max_len + held)[segment] + offset
+        # A shorter segment stands at its line's end. What fills the line up before it then sees
+        # fewer keys than it, and never any that were not written.
+        line = max(new)
+        queries = (torch.arange(len(rows)) * line + line - n)[segment] + offset
+        sizes = [len(places), len(rows), len(rows), len(queries)]
+        numbers = torch.cat([places, held + n - line, row, queries])  # one copy for all
+        places, before, row, queries = to_device(numbers, self.k.device).split(sizes)
+        self.at = Placement(places, before.int(), reach, row.int(), queries, fresh=not any(held))
+
+    def begin_one(self, before: Tensor, reach: int) -> None:
+        """One token is about to be added to each of the first B rows, which hold `before` (B,)."""
+        first = torch.arange(len(before), device=before.device) * self.max_len
+        self.at = Placement(first + before, before.int(), reach)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segments, causal: bool) -> Tensor:
         """As `attention`, over the new tokens' rows: q (T, H, D), k and v (T, KV, D) of new tokens
         -> (T, H, D)."""
         at = self.at
-        self.k[layer, at.row, at.slot] = k.to(self.k.dtype)
-        self.v[layer, at.row, at.slot] = v.to(self.v.dtype)
+        for held, new in ((self.k[layer], k), (self.v[layer], v)):
+            held.flatten(0, 1)[at.places] = new.to(held.dtype)
         # Prompts from the start have all their keys in the pack itself.
-        if not any(at.before):
+        if at.fresh:
             return attention(q, k, v, segments, causal)
-        # One line of queries per row, padded at its end to the longest.
-        padded = q.new_zeros(len(at.rows), max(at.new), *q.shape[1:])  # (B, Q, H, D)
-        padded[at.segment, at.offset] = q
-        rows = at.rows
-        if rows == list(range(len(self.lengths))):
-            rows = slice(None)  # all of them: no copy
-        reach = max(held + n for held, n in zip(at.before, at.new))
-        keys = self.k[layer, rows, :reach].type_as(q)  # (B, L, KV, D)
-        values = self.v[layer, rows, :reach].type_as(q)
-        before = torch.tensor(at.before, device=q.device)  # (B,)
-        return cached_attention(padded, keys, values, before)[at.segment, at.offset]
+        keys = self.k[layer, :, : at.reach]  # (rows, L, KV, D)
+        values = self.v[layer, :, : at.reach]
+        q = q.to(keys.dtype)
+        if at.queries is None:
+            return cached_attention(q[:, None], keys, values, at.before)[:, 0]
+        lines = q.new_zeros(len(at.before), max(n for _, n in self.adding), *q.shape[1:])
+        lines.flatten(0, 1)[at.queries] = q  # lines (B, Q, H, D)
+        out = cached_attention(lines, keys, values, at.before, at.rows)
+        return out.flatten(0, 1)[at.queries]
 
     def end(self) -> None:
         """The tokens of `begin` are in, in every layer."""
-        for row, n in zip(self.at.rows, self.at.new):
+        for row, n in self.adding:
             self.lengths[row] += n
+
+    def copy(self, source: int, target: int) -> None:
+        """Row `target` becomes what row `source` holds."""
+        n = self.lengths[source]
+        for held in (self.k, self.v):
+            held[:, target, :n] = held[:, source, :n]
+        self.lengths[target] = n
+
+    def grow(self, more: int) -> None:
+        """Every row gets `more` places."""
+        # one after the other: the old keys go before the new values come
+        self.k = F.pad(self.k, (0, 0, 0, 0, 0, more))
+        self.v = F.pad(self.v, (0, 0, 0, 0, 0, more))
+        self.max_len += more
 
 
 # --------------------------------------------------------------------------------------------------

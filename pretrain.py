@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 pretrain.py --size 8b --data mydata \\
         --init-llm Qwen3-8B --init-vit siglip-so400m-patch14-384
     python pretrain.py --stage 2,3 --init some/model        some of the stages, from any model
+    python pretrain.py --size 8b --dry-run --gpus 8         what that would need, and how long
 
     stage  what learns        from what                           loss
     text   decoder            pure text, where no --init-llm is   next token
@@ -17,37 +18,53 @@
 
 In: --data FOLDER with train/*.jsonl (conversations) and, optionally, heldout/*.jsonl (questions).
 MIX below knows some names of files; any other counts with weight 1 from stage 2 on.
+Without these, a toy world is drawn, and weights are fresh: anyone can try a machine.
 Out: runs/SIZE/pretrain-STAGE/model after every stage, runs/SIZE/pretrain/model after the merge,
 and a held-out score beside each. The same command goes on where a killed run stopped.
 """
 
 import math
+import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.checkpoint import export, fingerprint, replace_folder, resume, save_if_due, write_model
+from common.checkpoint import export, fingerprint, resume, save_if_due
 from common.conversation import check_training, media_items
+from common.facts import as_object
 from common.failures import say_failures
+from common.fit import fit
 from common.loader import Loader, split_packs
+from common.memory import CARDS, dry_run
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
-from common.parallel import full_state, pass_around, ring_pass, shard
+from common.parallel import assign, pass_around, ring_pass, shard
 from common.questions import check_heldout, files_or_exit
-from common.run import Run, arguments, data_folder, plan_of, start
-from common.tokenizer import vocab_file
+from common.run import (
+    MADE_HERE,
+    Run,
+    arguments,
+    data_folder,
+    join_processes,
+    pick_device,
+    plan_of,
+    start,
+)
+from common.sources import renewed
+from common.tokenizer import QWEN_VOCAB, vocab_file
 from common.unigram import Unigram
 from common.weights import (
     KEYE_NAMES,
     QWEN3_NAMES,
     SIGLIP_NAMES,
-    average_weights,
+    add_weights,
     load_weights,
     read_config,
-    save_weights,
     weight_files,
 )
 from data import Processor
@@ -59,11 +76,13 @@ from model import (
     KeyeVL,
     init_weights,
     sample_flops,
+    rest_of,
     step_work,
     tower_config,
     training_flops,
 )
-from vit import PoolingHead, TextTower, ViT
+from toyworld.world import make_world
+from vit import TextTower, ViT
 
 # ----------------------------------------------------------------------------------------------
 # Steps and peak learning rates. # ours, all of them: Keye states neither, nor batch or schedule.
@@ -92,7 +111,9 @@ WARMUP = 0.05  # the share of a stage's steps in which the rate rises
 FLOOR = 0.2  # the share of its peak that it falls to; stage 3 goes on from stage 2's there
 
 EVERYTHING = ("vit", "projector", "decoder")
-LEARNS = {"text": ("decoder",), "1": ("projector",), "2": EVERYTHING, "3": EVERYTHING}
+LEARNS = {
+    "text": ("decoder",), "0": ("vit",), "1": ("projector",), "2": EVERYTHING, "3": EVERYTHING,
+}
 
 POST_TRAINING = {  # files that later phases read
     "questions", "instruct", "think", "no_think", "agentic", "clips", "preferences",
@@ -152,10 +173,11 @@ def mixture(folder: Path, stage: str, size: str) -> list[tuple[Path, float]]:
 # text and stages 1, 2, 3: the next token
 
 
-def next_token(run: Run, stage: str, model: KeyeVL, processor: Processor, mix, steps: int, plan):
+def next_token(
+    run: Run, stage: str, before: Path | None, processor: Processor, mix, steps: int, plan: dict
+):
     """One stage of next-token training on packed conversations; leaves run.folder/model."""
     args = run.args
-    cfg = model.config
     scale = SCALE[args.size]
     learns = LEARNS[stage[0] if stage != "text" else "text"]
     rate = plan["lr"][stage] if stage in plan["lr"] else FLOOR * plan["lr"]["2"]
@@ -163,13 +185,18 @@ def next_token(run: Run, stage: str, model: KeyeVL, processor: Processor, mix, s
     if stage.startswith("3"):  # annealing: on from where stage 2 ended, towards zero
         shape = {"warmup": 0.0, "floor": 0.0}
 
-    model.decoder.activation_checkpointing = scale.recompute
-    model = shard(model, run)
-    opt = make_optimizer(model, dict.fromkeys(learns, rate), muon=scale.muon)
+    # First the shapes alone: what a card can hold decides how they are held, and then each rank
+    # reads or draws its own part of the weights.
+    model = KeyeVL.shapes(before or PRESETS[args.size])
+    cfg = model.config
+    keep = fit(run, model, learns, scale.pack)
+    fill(shard(model, run), args, before)
+    opt = make_optimizer(model, dict.fromkeys(learns, rate), muon=scale.muon, **keep)
     progress = resume(run, model, opt)
+    packs = split_packs(scale.pack, args.packs or scale.packs, run.world)
     loader = Loader(
-        mix, processor, *split_packs(scale.pack, scale.packs, run.world), run.rank, run.world,
-        args.seed, flops=partial(sample_flops, cfg), workers=args.workers, state=progress.loader,
+        mix, processor, *packs, run.rank, run.world, args.seed,
+        flops=partial(sample_flops, cfg), workers=args.workers, state=progress.loader,
     )
 
     for step, (batches, info) in zip(range(progress.step, steps), loader):
@@ -186,11 +213,13 @@ def next_token(run: Run, stage: str, model: KeyeVL, processor: Processor, mix, s
             micro_loss.backward()  # under FSDP, gradients are summed over the ranks here
             loss += micro_loss.detach()
 
+        loss = run.sum(loss)
         norm = clip_gradients(model)
-        opt.step()
+        if not run.should_skip(loss, norm):
+            opt.step()
         opt.zero_grad(set_to_none=True)
         run.log(
-            step, steps, loss=run.sum(loss), norm=norm, lr=lr, targets=targets,
+            step, steps, loss=loss, norm=norm, lr=lr, targets=targets,
             skipped=run.sum(sum(info["skipped"].values())),
             **step_work(cfg, batches, vit="vit" in learns, decoder="decoder" in learns),
         )
@@ -210,8 +239,17 @@ class SigLIP(nn.Module):
         super().__init__()
         self.vit = vit
         self.text = text
-        self.logit_scale = nn.Parameter(torch.tensor([math.log(10.0)]))  # SigLIP's start: t = 10
-        self.logit_bias = nn.Parameter(torch.tensor([-10.0]))  # b = -10: most pairs do not match
+        self.logit_scale = nn.Parameter(torch.zeros(1))
+        self.logit_bias = nn.Parameter(torch.zeros(1))
+
+    def init_weights(self, pooling_head: bool):
+        """Fresh weights, as SigLIP starts, of all that a Keye-VL has no place for."""
+        depth = self.vit.cfg.num_hidden_layers
+        init_weights(self.text, depth)
+        if pooling_head:
+            init_weights(self.vit.head, depth)
+        assign(self.logit_scale, torch.tensor([math.log(10.0)]))  # t = 10
+        assign(self.logit_bias, torch.tensor([-10.0]))  # b = -10: most pairs do not match
 
     def forward(self, patches, grids, tokens):
         """Unit vectors of pictures and captions, (B, C) each; scale and bias of their products."""
@@ -242,6 +280,9 @@ def sigmoid_loss(images, texts, scale, bias, largest: int, world: int = 1):
             is_real = pass_around(is_real.float())
             sign = -torch.ones_like(sign)  # another rank's captions belong to none of ours
     return total
+
+
+POOLING_PROBE = "visual.vision_model.head.probe"
 
 
 def check_pair(record: dict):
@@ -285,37 +326,40 @@ def text_tower(args, cfg: Config, processor: Processor):
         def encode(ids):
             return (ids + [cfg.bos_token_id] * context)[:context]
 
-    tower = TextTower(cfg.vision, vocab_size, context)
-    init_weights(tower, cfg.vision.num_hidden_layers)
-    return tower, encode
+    with torch.device("meta"):
+        return TextTower(cfg.vision, vocab_size, context), encode
 
 
-def with_text_tower(args, vit: ViT, tower: TextTower) -> SigLIP:
-    """The ViT beside the text tower: fresh, or all of it as released, where --init-vit names it."""
-    if vit.head is None:
-        vit.head = PoolingHead(vit.cfg)
-        init_weights(vit.head, vit.cfg.num_hidden_layers)
-    siglip = SigLIP(vit, tower)
-    if args.init_vit:
-        load_weights(siglip, args.init_vit, SIGLIP_NAMES)
-    return siglip
-
-
-def contrastive(run: Run, model: KeyeVL, processor: Processor, folder: Path, steps: int, plan):
+def contrastive(
+    run: Run, before: Path | None, processor: Processor, folder: Path, steps: int, plan: dict
+):
     """Stage 0: pictures and captions that belong together get like vectors."""
     args = run.args
-    cfg = model.config
     scale = SCALE[args.size]
-    untouched = {k: v for k, v in model.state_dict().items() if not k.startswith("vit.")}
+    # The pooling head matters in this stage only: of all models that it may start from, just the
+    # official one still has it.
+    has_head = before is not None and POOLING_PROBE in weight_files(before)
+    model = KeyeVL.shapes(before or PRESETS[args.size], pooling_head=True)
+    cfg = model.config
     tower, encode = text_tower(args, cfg, processor)
-    siglip = shard(with_text_tower(args, model.vit, tower), run)
+    siglip = SigLIP(model.vit, tower)
+    keep = fit(run, model, ("vit",), scale.pack)
+    siglip.to(next(model.vit.parameters()).dtype)  # all of it as its ViT is held
+    shard(siglip, run)
+    for part in rest_of(model):
+        shard(part, run)  # it only waits to be written out again
+    fill(model, args, before, pooling_head=has_head)
+    if args.init_vit:
+        load_weights(siglip, args.init_vit, SIGLIP_NAMES)
+    else:
+        siglip.init_weights(pooling_head=not has_head)
     # Whether Keye trains the text tower is not stated. # ours: with the ViT's rate
     parts = ("vit", "text", "logit_scale", "logit_bias")
-    opt = make_optimizer(siglip, dict.fromkeys(parts, plan["lr"]["0"]), muon=scale.muon)
+    opt = make_optimizer(siglip, dict.fromkeys(parts, plan["lr"]["0"]), muon=scale.muon, **keep)
     progress = resume(run, siglip, opt)
+    packs = split_packs(scale.pack, args.packs or scale.packs, run.world)
     loader = Loader(
-        mixture(folder, "0", args.size), processor,
-        *split_packs(scale.pack, scale.packs, run.world), run.rank, run.world, args.seed,
+        mixture(folder, "0", args.size), processor, *packs, run.rank, run.world, args.seed,
         workers=args.workers, state=progress.loader, check=check_pair,
     )
 
@@ -336,13 +380,15 @@ def contrastive(run: Run, model: KeyeVL, processor: Processor, folder: Path, ste
             micro_loss = sigmoid_loss(*embed(batch), largest, run.world) / max(1, pairs)
             micro_loss.backward()
             loss += micro_loss.detach()
+        loss = run.sum(loss)
         norm = clip_gradients(siglip)
-        opt.step()
+        if not run.should_skip(loss, norm):
+            opt.step()
         opt.zero_grad(set_to_none=True)
 
         grids = [grid for batch in batches for grid in batch["grids"].tolist()]
         run.log(
-            step, steps, loss=run.sum(loss), norm=norm, lr=lr, pairs=pairs,
+            step, steps, loss=loss, norm=norm, lr=lr, pairs=pairs,
             skipped=run.sum(sum(info["skipped"].values())),
             tokens=len(grids) * tower.context,
             visual_tokens=sum(len(batch["patches"]) for batch in batches) // 4,
@@ -351,12 +397,10 @@ def contrastive(run: Run, model: KeyeVL, processor: Processor, folder: Path, ste
         save_if_due(run, step + 1, steps, siglip, opt, info["state"])
     say_failures(run, loader.failures, run.sum(loader.tried), "samples")
 
-    # the pooling head and the text tower have done their work: they are not kept
-    vit = {}
-    for name, tensor in full_state(run, siglip).items():
-        if name.startswith("vit.") and not name.startswith("vit.head."):
-            vit[name] = tensor
-    write_model(run, untouched | vit, cfg, processor)
+    # The pooling head and the text tower have done their work: they are not kept.
+    head, model.vit.head = model.vit.head, None
+    export(run, model, processor)
+    model.vit.head = head
     # here, not after the stage: the text tower ends with it
     run.score(lambda: retrieval(run, embed, processor, folder / "heldout" / "caption.jsonl"))
 
@@ -391,25 +435,44 @@ def retrieval(run: Run, embed, processor: Processor, path: Path, packs: int = 4)
 # merging
 
 
-def merge(parents: list[Path], out: Path):
-    """Writes a model folder: the plain average of the parents' weights (section 3.2).
+@torch.no_grad()
+def merge(run: Run, parents: list[Path]):
+    """Leaves run.folder/model: the plain average of the parents' weights (section 3.2).
 
     ValueError where they do not all have the same tensors.
     """
-    config = read_config(parents[0])
-    save_weights(average_weights(parents, KEYE_NAMES), config, out)
-    Processor.from_pretrained(parents[0]).save_pretrained(out)
+    model = shard(KeyeVL.shapes(parents[0]), run).load(parents[0])
+    for parent in parents[1:]:
+        add_weights(model, parent, KEYE_NAMES)
+    for p in model.parameters():
+        p /= len(parents)
+    export(run, model, Processor.from_pretrained(parents[0]))
 
 
 # ----------------------------------------------------------------------------------------------
 # all stages
 
 
-def fresh_model(args) -> KeyeVL:
-    """Fresh weights, with Qwen3's and SigLIP's in their places where given."""
-    cfg = PRESETS[args.size]
+def fill(model: KeyeVL, args, before: Path | None, pooling_head: bool = False):
+    """The weights that a stage starts with, each rank its own part of them.
+
+    before: the model folder they come from; None: fresh ones, with Qwen3's and SigLIP's in their
+    places where given. pooling_head: whether those of the ViT's head are there too.
+    """
+    head = model.vit.head
+    if not pooling_head:
+        model.vit.head = None
+    if before:
+        model.load(before)
+    else:
+        fill_fresh(model, args)
+    model.vit.head = head
+
+
+def fill_fresh(model: KeyeVL, args):
+    cfg = model.config
     torch.manual_seed(args.seed)
-    model = KeyeVL.empty(cfg).init_weights()
+    model.init_weights()
     if args.init_llm:
         where = Path(args.init_llm) / "config.json"
         theirs = Config.from_json(read_config(args.init_llm), where)
@@ -426,7 +489,6 @@ def fresh_model(args) -> KeyeVL:
         # its pooling head, text tower and scale are read again in stage 0
         unused = ("vision_model.head.", "text_model.", "logit_")
         load_weights(model, args.init_vit, SIGLIP_NAMES, unused)
-    return model
 
 
 # what SiglipConfig takes for a key that the file leaves out
@@ -438,8 +500,9 @@ SIGLIP = dict(
 
 def released_tower(args, entry: str, cfg: Config) -> dict:
     """An entry of SigLIP's config.json, after it was found to mean the layers that --size has."""
-    facts = SIGLIP | (read_config(args.init_vit).get(entry) or {})
-    theirs = tower_config(facts, f"{Path(args.init_vit) / 'config.json'}, {entry}")
+    where = f"{Path(args.init_vit) / 'config.json'}, {entry}"
+    facts = SIGLIP | as_object(read_config(args.init_vit).get(entry, {}), where)
+    theirs = tower_config(facts, where)
     names = (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
         "layer_norm_eps",
@@ -459,18 +522,14 @@ def must_agree(what: str, theirs, args, ours, names: tuple[str, ...]):
 
 
 def first_processor(args) -> Processor:
-    """--init's, or one with the vocabulary of --vocab, of --init-llm, or of the toy world."""
+    """--init's, or one with the vocabulary of --vocab, of --init-llm, or the size's own."""
     if args.init:
         return Processor.from_pretrained(args.init)
     vocab = args.vocab
-    if vocab is None and PRESETS[args.size].vocab_size == 1024:
+    if vocab is None and args.size in MADE_HERE:
         vocab = Path(__file__).parent / "toyworld" / "vocab.json"
-    if vocab is None and args.init_llm:
-        vocab = vocab_file(args.init_llm)
     if vocab is None:
-        raise SystemExit(
-            f"--size {args.size} needs a vocabulary: --init-llm with Qwen3's folder, or --vocab"
-        )
+        vocab = vocab_file(args.init_llm) if args.init_llm else QWEN_VOCAB
     return Processor(vocab, **SCALE[args.size].budget)
 
 
@@ -503,16 +562,11 @@ def train_stage(run: Run, name: str, before: Path | None, processor: Processor, 
     steps = run.args.steps or plan["steps"][stage]
     released = [path for path in (run.args.init_llm, run.args.init_vit) if path]
     run.say(f"starting from {before or ', '.join(['fresh weights', *released])}")
-    if before is None:
-        model = fresh_model(run.args)
-    else:  # the pooling head matters in stage 0 only, and only the official weights still have one
-        has_head = "visual.vision_model.head.probe" in weight_files(before)
-        model = KeyeVL.from_pretrained(before, pooling_head=has_head and stage == "0")
     if stage == "0":
-        contrastive(run, model, processor, folder, steps, plan)
+        contrastive(run, before, processor, folder, steps, plan)
     else:
         mix = mixture(folder, name, run.args.size)
-        next_token(run, name, model, processor, mix, steps, plan)
+        next_token(run, name, before, processor, mix, steps, plan)
 
 
 def merge_annealed(args, annealed: list[Path], outdated: bool) -> Run:
@@ -522,7 +576,7 @@ def merge_annealed(args, annealed: list[Path], outdated: bool) -> Run:
         run.attempt("cannot clean the old merge", run.forget)
     run.made_from(parents=[fingerprint(parent) for parent in annealed])
     if not run.trained():
-        replace_folder(run, run.folder / "model", lambda tmp: merge(annealed, tmp))
+        merge(run, annealed)
         run.mark_trained()
     heldout = data_folder(args) / "heldout"
     run.score(lambda: score_phase(run, heldout, ["plain"], args.eval_limit, blind=True))
@@ -530,11 +584,45 @@ def merge_annealed(args, annealed: list[Path], outdated: bool) -> Run:
     return run
 
 
+def draw_world(args, folder: Path):
+    """Without any data: a toy world to try the machine on, drawn by rank 0 while others wait."""
+    join_processes(pick_device(args))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"no {folder}, and no --data: a toy world is drawn there", file=sys.stderr)
+        make_world(folder, size=args.size, workers=min(16, os.cpu_count()))
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def say_what_is_missing(run: Run, args, before: Path | None):
+    """One line for each thing that released sizes are meant to start from, and were not given."""
+    if args.size in MADE_HERE or before:
+        return
+    if not args.init_llm:
+        run.say("no --init-llm: the decoder starts from fresh weights, not from Qwen3's")
+    if not args.init_vit:
+        run.say("no --init-vit: the ViT starts from fresh weights, not from SigLIP's")
+    if not args.init_llm and not args.vocab:
+        run.say(f"no --vocab: Qwen's, {QWEN_VOCAB.name}")
+
+
+def say_needs(args):
+    """--dry-run: what the stages need of each card. Nothing is read, and nothing trained."""
+    stages = {}
+    for name in chosen_stages(args):
+        stage = name.split("-")[0]
+        stages[stage] = LEARNS[stage]
+    cfg = PRESETS[args.size]
+    print(dry_run(cfg, stages, SCALE[args.size].pack, args.gpu, args.gpus))
+
+
 def main(args):
     begin = time.time()
     folder = data_folder(args)
     plan = plan_of(args, PLAN)
     names = chosen_stages(args)
+    if not args.data and not folder.exists():
+        draw_world(args, folder)
     processor = first_processor(args)
     before = model_before(args, names[0])
 
@@ -551,10 +639,13 @@ def main(args):
         run = start(args, f"pretrain-{name}", later)
         if before in trained_now:
             run.attempt("cannot clean an outdated stage", run.forget)
-        run.made_from(
-            init=before, llm=args.init_llm, vit=args.init_vit,
-            weights=before and fingerprint(before),
-        )
+        if name == names[0]:
+            say_what_is_missing(run, args, before)
+        facts = {"init": before, "llm": args.init_llm, "vit": args.init_vit}
+        facts["weights"] = before and fingerprint(before)
+        run.made_from(**facts)
+        if renewed(run, [path for path, _ in mixture(folder, name, args.size)], {}):
+            run.made_from(**facts)
         if not run.trained():
             train_stage(run, name, before, processor, plan)
             run.mark_trained()
@@ -579,4 +670,12 @@ if __name__ == "__main__":
     parser.add_argument("--init-llm", metavar="FOLDER", help="Qwen3 folder for the decoder")
     parser.add_argument("--init-vit", metavar="FOLDER", help="SigLIP folder for the ViT")
     parser.add_argument("--vocab", help="vocab.json, where no model brings one")
-    main(parser.parse_args())
+    parser.add_argument("--dry-run", action="store_true",
+        help="print what the stages need of each card, and how long they would take; train nothing")
+    parser.add_argument("--gpus", type=int, default=8, help="of --dry-run: how many cards")
+    parser.add_argument("--gpu", default="H100", choices=CARDS, help="of --dry-run: which")
+    args = parser.parse_args()
+    if args.dry_run:
+        say_needs(args)
+    else:
+        main(args)

@@ -25,6 +25,7 @@ import torch
 from common.checkpoint import export, fingerprint, on_main, resume, save_if_due
 from common.conversation import link_media, text_of
 from common.failures import leave_out, say_failures
+from common.fit import fit
 from common.jsonl import write_lines
 from common.loader import Loader, split_packs
 from common.media import MediaError
@@ -32,8 +33,8 @@ from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.parallel import shard
 from common.questions import Question, check_heldout, files_or_exit, read_or_exit
 from common.rollout import Prompt, Rollout, sample_groups
-from common.run import Run, arguments, data_folder, plan_of, previous_model, start
-from common.sources import renewed
+from common.run import MADE_HERE, Run, arguments, data_folder, plan_of, previous_model, start
+from common.sources import note_media, renewed
 from common.verifiers import verify
 from data import Processor
 from evaluate import score_phase
@@ -166,6 +167,8 @@ def linked(run: Run, records: list[tuple[dict, Path]], folder: Path) -> list[dic
                 done.append(link_media(record, root, folder))
             except MediaError as e:
                 failures.append(f"{root}: {e}")
+        if run.main:
+            note_media(folder)
 
     run.attempt(f"cannot link media below {folder}", link)
     leave_out(run, failures, len(records), "lines")
@@ -207,7 +210,7 @@ def build_mixture(run: Run, init: Path, folder: Path, plan: dict) -> list[tuple[
 def packing(run: Run) -> tuple[int, int]:
     """(tokens of a pack, packs of a step on all ranks) that the run's size trains with."""
     scale = SCALE[run.args.size]
-    return split_packs(scale.pack, scale.packs, run.world)
+    return split_packs(scale.pack, run.args.packs or scale.packs, run.world)
 
 
 def start_from(args, stage: str, init: Path, files=(), numbers=None, last="", **facts) -> Run:
@@ -224,19 +227,31 @@ def start_from(args, stage: str, init: Path, files=(), numbers=None, last="", **
     return run
 
 
-def trainable(run: Run, init: Path, lr: float, **options) -> tuple:
+def trainable(
+    run: Run, init: Path, lr: float, pack: int = 0, copies: float = 0, **options
+) -> tuple:
     """-> model, processor, optimizer, Progress. All of the model in `init` learns, at one rate.
 
-    A run that was stopped goes on from its checkpoint. options: of make_optimizer.
+    A run that was stopped goes on from its checkpoint. pack: tokens of a micro-batch, where they
+    are not the size's; copies: of the model in bf16, that must fit on each card beside it; options:
+    of make_optimizer.
     """
     scale = SCALE[run.args.size]
     processor = Processor.from_pretrained(init)
-    model = KeyeVL.from_pretrained(init)
-    model.decoder.activation_checkpointing = scale.recompute
-    model = shard(model, run)
+    model = KeyeVL.shapes(init)
     rates = {"vit": lr, "projector": lr, "decoder": lr}
-    opt = make_optimizer(model, rates, muon=scale.muon, **options)
+    keep = fit(run, model, tuple(rates), pack or scale.pack, copies)
+    shard(model, run).load(init)
+    opt = make_optimizer(model, rates, muon=scale.muon, **keep, **options)
     return model, processor, opt, resume(run, model, opt)
+
+
+def frozen(run: Run, folder: Path) -> KeyeVL:
+    """The model in `folder`, to be asked only; sharded as one that is trained."""
+    model = KeyeVL.shapes(folder).requires_grad_(False)
+    if run.args.size not in MADE_HERE:
+        model.to(run.dtype)  # released weights are in bf16, as they are computed with
+    return shard(model, run).load(folder)
 
 
 def finetune(run: Run, init: Path, mix: list[tuple[Path, float]], lr: float, steps: int):
@@ -261,11 +276,13 @@ def finetune(run: Run, init: Path, mix: list[tuple[Path, float]], lr: float, ste
             micro_loss.backward()
             loss += micro_loss.detach()
 
+        loss = run.sum(loss)
         norm = clip_gradients(model)
-        opt.step()
+        if not run.should_skip(loss, norm):
+            opt.step()
         opt.zero_grad(set_to_none=True)
         run.log(
-            step, steps, loss=run.sum(loss), norm=norm, lr=now, targets=targets,
+            step, steps, loss=loss, norm=norm, lr=now, targets=targets,
             skipped=run.sum(sum(info["skipped"].values())), **step_work(model.config, batches),
         )
         save_if_due(run, step + 1, steps, model, opt, info["state"])

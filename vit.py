@@ -15,15 +15,19 @@ Everything follows the released weights of SigLIP-so400m-patch14-384 and Keye-VL
 are only numbers in `ViTConfig`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from kernels import Segments, attention
+from kernels import Segments, attention, to_device
 
 
 @dataclass
@@ -126,6 +130,7 @@ class ViT(nn.Module):
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
         self.head = PoolingHead(cfg) if pooling_head else None
+        self.recompute = 0  # blocks that the backward pass runs again, see model.Decoder
 
     def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
         """Patches of all pictures and clips to features.
@@ -141,17 +146,20 @@ class ViT(nn.Module):
         total = sum(lengths)
         if total != len(patches):
             raise ValueError(f"ViT: {len(patches)} patches, but grids {grids} ask for {total}")
-        pixels = patches.to(self.patch_embedding.weight.dtype)
+        pixels = patches
         if patches.dtype == torch.uint8:
-            pixels = pixels / 127.5 - 1  # rescale 1/255, mean 0.5, std 0.5
-        x = self.patch_embedding(pixels)  # (N, C)
+            pixels = patches.float() / 127.5 - 1  # rescale 1/255, mean 0.5, std 0.5
+        x = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))  # (N, C)
         x = x + self.positions(grids).to(x.dtype)
         rope = None
         if cfg.rope:
             rope = rope_2d(grids, cfg.hidden_size // cfg.num_attention_heads, x.device)
         segments = Segments.of(lengths, x.device)
-        for layer in self.layers:
-            x = layer(x, segments, rope)
+        for i, layer in enumerate(self.layers):
+            if i < self.recompute and torch.is_grad_enabled():
+                x = recomputed(layer, x, segments, rope)
+            else:
+                x = layer(x, segments, rope)
         return self.post_layernorm(x)
 
     def lengths(self, grids: list[list[int]]) -> list[int]:
@@ -169,18 +177,49 @@ class ViT(nn.Module):
         """The learned table, interpolated to each grid and repeated for every frame: (N, C)."""
         weight = self.position_embedding.weight
         table = rearrange(weight, "(h w) c -> 1 c h w", h=self.side).float()
-        fitted = {}  # pictures of one shape share one interpolation
-        out = [weight[:0]]  # no picture at all: zero rows, and the table stays in the graph
-        for t, h, w in grids:
-            if (h, w) not in fitted:
+        start = {}  # pictures of one shape share one interpolation
+        rows = 1
+        fitted = [weight[:1].float()]  # without any picture, the table stays in the graph
+        for _, h, w in grids:
+            if (h, w) not in start:
                 fine = F.interpolate(table, (h, w), mode="bilinear", align_corners=False)
-                fitted[h, w] = rearrange(fine, "1 c h w -> (h w) c")
-            out.append(fitted[h, w].repeat(t, 1))
-        return torch.cat(out)
+                fitted.append(rearrange(fine, "1 c h w -> (h w) c"))
+                start[h, w] = rows
+                rows += h * w
+        index = index_of(grids, lambda grid: start[grid[1:]] + frame_cells(grid), offset=False)
+        return F.embedding(to_device(index, weight.device), torch.cat(fitted))
 
     def pool(self, features: Tensor, grids: Tensor) -> Tensor:
         """features (N, C) -> one vector per picture or clip (M, C), by SigLIP's pooling head."""
         return self.head(features, grids.prod(1).tolist())
+
+
+def index_of(grids: list[list[int]], order: Callable, offset: bool = True) -> Tensor:
+    """order(grid) of all pictures and clips end to end: (N,) int64 on the host.
+
+    offset: they count from each one's first patch; else all from 0.
+    """
+    parts = [np.zeros(0, np.int64)]  # no picture at all: zero rows
+    begin = 0
+    for grid in grids:
+        parts.append(order(tuple(grid)) + begin)
+        begin += np.prod(grid) if offset else 0
+    return torch.from_numpy(np.concatenate(parts))
+
+
+@lru_cache(256)
+def frame_cells(grid: tuple[int, int, int]) -> np.ndarray:
+    """For each patch of a picture or clip, its place within its frame: (t * h * w,)."""
+    t, h, w = grid
+    return np.tile(np.arange(h * w), t)
+
+
+def recomputed(block: nn.Module, *inputs):
+    """block(*inputs), of which only the inputs are kept until the backward pass.
+
+    Nothing in it is random.
+    """
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def rope_2d(
@@ -191,11 +230,10 @@ def rope_2d(
     The first half of the pairs turns with the row, the second with the column. Rows and columns
     start again in every frame; the frame's number has no angle (Keye-VL v1's released code).
     """
-    cells = [torch.zeros(0, 2)]  # no picture at all: zero rows
-    for t, h, w in grids:
-        frame = torch.cartesian_prod(torch.arange(h), torch.arange(w))  # (h * w, 2): row, column
-        cells.append(frame.repeat(t, 1))
-    cells = torch.cat(cells).to(device)  # (N, 2)
+    place = index_of(grids, frame_cells, offset=False)  # (N,) within the frame
+    width = index_of(grids, lambda grid: np.full(np.prod(grid), grid[2]), offset=False)  # (N,)
+    cells = torch.stack([place // width, place % width], dim=1)  # (N, 2): row, column
+    cells = to_device(cells, device).float()
     half = head_dim // 2
     freqs = 10000.0 ** -(torch.arange(0, half, 2, device=device) / half)  # (head_dim / 4,)
     angles = (cells[:, :, None] * freqs).flatten(1)[:, None]  # (N, 1, head_dim / 2)

@@ -4,6 +4,13 @@ A checkpoint (checkpoint/step-N) holds model, optimizer, random states, the load
 else a script names. It is written aside, hashed, flushed and renamed, so a kill at any moment
 leaves a valid one; torch.distributed.checkpoint lets another number of ranks read it.
 
+Training waits only while the tensors are copied to the host; a thread writes them. At 8B they are
+104 GB (fp32 weights, two moments), 13 on each of eight cards: by arithmetic 4 s to copy (3 GB/s a
+rank) and 30 s to write and hash (4 GB/s a node), at least every 15 minutes (# ours: all of it is
+less than 1 % of the time). After SIGTERM torchrun leaves 30 s, which a step of 12 s and its save do
+not fit into. Then the last checkpoint counts, and at most 15 minutes are lost; more time comes with
+`torchrun --shutdown-timeout 180` (torch 2.12), which also suffices where a save was under way.
+
     progress = resume(run, model, opt)
     for step in range(progress.step, steps):
         ...
@@ -18,7 +25,9 @@ import random
 import shutil
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +37,17 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from common.jsonl import replacing
-from common.parallel import full_state
-from common.run import Run, seed_everything
-from common.weights import save_weights
+from common.parallel import whole
+from common.processes import Peers, groups
+from common.run import MADE_HERE, Run, seed_everything
+from common.weights import plan_files, write_file, write_index
 
 KEEP = 2  # checkpoints kept: the newest, and one to fall back on
+
+WRITER = ThreadPoolExecutor(1)  # at the end python waits for what it still has to write
+
+# one process without a process group is intended
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unin")
 
 
 @dataclass
@@ -61,9 +76,9 @@ def fsync(path: Path):
         os.close(handle)
 
 
-def on_main(run: Run, doing: str, work, *args):
+def on_main(peers: Peers, doing: str, work, *args):
     """work(*args) on rank 0; where it fails, all ranks raise the same RuntimeError."""
-    run.attempt(doing, lambda: run.main and work(*args))
+    peers.attempt(doing, lambda: peers.main and work(*args))
 
 
 def clear_folder(folder: Path):
@@ -129,49 +144,82 @@ def set_rng_states(states: dict, device: torch.device):
 
 
 def save_if_due(run: Run, step: int, steps: int, model, opt, loader_state=None, **extra):
-    """After `step` steps: saves every --save-every, at the end, and at a signal; then leaves."""
-    if step % run.args.save_every == 0 or step >= steps or run.stop:
+    """After `step` steps: saves if it is time, and leaves after a signal.
+
+    It is time every --save-every steps, after --save-minutes, at the end and at a signal; only the
+    last two are waited for. At released sizes not at the end: the model that is exported next is a
+    sixth of a checkpoint, and with it nobody needs one.
+    """
+    end = step >= steps
+    due = run.late or step % run.args.save_every == 0
+    if end and run.args.size not in MADE_HERE:
+        due = run.args.keep_checkpoint
+    elif end:
+        due = True
+    if due or run.stop:
         save(run, step, model, opt, loader_state, **extra)
+    if end or run.stop:
+        run.finish_save()
     if run.stop:
         run.leave(step)
 
 
 def save(run: Run, step: int, model, opt, loader_state=None, **extra):
-    """All ranks: writes checkpoint/step-N. extra must be JSON.
+    """All ranks: copies what checkpoint/step-N shall hold; a thread writes it. extra must be JSON.
 
-    RuntimeError on all ranks when any of them cannot write; the checkpoint before stays valid.
+    One is written at a time. RuntimeError on all ranks, here, in run.log or run.finish_save, when
+    any of them cannot write; the checkpoint before stays valid.
     """
     begin = time.perf_counter()
+    run.finish_save()
     final = run.folder / "checkpoint" / f"step-{step}"
-    tmp = final.with_name(final.name + ".tmp")
     doing = f"cannot save {final} (the checkpoint before it stays valid)"
     state = {
         "step": step,
         "loader": loader_state,
         "totals": run.totals,
+        "guard": run.guard,
         "extra": extra,
         "world": run.world,
         "args": vars(run.args),
     }
+    text = json.dumps(state, default=str)  # as it is now, like the copies
+    tensors = run.attempt(doing, lambda: on_host(tensors_of(model, opt)))
+    rng = rng_states(run.device)
+    run.saving = WRITER.submit(write_checkpoint, run, doing, final, tensors, rng, text)
+    run.saved_at = time.perf_counter()
+    run.clock += run.saved_at - begin  # saving is not counted as training time
+
+
+def on_host(tensors: dict) -> dict:
+    """Copies, which training does not change; sharded tensors stay sharded."""
+    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+
+
+def write_checkpoint(run: Run, doing: str, final: Path, tensors: dict, rng: dict, text: str):
+    """In its thread on every rank: a checkpoint's files, which rank 0 then puts in their place."""
+    peers = run.background
+    tmp = final.with_name(final.name + ".tmp")
     try:
-        on_main(run, doing, clear_folder, tmp)
-        hashes = run.attempt(doing, lambda: write_or_say_why(run, tmp, model, opt, state))
-        on_main(run, doing, publish, run, tmp, final, run.merge(hashes))
+        on_main(peers, doing, clear_folder, tmp)
+        work = partial(write_or_say_why, peers, tmp, tensors, rng, text)
+        hashes = peers.attempt(doing, work)
+        on_main(peers, doing, publish, run, tmp, final, peers.merge(hashes))
+        run.saved = final
     except RuntimeError:
         if run.main:
             shutil.rmtree(tmp, ignore_errors=True)
         raise
-    run.clock += time.perf_counter() - begin  # saving is not counted as training time
 
 
-def write_or_say_why(run: Run, folder: Path, *what) -> dict[str, str]:
+def write_or_say_why(peers: Peers, folder: Path, *what) -> dict[str, str]:
     """write_files; where the disk is full, or refuses to be written, the error says so.
 
     torch reports the place in its archive where that broke off, and what one rank tells the others
     has lost the OSError behind it.
     """
     try:
-        return write_files(run, folder, *what)
+        return write_files(peers, folder, *what)
     except (Exception, CheckpointException) as e:
         cause = e
         if isinstance(e, CheckpointException):
@@ -179,22 +227,20 @@ def write_or_say_why(run: Run, folder: Path, *what) -> dict[str, str]:
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
-            probe = folder / f"probe-{run.rank}"
+            probe = folder / f"probe-{peers.rank}"
             probe.write_bytes(bytes(2**20))  # as large as what a full disk has no room for
             probe.unlink()
         raise cause or e
 
 
-def write_files(run: Run, folder: Path, model, opt, state: dict) -> dict[str, str]:
+def write_files(peers: Peers, folder: Path, tensors: dict, rng: dict, text: str) -> dict[str, str]:
     """This rank's files, flushed to disk, and their hashes by name."""
-    # ignored: one process without a process group is intended
-    with warnings.catch_warnings(action="ignore"):
-        dcp.save(tensors_of(model, opt), checkpoint_id=folder)
-    rng = folder / f"rng-{run.rank}.pt"
-    torch.save(rng_states(run.device), rng)
-    written = [rng, *folder.glob(f"__{run.rank}_*")]
-    if run.main:
-        (folder / "state.json").write_text(json.dumps(state, default=str))
+    dcp.save(tensors, checkpoint_id=folder, process_group=peers.group)
+    path = folder / f"rng-{peers.rank}.pt"
+    torch.save(rng, path)
+    written = [path, *folder.glob(f"__{peers.rank}_*")]
+    if peers.main:
+        (folder / "state.json").write_text(text)
         written += [folder / "state.json", folder / ".metadata"]
     for path in written:
         fsync(path)
@@ -232,14 +278,17 @@ def resume(run: Run, model, opt) -> Progress:
     if path:
         state = run.attempt(f"cannot resume from {path}", lambda: load(path, model, opt))
         progress = Progress(state["step"], state["loader"], state["extra"])
-        run.totals = state["totals"]
+        run.totals |= state["totals"]
+        run.guard |= state.get("guard", {})
+        run.saved = path
+        run.step = progress.step
         run.say(f"resumed from {path}{changed_flags(run, state['args'])}; --fresh starts over")
     seed_everything(run.args.seed, progress.step, run.rank)
     if state.get("world") == run.world:  # the ranks that saved draw on from where they were
         rng = torch.load(path / f"rng-{run.rank}.pt", weights_only=True)
         set_rng_states(rng, run.device)
     on_main(run, "cannot shorten metrics.jsonl", shorten_metrics, run, progress.step)
-    run.clock = time.perf_counter()
+    run.clock = run.saved_at = time.perf_counter()
     return progress
 
 
@@ -302,8 +351,7 @@ def load(path: Path, model, opt) -> dict:
             f"it was made with another model or other trained parts, e.g. {odd[0]} "
             f"({len(odd)} of {len(ours)} differ); --fresh starts over"
         )
-    with warnings.catch_warnings(action="ignore"):
-        dcp.load(wanted, checkpoint_id=path)
+    dcp.load(wanted, checkpoint_id=path, process_group=groups.get("words"))
     return json.loads((path / "state.json").read_text())
 
 
@@ -339,30 +387,35 @@ def shorten_metrics(run: Run, step: int):
 
 
 def export(run: Run, model, processor):
-    """All ranks: leaves run.folder/model in the official layout, for the next stage and others."""
-    write_model(run, full_state(run, model), model.config, processor)
+    """All ranks: leaves run.folder/model in the official layout, for the next stage and others.
 
+    At released sizes in bf16, as Keye's own are. Files of weights are shared out over the ranks.
+    """
+    dtype = None if run.args.size in MADE_HERE else torch.bfloat16
+    folder = run.folder / "model"
+    tmp = folder.with_name("model.tmp")
+    doing = f"cannot export to {folder}"
+    state = model.state_dict()
+    files = plan_files(state, dtype)
 
-def write_model(run: Run, state: dict, config, processor):
-    """All ranks: leaves run.folder/model of a full_state, its config and processor."""
-
-    def write(folder: Path):
-        save_weights(state, config.to_json(), folder)
-        processor.save_pretrained(folder)
-
-    replace_folder(run, run.folder / "model", write)
-
-
-def replace_folder(run: Run, folder: Path, write):
-    """All ranks: write(tmp) on rank 0, flushed, then renamed over `folder`."""
-    tmp = folder.with_name(folder.name + ".tmp")
-
-    def work():
-        clear_folder(tmp)
-        write(tmp)
+    def finish():
+        write_index(tmp, state, files, model.config.to_json(), dtype)
+        processor.save_pretrained(tmp)
         put_in_place(tmp, folder)
 
-    on_main(run, f"cannot export to {folder}", work)
+    on_main(run, doing, clear_folder, tmp)
+    names = list(files)
+    for first in range(0, len(names), run.world):  # each rank writes one file at a time
+        path, mine = None, {}
+        for rank, file in enumerate(names[first : first + run.world]):
+            if rank == run.rank:
+                path = tmp / file
+            for name in files[file]:
+                tensor = whole(state[name])  # every rank must ask; one keeps it
+                if rank == run.rank:
+                    mine[name] = tensor.to(dtype or tensor.dtype).cpu()
+        run.attempt(doing, lambda: path and write_file(path, mine))
+    on_main(run, doing, finish)
 
 
 def fingerprint(folder: Path) -> str:

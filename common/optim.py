@@ -4,8 +4,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.parallel import whole
+from common.parallel import own_part, whole
+from kernels import to_device
 
+BETAS = (0.9, 0.95)  # of AdamW
+EPS = 1e-8
+PIECE = 2**26  # numbers of a tensor that are stepped at a time: its fp32 copies take a few 256 MiB
 MOMENTUM = 0.9  # of Muon. # ours: the usual 0.95 learns a little later in runs this short
 
 
@@ -14,13 +18,17 @@ def make_optimizer(
     rates: dict[str, float],
     weight_decay: float = 0.05,
     muon: float = 0.0,
+    moments: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> "Muon":
     """AdamW, and with muon > 0 Muon for matrices. Call after shard, before the first forward.
 
     rates: name prefix -> peak learning rate. A parameter takes the longest prefix that fits it;
     lm_head goes with decoder; one without a prefix is frozen. muon: the matrices' rate as a
     multiple of their prefix's. Weight decay on matrices only: not on norms, biases, or
-    embeddings (# ours: the row of a rare word would only shrink). ValueError: a prefix fits none.
+    embeddings (# ours: the row of a rare word would only shrink). moments: dtype in which AdamW
+    keeps its own; compiled: by torch.compile, where that is not fp32. ValueError: a prefix fits
+    none.
     """
     if "decoder" in rates:
         rates = {"lm_head": rates["decoder"], **rates}
@@ -46,7 +54,7 @@ def make_optimizer(
     if unused:
         parts = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
         raise ValueError(f"no parameter named {sorted(unused)}; the model has {parts}")
-    return Muon(groups.values(), betas=(0.9, 0.95), fused=True)
+    return Muon(groups.values(), moments, compiled, betas=BETAS, eps=EPS, fused=True)
 
 
 class Muon(torch.optim.AdamW):
@@ -55,28 +63,58 @@ class Muon(torch.optim.AdamW):
     Nesterov momentum, then all singular values of the step become about one: directions with
     small gradients learn as fast as the strong ones. Scaled by 0.2 sqrt(longer side), the step
     is as large as AdamW's (arXiv 2502.16982, 2.2).
+
+    AdamW steps in fp32 whatever its tensors are: weights or moments in bf16 are read, stepped and
+    rounded again (see step_in_fp32).
     """
 
-    def __init__(self, groups, **options):
+    def __init__(self, groups, moments=torch.float32, compiled=False, **options):
         super().__init__(groups, **options)
+        self.moments = moments
+        self.compiled = compiled
         # state from the start: a checkpoint always holds the same keys
         for group in self.param_groups:
+            steps = torch.zeros((), device=group["params"][0].device)
             for p in group["params"]:
                 if group["muon"]:
                     self.state[p] = {"momentum": torch.zeros_like(p)}
                 else:
+                    # lean_step counts for the whole group, torch's own step for each parameter
                     self.state[p] = {
-                        "step": torch.zeros((), device=p.device),
-                        "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p),
+                        "step": steps if self.lean else steps.clone(),
+                        "exp_avg": torch.zeros_like(p, dtype=self.moments),
+                        "exp_avg_sq": torch.zeros_like(p, dtype=self.moments),
                     }
+
+    @property
+    def lean(self) -> bool:
+        return self.moments != torch.float32
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             if group["muon"]:
                 self.muon_step(group)
+            elif self.lean:
+                self.lean_step(group)
         super().step()  # of all that have a gradient still
+
+    def lean_step(self, group: dict):
+        """AdamW's step of parameters whose weights or moments are not in fp32."""
+        steps = self.state[group["params"][0]]["step"]
+        steps += 1
+        # on the device: numbers of Python would be compiled in, anew at each learning rate
+        rate, decay = to_device(torch.tensor([group["lr"], group["weight_decay"]]), steps.device)
+        shares = [1 - beta**steps for beta in BETAS]  # what the means have seen so far
+        update = torch.compile(step_in_fp32, dynamic=True) if self.compiled else step_in_fp32
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            tensors = (p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"])
+            own = [own_part(x)[0].view(-1) for x in tensors]
+            for pieces in zip(*(x.split(PIECE) for x in own)):
+                update(*pieces, *shares, rate, decay)
+            p.grad = None  # used up
 
     def muon_step(self, group: dict):
         # equal shapes in one batched product: a small model's step is many small matrices
@@ -98,6 +136,29 @@ class Muon(torch.optim.AdamW):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
 
+def step_in_fp32(weight, grad, exp_avg, exp_avg_sq, fast_share, slow_share, rate, decay):
+    """AdamW (arXiv 1711.05101, algorithm 2) on tensors of any floating dtypes, in place."""
+    fast, slow = BETAS
+    grad = grad.float()
+    mean = exp_avg.float().lerp(grad, 1 - fast)
+    square = exp_avg_sq.float().lerp(grad * grad, 1 - slow)
+    direction = mean / fast_share / ((square / slow_share).sqrt() + EPS)
+    stepped = weight.float() * (1 - rate * decay) - rate * direction
+    exp_avg.copy_(mean)
+    exp_avg_sq.copy_(square)
+    weight.copy_(stochastic_round(stepped) if weight.dtype == torch.bfloat16 else stepped)
+
+
+def stochastic_round(x: torch.Tensor) -> torch.Tensor:
+    """fp32 -> fp32 numbers that bf16 has: up or down by chance, so that on average x stays x.
+
+    A step below 1/256 of its weight would else be lost at every step. bf16 is the upper half of
+    fp32: noise in the lower half carries over as often as that half is large.
+    """
+    noise = torch.randint_like(x, 2**16, dtype=torch.int32)
+    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32)
+
+
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
     """x (B, M, N) -> the nearest matrices whose singular values all lie near 1 (0.7 to 1.2).
 
@@ -107,6 +168,8 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if x.is_cuda:
+        x = x.bfloat16()  # exact enough for a direction, and ten times as fast
     for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x

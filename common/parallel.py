@@ -15,26 +15,41 @@ from torch.distributed.tensor import DTensor
 def shard(model: nn.Module, run) -> nn.Module:
     """The model on its device, and under torchrun in shards: each rank keeps 1/world of it.
 
-    FSDP2 gathers a block's weights just before they are used: every block of a ModuleList named
-    `layers` by itself, then the rest. Rank 0's weights count. Parameters and gradients stay fp32,
+    A model on "meta" gets its memory here, with nothing in it yet: `assign` fills it, each rank's
+    part by that rank alone. One that has weights already has the same ones on every rank.
+
+    FSDP2 gathers a part's weights just before they are used: every block of a ModuleList named
+    `layers` by itself, the model's own `units`, then the rest. Gradients have the weights' dtype,
     computation is in run.dtype. Call it before the optimizer is made; afterwards only forward,
     loss, logits and logprobs may be called from outside: they gather what they need.
     """
-    if not dist.is_initialized():
-        return model.to(run.device)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        dist.broadcast(tensor.data, 0)
-    # CUDA gathers weights in bf16. Inputs are not cast: rotary tables must stay fp32; autocast does
-    # the rest. On a CPU autocast does it all: its norms refuse bf16 weights on fp32 inputs.
+    sharded = dist.is_initialized()
+    if sharded:
+        shard_parts(model, run)
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device=run.device)
+    model.to(run.device)
+    # FSDP on CUDA hands out weights in the computation's dtype. Where they come in another one,
+    # autocast must cast them.
+    cast_by_fsdp = sharded and run.device.type == "cuda"
+    dtypes = {p.dtype for p in model.parameters()}
+    run.needs_autocast |= not cast_by_fsdp and dtypes != {run.dtype}
+    return model
+
+
+def shard_parts(model: nn.Module, run):
     policy = MixedPrecisionPolicy()
     if run.dtype == torch.bfloat16 and run.device.type == "cuda":
+        # Inputs are not cast: rotary tables must stay fp32. Gradients are summed in fp32.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(run.device.type, (run.world,))
-    blocks = []
+    parts = []
     for name, part in model.named_modules():
         if isinstance(part, nn.ModuleList) and name.split(".")[-1] == "layers":
-            blocks += part
-    for module in [*blocks, model]:
+            parts += part
+    if hasattr(model, "units"):
+        parts += model.units()
+    for module in [*parts, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         # sums, no means: losses are divided by the global token count already
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot pre-multiply
@@ -44,22 +59,29 @@ def shard(model: nn.Module, run) -> nn.Module:
     for method in ("loss", "logits", "logprobs"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
-    return model
+
+
+def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """What this rank holds of a tensor, and which of its rows these are. Not sharded: all."""
+    if not isinstance(tensor, DTensor):
+        return tensor, slice(None)
+    local = tensor.to_local()
+    mesh = tensor.device_mesh
+    share = -(-len(tensor) // mesh.size())  # FSDP gives the last ranks less
+    begin = min(mesh.get_local_rank() * share, len(tensor))
+    return local, slice(begin, begin + len(local))
+
+
+@torch.no_grad()
+def assign(target: torch.Tensor, source: torch.Tensor):
+    """target takes source's numbers; of a sharded one, each rank its own rows."""
+    local, rows = own_part(target)
+    local.copy_(source[rows])
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor gathered (all ranks must call it); any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def full_state(run, model: nn.Module) -> dict:
-    """All ranks: every tensor of the model, whole, on rank 0's CPU; an empty dict elsewhere."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        tensor = whole(tensor)  # one at a time on the device
-        if run.main:
-            state[name] = tensor.cpu()
-    return state
 
 
 # ----------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
     run = start(args, "sft")                   joins the processes, picks the device, seeds, says so
     if not run.trained():                      False again only after run.mark_trained()
         ...                                    the script's own loop
+        if not run.should_skip(loss, norm):
+            opt.step()
         run.log(step, steps, loss=loss, norm=norm, tokens=..., visual_tokens=..., flops=...)
         run.mark_trained()
     run.score(lambda: score_phase(...))        a failing scorer never costs the training before it
@@ -14,8 +16,6 @@ made to train on), model/ (the official layout), samples.md and score.json.
 """
 
 import argparse
-import atexit
-import datetime
 import gc
 import json
 import math
@@ -28,20 +28,22 @@ import sys
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from tqdm import tqdm
 
 from common.jsonl import replacing
+from common.processes import Peers, join_processes
 from common.threads import watch_cores
 from kernels import attention_path
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIZES = ["toy", "tiny", "small", "0.6b", "1.7b", "4b", "8b"]
+MADE_HERE = ["toy", "tiny", "small"]  # sizes without released weights
+SIZES = [*MADE_HERE, "0.6b", "1.7b", "4b", "8b"]
 
 # Dense bf16 peaks of the data sheets, FLOP/s; the first name contained in the device's name counts.
 PEAKS = {
@@ -55,6 +57,14 @@ PEAKS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+
+# A step is skipped that is not finite, or whose gradient is so many times the median of the last
+# norms. # ours: the toy's largest is 3.3 times it, a spike that harms is hundreds; and no run gets
+# better by itself after so many.
+EXPLODES = 20
+WINDOW = 100
+MOST_IN_A_ROW = 5
+MOST_IN_1000 = 20
 
 # ----------------------------------------------------------------------------------------------
 # flags
@@ -81,16 +91,22 @@ def arguments(doc: str, eval_limit: int = 40) -> argparse.ArgumentParser:
     add("--init", help="model folder to start from (default: what the stage before left)")
     add("--seed", type=at_least(0), default=0)
     add("--steps", type=at_least(1), help="optimizer steps (default: by size)")
+    add("--packs", type=at_least(1), help="micro-batches of a step, on all ranks together")
     add("--eval-limit", type=at_least(0), default=eval_limit, metavar="N",
         help="held-out questions per task after the phase; 0: none")
     add("--plan", action="append", default=[], metavar="NAME=NUMBER",
         help="another number than the script's PLAN has for the size, e.g. prompts=8")
     add("--save-every", type=at_least(1), default=100, help="steps between checkpoints")
+    add("--save-minutes", type=at_least(1), default=15, help="at most so long between checkpoints")
+    add("--keep-checkpoint", action="store_true", help="also when the stage is trained")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="insist on a checkpoint to go on from")
     again.add_argument("--fresh", action="store_true", help="forget this stage's results")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the computation")
+    add("--compile", default="auto", choices=["auto", "on", "off"],
+        help="torch.compile for each block (default: on CUDA with Triton, but at toy and tiny)")
+    add("--gpu-memory", type=at_least(1), metavar="GB", help="as if each card had no more")
     add("--workers", type=at_least(0), help="loading processes (default: 1, on a GPU up to 8)")
     add("--threads", type=at_least(1), help="CPU threads (default: OMP_NUM_THREADS or cores)")
     return parser
@@ -180,6 +196,8 @@ def pick_device(args) -> torch.device:
             raise SystemExit("MPS runs in fp32 in one process: no --dtype bf16, no torchrun")
     if kind != "cuda":
         return torch.device(kind)
+    # Packs differ in shape: pieces that can grow leave fewer gaps. Read when CUDA starts.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
         raise SystemExit(
@@ -204,28 +222,6 @@ def share_cores(args, device: torch.device):
     if args.workers is None:
         # one process decodes as fast as a CPU trains; a GPU outruns it
         args.workers = min(8, max(1, share - 1)) if device.type == "cuda" else 1
-
-
-def join_processes(device: torch.device):
-    if "RANK" not in os.environ or dist.is_initialized():
-        return
-    # gloo next to NCCL: counts and objects travel between CPUs without a stop of the GPU.
-    # The long timeout: the others wait while rank 0 scores a model or writes a phase's data.
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(hours=12),
-        device_id=device if device.type == "cuda" else None,
-    )
-    atexit.register(leave_processes)
-
-
-def leave_processes():
-    """At exit: gloo's threads need the interpreter once more to drop their last tensors.
-
-    When it is gone before them, they abort the process after all work is done.
-    """
-    dist.destroy_process_group()
-    time.sleep(0.3)
 
 
 # What a run leaves in its folder.
@@ -285,26 +281,33 @@ def peak_memory(device: torch.device) -> int:
 # ----------------------------------------------------------------------------------------------
 
 
-class Run:
+class Run(Peers):
     """This process among its peers, the run's folder, its log, and the wish to stop.
 
     args, stage, device, dtype (of the computation), rank, world, main (rank 0), folder;
-    peak: FLOP/s of all ranks; totals: tokens, visual tokens, seconds so far; stop: 0 or a signal.
+    peak: FLOP/s of all ranks; totals: tokens, visual tokens, seconds, skipped steps so far;
+    guard: what should_skip remembers; saving: the checkpoint that is being written; saved: the
+    last one that was; late: minutes enough have passed for another; stop: 0 or a signal.
     """
 
     def __init__(self, args, stage: str, device: torch.device, dtype: torch.dtype, later=()):
+        super().__init__("words")
+        self.background = Peers("saving")  # of the thread that writes checkpoints
         self.args = args
         self.stage = stage
         self.device = device
         self.dtype = dtype
-        joined = dist.is_initialized()
-        self.rank = dist.get_rank() if joined else 0
-        self.world = dist.get_world_size() if joined else 1
-        self.main = self.rank == 0
         self.peak = 1.0
-        self.totals = {"tokens": 0, "visual_tokens": 0, "seconds": 0.0}
+        self.totals = {"tokens": 0, "visual_tokens": 0, "seconds": 0.0, "skipped_steps": 0}
+        self.guard = {"steps": 0, "norms": [], "skipped": []}
+        self.step = 0  # the one that is being done
+        self.skipped = False  # an update of it
+        self.needs_autocast = False  # weights of another dtype than the computation's, see shard
         self.bar = None
-        self.clock = time.perf_counter()
+        self.clock = self.saved_at = time.perf_counter()
+        self.saving: Future | None = None
+        self.saved: Path | None = None
+        self.late = False
         self.stop = 0
         self.folder = Path(args.out) / args.size / stage
         self.make_folders([self.folder, *[self.folder.with_name(name) for name in later]])
@@ -319,24 +322,6 @@ class Run:
         if self.main:
             tqdm.write(text, file=sys.stderr)
 
-    def gather_objects(self, thing) -> list:
-        """One object per rank, in rank order; also a barrier."""
-        things = [thing] * self.world
-        if dist.is_initialized():
-            dist.all_gather_object(things, thing)  # by gloo: no stop of the GPU
-        return things
-
-    def gather(self, values) -> list[list[float]]:
-        """One list of floats per rank, in rank order; also a barrier."""
-        return self.gather_objects([float(v) for v in values])
-
-    def merge(self, local: dict) -> dict:
-        """The union of all ranks' dicts."""
-        union = {}
-        for part in self.gather_objects(local):
-            union |= part
-        return union
-
     def means(self, local: dict[str, list]) -> dict[str, float]:
         """The mean of each list over all ranks' lists of that name."""
         sums = Counter()
@@ -346,9 +331,6 @@ class Run:
                 sums[key] += total
                 counts[key] += count
         return {key: sums[key] / count for key, count in counts.items() if count}
-
-    def barrier(self):
-        self.gather_objects(None)
 
     def make_folders(self, folders: list[Path]):
         """make_folder on every rank; SystemExit on all where one cannot: later costs a training."""
@@ -362,38 +344,18 @@ class Run:
         except RuntimeError as e:
             raise SystemExit(str(e)) from None
 
-    def sum(self, x):
-        """Sum over ranks of a number or a tensor (a new one)."""
-        if not isinstance(x, torch.Tensor):
-            return sum(self.gather_objects(x))
-        x = x.detach().clone()
-        if dist.is_initialized():
-            dist.all_reduce(x)
-        return x
-
-    def attempt(self, doing: str, work):
-        """work() on every rank; where it fails on any, all raise the same RuntimeError."""
-        result = error = None
-        try:
-            result = work()
-        except CheckpointException as e:
-            cause = next(iter(e.failures.values()))[0]
-            error = f"{type(cause).__name__}: {cause}"
-        except Exception as e:
-            error = f"{type(e).__name__}: {e}"
-        errors = [f"rank {i}: {e}" for i, e in enumerate(self.gather_objects(error)) if e]
-        if errors:
-            raise RuntimeError(f"{doing}: {' | '.join(errors)}")
-        return result
-
     # -- computing -----------------------------------------------------------------------------
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
+        wanted = self.needs_autocast and self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, wanted)
 
     def to(self, batch: dict) -> dict:
         """The batch on the device; segments and grids stay on the host, where they are read."""
         on_gpu = self.device.type == "cuda"
+        if on_gpu and not batch["labels"].is_cuda:
+            # which tokens have a label: found here, the GPU need not be waited for
+            batch = batch | {"labelled": (batch["labels"] != -100).nonzero()[:, 0]}
         moved = dict(batch)
         for key, value in batch.items():
             if isinstance(value, torch.Tensor) and key not in ("segments", "grids"):
@@ -437,7 +399,10 @@ class Run:
         return done
 
     def mark_trained(self):
+        """The model is there: from now on nobody reads the checkpoint (at 8B 104 GB)."""
         self.write_json("done.json", self.totals)
+        if self.main and not self.args.keep_checkpoint:
+            shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
         self.barrier()
 
     def score(self, scorer):
@@ -471,6 +436,53 @@ class Run:
             with replacing(self.folder / name) as part:
                 part.write_text(json.dumps(content, indent=1) + "\n")
 
+    # -- steps that must not be taken ----------------------------------------------------------
+
+    def should_skip(self, loss, norm) -> bool:
+        """All ranks, before opt.step(): whether loss or gradient are not finite, or it explodes.
+
+        loss, norm: of all ranks together, so that all decide alike; they are waited for here
+        instead of in log. FloatingPointError where so many steps are skipped that something is
+        wrong with more than single samples.
+        """
+        loss, norm = float(loss), float(norm)
+        guard = self.guard  # checkpoints keep it: a killed run skips what another would
+        guard["steps"] += 1
+        usual = math.inf
+        if len(guard["norms"]) == WINDOW:
+            usual = median(guard["norms"])
+        skip = not math.isfinite(loss + norm) or norm > EXPLODES * usual
+        if skip:
+            self.count_skipped(
+                f"step {self.step} is skipped: loss {loss:.4g}, gradient norm {norm:.4g} "
+                f"(usually {usual:.4g})"
+            )
+        elif norm > 0:  # a step in which nothing was to be learnt says nothing of the usual
+            guard["norms"] = [*guard["norms"], norm][-WINDOW:]
+        return skip
+
+    def count_skipped(self, what: str):
+        self.say(what)
+        self.skipped = True
+        self.totals["skipped_steps"] += 1
+        now = self.guard["steps"]
+        skipped = [n for n in self.guard["skipped"] if n > now - 1000] + [now]
+        self.guard["skipped"] = skipped
+        last = range(now - MOST_IN_A_ROW + 1, now + 1)
+        if set(last) <= set(skipped) or len(skipped) >= MOST_IN_1000:
+            self.give_up(f"{what}, like {len(skipped)} of the last 1,000 steps")
+
+    def give_up(self, why: str):
+        self.finish_save()
+        good = f"the last checkpoint, {self.saved}, is good" if self.saved else "nothing is saved"
+        raise FloatingPointError(f"{why}; {good}; look at the data or lower the learning rate")
+
+    def finish_save(self):
+        """All ranks: waits for the checkpoint that is being written; its error is raised here."""
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            saving.result()
+
     # -- the log -------------------------------------------------------------------------------
 
     def write(self, record: dict):
@@ -483,21 +495,15 @@ class Run:
         """All ranks, once a step (0-based): the bar, a line of metrics, and whether to stop.
 
         tokens, visual_tokens, flops: this rank's in this step, FLOPs without recomputation;
-        values: global numbers (loss, norm, lr, ...). FloatingPointError on all ranks when loss
-        or norm is not finite, so that no such step is ever saved.
+        values: global numbers (loss, norm, lr, ...). On all ranks FloatingPointError when loss or
+        norm is not finite, and the step was not skipped: no such step is ever saved; RuntimeError
+        when the checkpoint that was being written could not be.
         """
         values = {k: float(v) for k, v in values.items()}  # waits for the device: honest clocks
         for key in ("loss", "norm"):
-            if not math.isfinite(values.get(key, 0.0)):
-                raise FloatingPointError(
-                    f"step {step}: {key} is {values[key]}; the last checkpoint is good, "
-                    f"look at the data or lower the learning rate"
-                )
-        memory = peak_memory(self.device)
-        rows = np.array(self.gather([tokens, visual_tokens, flops, memory, self.signal]))
-        tokens, visual_tokens, flops = rows[:, :3].sum(0).tolist()
-        memory, stop = rows[:, 3:].max(0).tolist()
-        self.stop = int(stop)
+            if not self.skipped and not math.isfinite(values.get(key, 0.0)):
+                self.give_up(f"step {step}: {key} is {values[key]}")
+        tokens, visual_tokens, flops, memory = self.exchange(tokens, visual_tokens, flops)
         now = time.perf_counter()
         seconds = now - self.clock
         self.clock = now
@@ -508,13 +514,35 @@ class Run:
             "step": step,
             **values,
             **work,
+            "skipped_steps": self.totals["skipped_steps"],
             "tokens_per_s": tokens / seconds,
             "visual_tokens_per_s": visual_tokens / seconds,
             "mfu": flops / seconds / self.peak,
             "peak_gb": memory / 1e9,
         }
         self.show(step, steps, record)
+        for key, value in record.items():
+            if not math.isfinite(value):  # of a skipped step; JSON has no such numbers
+                record[key] = None
         self.write(record)
+        self.step = step + 1
+        self.skipped = False
+
+    def exchange(self, *work) -> list[float]:
+        """Sums of a step's work over all ranks, and the most memory of one.
+
+        And what all must know at once: to stop, to save, or that a checkpoint was not written.
+        """
+        late = time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
+        failed = self.saving is not None and self.saving.done() and self.saving.exception()
+        mine = [*work, peak_memory(self.device), self.signal, bool(failed), late]
+        rows = np.array(self.gather(mine))
+        memory, stop, failed = rows[:, -4:-1].max(0).tolist()
+        self.stop = int(stop)
+        self.late = bool(rows[0, -1])  # by one clock
+        if failed:
+            self.finish_save()
+        return [*rows[:, :-4].sum(0).tolist(), memory]
 
     def show(self, step: int, steps: int, record: dict):
         if self.bar is None:

@@ -8,6 +8,7 @@ The ids of a byte-level vocabulary are the ranks of its merges, so no file of me
 """
 
 import json
+import lzma
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -44,6 +45,11 @@ WRITABLE = re.compile(f"({'|'.join(re.escape(t) for t in ADDED if t not in CONTR
 LONG_BLANK = re.compile(r"(\s{65536})\s+")
 
 
+# Qwen's vocabulary, 151,643 tokens in the order of their ids, one a line; of Qwen3 (Apache 2.0,
+# huggingface.co/Qwen/Qwen3-8B). Keye-VL has it too.
+QWEN_VOCAB = Path(__file__).parent / "qwen.vocab.xz"
+
+
 def byte_of_char() -> dict[str, int]:
     """GPT-2's table {character: byte}: vocab.json writes each byte as one printable character.
 
@@ -66,8 +72,12 @@ def vocab_file(folder: str | Path) -> Path:
 def read_vocab(path: Path) -> dict[str, int]:
     """vocab.json, or what a tokenizer.json holds of it: {token in byte-level characters: id}.
 
-    ValueError naming the file when it is no vocabulary, or one of another kind of tokenizer.
+    Or QWEN_VOCAB. ValueError naming the file when it is no vocabulary, or one of another kind of
+    tokenizer.
     """
+    if path == QWEN_VOCAB:
+        tokens = lzma.decompress(path.read_bytes()).decode().splitlines()
+        return {token: i for i, token in enumerate(tokens)}
     try:
         vocab = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:

@@ -3,7 +3,7 @@ or in shards with an index.
 
     filled = load_weights(model, folder, KEYE_NAMES, UNUSED)   every tensor checked, then copied
     save_weights(model.state_dict(), config, folder)           as Keye-VL-8B-Preview has it
-    average = average_weights(folders, KEYE_NAMES)             the mean of several models
+    add_weights(model, folder, KEYE_NAMES)                     another model's, for their mean
 
 Our parameters have shorter names than those in the files; the tables below translate.
 """
@@ -11,7 +11,7 @@ Our parameters have shorter names than those in the files; the tables below tran
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from common.parallel import own_part
 
 # (prefix here, prefix in the file); the first that fits counts
 VIT_NAMES = [
@@ -66,6 +68,7 @@ EMBEDDING = "model.embed_tokens.weight"
 PATCH_EMBEDDING = "patch_embedding.weight"
 PATCH = (3, 14, 14)
 
+SHARD_BYTES = 5 * 10**9
 READABLE = ("F64", "F32", "F16", "BF16")  # dtypes, by safetensors' names
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -172,28 +175,36 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     return where
 
 
-def read_tensors(where: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of weight_files, by official names, as they are needed here.
+def read_tensors(where: dict[str, Path], rows: Callable[[str], slice]) -> Iterator[tuple]:
+    """(official name, shape, rows(name) of it) of all tensors of weight_files, as needed here.
 
-    Every file is opened once: to open it maps it and reads its header. ValueError names the file
-    and a tensor that is of integers or 8-bit floats, or is no patch embedding.
+    Every file is opened once: to open it maps it and reads its header; of a tensor only the rows
+    that are asked for are read. ValueError names the file and a tensor that is of integers or
+    8-bit floats, or is no patch embedding.
     """
     for path in dict.fromkeys(where.values()):
         with _opened(path) as file:
             for stored in file.keys():
-                dtype = file.get_slice(stored).get_dtype()
+                name = official(stored)
+                entry = file.get_slice(stored)
+                dtype = entry.get_dtype()
                 if dtype not in READABLE:
                     raise ValueError(
                         f"{path}: {stored} is of dtype {dtype}; only {', '.join(READABLE)} are read"
                     )
-                tensor = file.get_tensor(stored)
+                shape = tuple(entry.get_shape())
+                wanted = rows(name)
+                # a slice of all is a copy; the tensor itself lies in the mapped file
+                all_of_it = wanted == slice(None) or not shape
+                tensor = file.get_tensor(stored) if all_of_it else entry[wanted]
                 if stored.endswith(PATCH_EMBEDDING):
-                    if tensor.shape[1:] != PATCH:
+                    if shape[1:] != PATCH:
                         raise ValueError(
-                            f"{path}: {stored} has shape {tuple(tensor.shape)}, not (C, 3, 14, 14)"
+                            f"{path}: {stored} has shape {shape}, not (C, 3, 14, 14)"
                         )
                     tensor = tensor.flatten(1)  # (C, 588)
-                yield official(stored), tensor
+                    shape = (shape[0], tensor.shape[1])
+                yield name, shape, tensor
 
 
 @torch.no_grad()
@@ -206,9 +217,9 @@ def load_weights(
     """Copy a folder's tensors into those parameters that `names` covers; all must be there and fit.
 
     names: (prefix here, prefix in the file); unused: prefixes in the file that are known and not
-    needed. Returns the names here of what was filled. KeyError for a missing or an extra tensor,
-    ValueError for one of a wrong shape or dtype, one that is not finite, or a broken file, each
-    with its name.
+    needed. Where the module is sharded, each rank reads its own rows. Returns the names here of
+    what was filled. KeyError for a missing or an extra tensor, ValueError for one of a wrong shape
+    or dtype, one that is not finite, or a broken file, each with its name.
     """
     where = weight_files(folder)
     state = module.state_dict()
@@ -222,14 +233,23 @@ def load_weights(
         raise KeyError(
             f"{folder}: {len(extra)} tensors that this model has no place for, first {extra[0]}"
         )
+    own = {name: own_part(state[here]) for name, here in ours.items()}
+    own.setdefault(HEAD, own.get(EMBEDDING))  # some files hold the embedding twice, as the head too
     head = None
-    for name, source in read_tensors(where):
+    nothing = slice(0, 0)
+    for name, shape, source in read_tensors(where, lambda name: own.get(name, (0, nothing))[1]):
+        what = f"{where[name]}: {name}"
         if name in ours:
-            _fill(state[ours[name]], source, f"{where[name]}: {name}")
+            if shape != state[ours[name]].shape:
+                needs = tuple(state[ours[name]].shape)
+                raise ValueError(f"{what} has shape {shape}, but the model needs {needs}")
+            _fill(own[name][0], source, what)
         elif name == HEAD:
+            if shape != state[ours[EMBEDDING]].shape:
+                raise ValueError(f"{what} has shape {shape}, another than {EMBEDDING}")
             head = source
-    if head is not None:  # some files hold the embedding twice, as the head too
-        embedding = state[ours[EMBEDDING]]
+    if head is not None:
+        embedding, _ = own[EMBEDDING]
         if not torch.equal(head.to(embedding), embedding):
             raise ValueError(
                 f"{where[HEAD]}: {HEAD} is not {EMBEDDING}, though config.json says "
@@ -239,38 +259,32 @@ def load_weights(
 
 
 def _fill(target: Tensor, source: Tensor, what: str):
-    if source.shape != target.shape:
-        raise ValueError(
-            f"{what} has shape {tuple(source.shape)}, but the model needs {tuple(target.shape)}"
-        )
     target.copy_(source)
+    if not target.numel():
+        return  # a rank beyond the last row
     lowest, highest = target.aminmax()  # both are NaN where one number is
     if not (lowest.isfinite() and highest.isfinite()):
         raise ValueError(f"{what} is not finite in {target.dtype}: the model has diverged")
 
 
-def average_weights(folders: list[Path], names: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """Plain mean of several folders' tensors in fp32, by our names, for save_weights.
+@torch.no_grad()
+def add_weights(module: nn.Module, folder: str | Path, names: list[tuple[str, str]]):
+    """module += the model in `folder`, each rank its own rows.
 
-    ValueError when not all folders have the same tensors.
+    ValueError where the folder has not the same tensors.
     """
-    to_ours = [(theirs, ours) for ours, theirs in names]
-    first = weight_files(folders[0])
-    total = {}
-    for folder in folders:
-        where = weight_files(folder)
-        odd = where.keys() ^ first.keys()
-        if odd:
-            raise ValueError(f"{folders[0]} or {folder} has no {min(odd)}: no average of both")
-        for name, tensor in read_tensors(where):
-            ours = renamed(name, to_ours)
-            if ours is None:
-                raise ValueError(f"{where[name]}: {name} is no tensor of this model")
-            before = total.setdefault(ours, torch.zeros(tensor.shape))
-            if before.shape != tensor.shape:
-                raise ValueError(f"{where[name]}: {name} has another shape than in {folders[0]}")
-            before += tensor
-    return {name: tensor / len(folders) for name, tensor in total.items()}
+    where = weight_files(folder)
+    state = module.state_dict()
+    own = {renamed(name, names): own_part(tensor) for name, tensor in state.items()}
+    shapes = {renamed(name, names): tensor.shape for name, tensor in state.items()}
+    odd = own.keys() ^ where.keys()
+    if odd:
+        raise ValueError(f"{folder}: {min(odd)} is there or in the model alone: no average")
+    for name, shape, source in read_tensors(where, lambda name: own[name][1]):
+        if shape != shapes[name]:
+            raise ValueError(f"{where[name]}: {name} has another shape than in the other models")
+        target, _ = own[name]
+        target.add_(source.to(target))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -278,7 +292,7 @@ def average_weights(folders: list[Path], names: list[tuple[str, str]]) -> dict[s
 
 
 def save_weights(
-    state: dict[str, Tensor], config: dict, folder: str | Path, shard_bytes: int = 5 * 10**9
+    state: dict[str, Tensor], config: dict, folder: str | Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write config.json and the weights by their official names; above 5 GB in shards.
 
@@ -289,10 +303,10 @@ def save_weights(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        index = _write_shards(state, aside, shard_bytes)
-        if index:
-            (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        files = plan_files(state, None, shard_bytes)
+        for file, names in files.items():
+            write_file(aside / file, {name: state[name] for name in names})
+        write_index(aside, state, files, config)
         _replace_model(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -314,30 +328,48 @@ def _replace_model(aside: Path, folder: Path):
     os.replace(aside / "config.json", folder / "config.json")
 
 
-def _write_shards(state: dict[str, Tensor], folder: Path, shard_bytes: int) -> dict | None:
-    """The files of weights; returns the index of several, None for one."""
-    shards = [{}]
+def plan_files(
+    state: dict[str, Tensor], dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> dict[str, list[str]]:
+    """Which tensors, by our names, go into which file, when they are written in `dtype`.
+
+    One of a rank's rows counts whole, so all ranks plan alike. KeyError: a name without a place.
+    """
+    shards = [[]]
     size = 0  # bytes of the last one
     for name, tensor in state.items():
-        stored = renamed(name, KEYE_NAMES)
-        if stored is None:
+        if renamed(name, KEYE_NAMES) is None:
             raise KeyError(f"{name} has no name in the official layout")
+        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if size and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    files = range(1, len(shards) + 1)
+    return dict(zip((f"model-{n:05}-of-{len(shards):05}.safetensors" for n in files), shards))
+
+
+def write_file(path: Path, tensors: dict[str, Tensor]):
+    """One file of a model folder: our names become official ones."""
+    stored = {}
+    for name, tensor in tensors.items():
         tensor = tensor.cpu().contiguous()
         if name.endswith(PATCH_EMBEDDING):
             tensor = tensor.unflatten(1, PATCH)
-        if size and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][stored] = tensor
-        size += tensor.nbytes
+        stored[renamed(name, KEYE_NAMES)] = tensor
+    save_file(stored, path, metadata={"format": "pt"})
 
-    if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
-        return None
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in state.values())
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+def write_index(
+    folder: Path, state: dict[str, Tensor], files: dict[str, list[str]], config: dict, dtype=None
+):
+    """config.json, and for several files of weights the index."""
+    if len(files) > 1:
+        weight_map = {renamed(n, KEYE_NAMES): file for file, names in files.items() for n in names}
+        total = sum(t.numel() * (dtype or t.dtype).itemsize for t in state.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -61,6 +61,7 @@ def by_length(rewards):
 def killing(save_if_due, step: int):
     def save(run, done, *rest, **extra):
         if done == step:
+            run.finish_save()
             os.kill(os.getpid(), signal.SIGKILL)
         save_if_due(run, done, *rest, **extra)
 

@@ -119,8 +119,10 @@ def main(argv: list[str]):
     parser = arguments(__doc__)
     parser.add_argument("--drop", type=float, default=0.0, help="dropout: random states matter")
     parser.add_argument("--kill", type=int, help="kill -9 after this step")
+    parser.add_argument("--kill-rank", type=int, help="of this rank alone (default: all)")
     parser.add_argument("--kill-in-save", type=int, help="kill -9 while this step is being saved")
     parser.add_argument("--signal", type=int, help="send SIGTERM in this step")
+    parser.add_argument("--spoil", type=int, nargs="*", default=[], help="steps with a NaN")
     args = parser.parse_args(argv)
     run = start(args, "small")
     model = shard(SmallModel(args.drop), run)
@@ -138,17 +140,22 @@ def main(argv: list[str]):
             with run.autocast():
                 loss_sum, _ = model.loss(run.to(batch))
             micro_loss = loss_sum / targets
+            if step in args.spoil and run.main:
+                micro_loss = micro_loss * float("nan")
             micro_loss.backward()
             loss += micro_loss.detach()
             check_gradients_are_reduced(run, model)
         norm = clip_gradients(model)
-        opt.step()
+        loss = run.sum(loss)
+        if not run.should_skip(loss, norm):
+            opt.step()
         opt.zero_grad(set_to_none=True)
         if step == args.signal and run.main:
             os.kill(os.getpid(), signal.SIGTERM)
         tokens = sum(len(batch["tokens"]) for batch in batches)
-        run.log(step, args.steps, loss=run.sum(loss), norm=norm, lr=lr, tokens=tokens)
-        if step == args.kill:
+        run.log(step, args.steps, loss=loss, norm=norm, lr=lr, tokens=tokens)
+        if step == args.kill and args.kill_rank in (None, run.rank):
+            run.finish_save()
             with open(run.folder / "metrics.jsonl", "a") as f:
                 f.write('{"step": ')
             os.kill(os.getpid(), signal.SIGKILL)
@@ -160,8 +167,8 @@ def main(argv: list[str]):
 def die_while_saving(step: int | None):
     write = checkpoint.dcp.save
 
-    def save(state, checkpoint_id: Path):
-        write(state, checkpoint_id=checkpoint_id)
+    def save(state, checkpoint_id: Path, process_group):
+        write(state, checkpoint_id=checkpoint_id, process_group=process_group)
         if checkpoint_id.name == f"step-{step}.tmp":
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -181,7 +188,10 @@ def check_gradients_are_reduced(run, model):
 
 
 def run_stage(out: Path, *flags, ranks=1, code=0) -> str:
-    """Runs main to its end in fresh processes; returns what they said on stderr."""
+    """Runs main to its end in fresh processes; returns what they said on stderr.
+
+    code: their exit code, or a list of one a rank.
+    """
     return in_processes(main, ["--out", out, "--device", "cpu", *flags], ranks, code)
 
 
@@ -212,7 +222,8 @@ def in_processes(function, argv=(), ranks=1, code=0) -> str:
         child.kill()  # only matters where it hangs
         child.join()
     said = log.read_text()
-    assert [child.exitcode for child in children] == [code] * ranks, said[-4000:]
+    codes = code if isinstance(code, list) else [code] * ranks
+    assert [child.exitcode for child in children] == codes, said[-4000:]
     return said
 
 

@@ -531,6 +531,7 @@ class Loop:
 
         def make_optimizer(model, rates, **how):
             self.rates = rates, how
+            model.requires_grad_()  # prepare has only asked it
             opt = torch.optim.SGD(model.parameters(), rates["decoder"])
             opt.param_groups[0]["peak_lr"] = rates["decoder"]
             return opt
@@ -555,13 +556,17 @@ class Loop:
         def export(run, model, processor):
             self.exported = model
 
-        def load(folder, device=None):
+        def load(folder):
             self.inits.append(folder)
             return policy
 
-        policy.decoder = SimpleNamespace(activation_checkpointing=None)
-        for script in (align, sft):
-            monkeypatch.setattr(script, "KeyeVL", SimpleNamespace(from_pretrained=load))
+        def fit(run, model, learns, pack, copies):
+            self.fitted = learns, pack, copies
+            return {"compiled": True}
+
+        policy.load = load
+        monkeypatch.setattr(sft, "KeyeVL", SimpleNamespace(shapes=lambda folder: policy))
+        monkeypatch.setattr(sft, "fit", fit)
         monkeypatch.setattr(sft, "make_optimizer", make_optimizer)
         monkeypatch.setattr(align, "Loader", loader)
         monkeypatch.setattr(sft, "resume", lambda *what: progress or Progress())
@@ -652,7 +657,9 @@ def test_mpo_trains_every_part_on_the_pairs(tmp_path, monkeypatch, run, processo
     loop.run.args.workers = 3
     align.mpo(loop.run, start_model, tmp_path, RATE, STEPS)
     assert loop.inits == [start_model]
-    assert loop.rates == ({"vit": RATE, "projector": RATE, "decoder": RATE}, {"muon": 2})
+    rates = {"vit": RATE, "projector": RATE, "decoder": RATE}
+    assert loop.rates == (rates, {"muon": 2, "compiled": True})
+    assert loop.fitted == (("vit", "projector", "decoder"), 4096, 0)
     [(args, how)] = loop.loaders
     files, processor, *place = args
     assert files == [(tmp_path / "train.jsonl", 1)]
@@ -660,7 +667,6 @@ def test_mpo_trains_every_part_on_the_pairs(tmp_path, monkeypatch, run, processo
     assert place == [4096, 1, 0, 1, 4]  # pack, packs, rank, world, seed
     assert how["flops"](100, []) > 0
     assert (how["workers"], how["state"]) == (3, None)
-    assert policy.decoder.activation_checkpointing is False
 
 
 def test_every_forward_is_on_the_device_and_in_the_dtype_of_the_run(
@@ -1198,6 +1204,23 @@ def test_held_out_questions_are_checked_before_anything_is_done(phase, tmp_path)
         with pytest.raises(SystemExit, match="x.jsonl:1"):
             phase.main(*flags, "--data", data)
     assert phase.events == []
+
+
+def test_the_last_rounds_model_is_copied_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = tmp_path / "align" / "model"
+    for stale in (target / "old.txt", tmp_path / "align" / "model.tmp" / "half.txt"):
+        stale.parent.mkdir(parents=True)
+        stale.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            align.copy_model(first_model(), target)
+    assert [path.name for path in target.iterdir()] == ["old.txt"]
+    align.copy_model(first_model(), target)
+    for path in first_model().iterdir():
+        assert (target / path.name).read_bytes() == path.read_bytes()
+    assert len(list(target.iterdir())) == len(list(first_model().iterdir()))
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
+from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +23,7 @@ from common.checkpoint import (
     Progress,
     export,
     fingerprint,
-    replace_folder,
     resume,
-    save,
     save_if_due,
     shorten_metrics,
 )
@@ -38,6 +38,7 @@ from stage import (
     exported,
     finished,
     folder_of,
+    in_processes,
     metrics,
     run_stage,
 )
@@ -61,6 +62,12 @@ def flip_a_bit(path: Path):
     path.write_bytes(content)
 
 
+def save(run, *what, **extra):
+    """A checkpoint, once it is written."""
+    checkpoint.save(run, *what, **extra)
+    run.finish_save()
+
+
 def no_room(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -78,6 +85,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(saved, ranks, copy_of):
     assert_same_curve(before, out, "loss", "norm")
     assert curve(before, "loss", "seconds")[:3] == curve(out, "loss", "seconds")[:3], "kept"
     assert curve(before, "seconds")[3:] != curve(out, "seconds")[3:], "run again"
+
+
+def test_a_run_goes_on_from_two_ranks_to_one_to_four(copy_of):
+    out = copy_of(2)
+    shutil.rmtree(folder_of(out) / "checkpoint" / "step-6")
+    run_stage(out, "--steps", 6, "--save-every", 1, "--kill", 4, code=-signal.SIGKILL)
+    assert "step-4; " in run_stage(out, "--steps", 6, "--save-every", 3, ranks=4)
+    assert_same_curve(finished(2), out, "loss", "norm")
 
 
 def test_two_ranks_checkpoint_is_bit_equal_in_one_process(copy_of):
@@ -99,14 +114,16 @@ def test_two_ranks_checkpoint_is_bit_equal_in_one_process(copy_of):
 
 def test_all_that_was_saved_comes_back(tmp_path):
     run, model, opt = begin(tmp_path)
-    run.totals = {"tokens": 70, "visual_tokens": 9, "seconds": 1.5}
+    totals = {"tokens": 70, "visual_tokens": 9, "seconds": 1.5, "skipped_steps": 2}
+    guard = {"steps": 4, "norms": [0.1, 1 / 3], "skipped": [1, 3]}
+    run.totals, run.guard = dict(totals), dict(guard)
     save(run, 4, model, opt, {"next": [4, 2]}, shift=[0.5, 3.0])
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     run, model, opt = begin(tmp_path, "--seed", "1")
     progress = resume(run, model, opt)
     assert progress == Progress(4, {"next": [4, 2]}, {"shift": [0.5, 3.0]})
-    assert run.totals == {"tokens": 70, "visual_tokens": 9, "seconds": 1.5}
+    assert (run.totals, run.guard) == (totals, guard)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
@@ -155,6 +172,18 @@ def test_kill_9_gives_the_same_curve_to_the_last_bit(tmp_path):
     assert checkpoint_names(cut) == ["step-6", "step-7"]
 
 
+def test_one_rank_killed_ends_all_and_the_same_command_goes_on(tmp_path):
+    flags = ["--steps", 6, "--save-every", 2]
+    codes = [1, -signal.SIGKILL]
+    said = run_stage(tmp_path, *flags, "--kill", 4, "--kill-rank", 1, ranks=2, code=codes)
+    assert "Connection" in said
+    assert checkpoint_names(tmp_path) == ["step-2", "step-4"]
+    said = run_stage(tmp_path, *flags, "--kill-in-save", 6, ranks=2, code=-signal.SIGKILL)
+    assert "step-4; " in said and "step-6.tmp" in checkpoint_names(tmp_path)
+    assert "step-4; " in run_stage(tmp_path, *flags, ranks=2)
+    assert_same_curve(finished(2), tmp_path, "loss", "norm", tol=0)
+
+
 def test_flags_that_differ_are_named(copy_of, capfd):
     out = copy_of(1)
     run, model, opt = begin(out, "--save-every", "7", "--resume")
@@ -200,7 +229,9 @@ def cut_in_half(path: Path):
 
 
 @pytest.mark.parametrize("spoil", [flip_a_bit, cut_in_half, Path.unlink])
-@pytest.mark.parametrize("name", ["__0_0.distcp", "rng-0.pt", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", [
+    "__0_0.distcp", ".metadata", "rng-0.pt", "state.json", "manifest.json",
+])
 def test_a_damaged_checkpoint_is_found_and_the_one_before_taken(name, spoil, copy_of, capfd):
     out = copy_of(1)
     spoil(folder_of(out) / "checkpoint" / "step-6" / name)
@@ -263,14 +294,19 @@ def test_a_run_saves_every_so_often_at_the_end_and_at_a_signal(tmp_path, monkeyp
     run, _, _ = begin(tmp_path, "--save-every", "3")
     saved = []
     monkeypatch.setattr(checkpoint, "save", lambda run, step, *rest, **extra: saved.append(step))
+    monkeypatch.setattr(run, "finish_save", lambda: saved.append("waited"))
     for step in range(1, 8):
         save_if_due(run, step, 7, None, None)
-    assert saved == [3, 6, 7]
+    assert saved == [3, 6, 7, "waited"]
+    run.late = True
+    save_if_due(run, 2, 7, None, None)
+    assert saved[4:] == [2]
+    run.late = False
     run.stop = signal.SIGTERM
     with pytest.raises(SystemExit) as stopped:
         save_if_due(run, 2, 7, None, None)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert saved == [3, 6, 7, 2]
+    assert saved[5:] == [2, "waited"]
 
 
 def test_the_two_newest_checkpoints_are_kept(tmp_path):
@@ -291,13 +327,93 @@ def test_saving_is_not_counted_as_training(tmp_path, monkeypatch):
     run.clock = 40.0
     save(run, 1, model, opt)
     assert run.clock == 47.0
+    assert run.saved_at == 57.0
+
+
+def test_a_thread_writes_what_was_there_when_the_save_began(tmp_path, monkeypatch):
+    run, model, opt = begin(tmp_path)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    place = {"next": [1]}
+    write = checkpoint.dcp.save
+    go_on = threading.Event()
+
+    def held(*args, **named):
+        assert go_on.wait(60)  # training goes on meanwhile
+        write(*args, **named)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", held)
+    checkpoint.save(run, 1, model, opt, place)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+            opt.state[p].clear()
+    place["next"].append(2)
+    run.totals["tokens"] = 7
+    go_on.set()
+    run.finish_save()
+    assert run.saved == run.folder / "checkpoint" / "step-1"
+
+    run, model, opt = begin(tmp_path, "--seed", "1")
+    assert resume(run, model, opt).loader == {"next": [1]}
+    assert run.totals["tokens"] == 0
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_one_checkpoint_is_written_at_a_time(tmp_path, monkeypatch):
+    run, model, opt = begin(tmp_path)
+    write = checkpoint.dcp.save
+    events = []
+
+    def note(state, checkpoint_id, process_group):
+        events.append(f"begin {checkpoint_id.name}")
+        write(state, checkpoint_id=checkpoint_id, process_group=process_group)
+        events.append(f"end {checkpoint_id.name}")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", note)
+    for step in (1, 2):
+        checkpoint.save(run, step, model, opt)
+    run.finish_save()
+    names = ["step-1.tmp", "step-2.tmp"]
+    assert events == [f"{what} {name}" for name in names for what in ("begin", "end")]
+    assert checkpoint_names(tmp_path) == ["step-1", "step-2"]
+
+
+def test_a_writers_error_ends_the_next_step(tmp_path, monkeypatch):
+    run, model, opt = begin(tmp_path)
+    save(run, 1, model, opt)
+    monkeypatch.setattr(checkpoint.dcp, "save", no_room)
+    checkpoint.save(run, 2, model, opt)
+    wait([run.saving])
+    with pytest.raises(RuntimeError, match="cannot save .*step-2 .*stays valid.*No space left"):
+        run.log(2, 4, loss=1.0)
+    assert checkpoint_names(tmp_path) == ["step-1"]
+    run.log(2, 4, loss=1.0)  # said once
+
+
+def test_a_writers_error_on_one_rank_ends_all_in_the_same_step(tmp_path):
+    in_processes(one_cannot_write, [tmp_path], ranks=2)
+    steps = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert steps[0] == steps[1]
+
+
+def one_cannot_write(argv):
+    out = Path(argv[0])
+    run, model, opt = begin(out)
+    if run.rank == 1:
+        torch.save = no_room
+    checkpoint.save(run, 1, model, opt)
+    with pytest.raises(RuntimeError, match="step-1 .*stays valid.* rank 1: OSError: .*No space"):
+        for step in range(10**6):
+            run.log(step, 10**6, loss=1.0)
+    (out / f"{run.rank}.txt").write_text(f"{step}")
+    run.barrier()
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     run, model, opt = begin(tmp_path)
     save(run, 1, model, opt, "one")
 
-    def half(state, checkpoint_id):
+    def half(state, checkpoint_id, process_group):
         (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
         no_room()
 
@@ -384,25 +500,21 @@ def test_an_export_has_the_whole_model_by_its_official_names(tmp_path):
         assert torch.equal(saved[renamed(name, KEYE_NAMES)], tensor), name
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
-    run, _, _ = begin(tmp_path)
+def test_a_model_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    run, model, _ = begin(tmp_path)
     folder = run.folder / "model"
     folder.mkdir()
     (folder / "old.txt").write_text("from before")
-
-    def write(tmp: Path):
-        assert list(tmp.iterdir()) == [], "a stale one must not shine through"
-        (tmp / "new.txt").write_text("now")
-
-    def half(tmp: Path):
-        write(tmp)
-        no_room()
-
-    with pytest.raises(RuntimeError, match="cannot export to .*model: .*No space left"):
-        replace_folder(run, folder, half)
+    (run.folder / "model.tmp").mkdir()
+    (run.folder / "model.tmp" / "stale.txt").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Processor, "save_pretrained", no_room)
+        with pytest.raises(RuntimeError, match="cannot export to .*model: .*No space left"):
+            export(run, model, Processor())
     assert [path.name for path in folder.iterdir()] == ["old.txt"]
-    replace_folder(run, folder, write)
-    assert [path.name for path in folder.iterdir()] == ["new.txt"]
+    export(run, model, Processor())
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["config.json", "model.safetensors", "vocab.json"]
     assert [path.name for path in run.folder.iterdir()] == ["model"], "nothing is left beside it"
 
 

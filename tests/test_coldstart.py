@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 
@@ -26,7 +25,6 @@ from phases import first_model
 from phases import flags
 from phases import read
 from phases import run_script
-from phases import sums
 from phases import talk
 from phases import world
 from phases import write

@@ -666,6 +666,7 @@ class Placed(Table):
     def run(run):
         run = copy.copy(run)
         run.dtype = torch.bfloat16
+        run.needs_autocast = True  # as shard says of weights in fp32
         run.to = lambda batch: batch | {"moved": True}
         return run
 
@@ -859,11 +860,11 @@ class Loop:
         self.logged = []
         self.saved = []
         self.lost = {}  # (seed of a step, number of a prompt): why it cannot be asked
-        load = KeyeVL.from_pretrained
+        load = KeyeVL.load
 
-        def from_pretrained(folder):
-            self.loaded.append(load(folder))
-            return self.loaded[-1]
+        def noted(model, folder):
+            self.loaded.append(load(model, folder))
+            return model
 
         def optimizer(*args, **how):
             self.made = how
@@ -884,7 +885,12 @@ class Loop:
             ))
             return {"loss": 0.5, "norm": 1.0, "tokens": 7}
 
-        monkeypatch.setattr(KeyeVL, "from_pretrained", staticmethod(from_pretrained))
+        def fit(run, model, learns, pack, copies):
+            self.fitted = (run.world, model, learns, pack, copies)
+            return {"compiled": True}
+
+        monkeypatch.setattr(KeyeVL, "load", noted)
+        monkeypatch.setattr(sft, "fit", fit)
         monkeypatch.setattr(sft, "make_optimizer", optimizer)
         monkeypatch.setattr(sft, "resume", resume)
         monkeypatch.setattr(grpo, "grpo_step", step)
@@ -901,7 +907,7 @@ class Loop:
         return drawn
 
     def train(self, folder, *flags, judge=None, size="toy"):
-        argv = ["--size", size, "--seed", "4", *flags]
+        argv = ["--size", size, "--seed", "4", *map(str, flags)]
         self.run.args = parser().parse_args(argv)
         grpo.train(self.run, folder, "questions", grpo.PLAN["toy"], judge)
 
@@ -981,7 +987,7 @@ def test_the_rate_rises_and_stays(monkeypatch, run, start_model):
     assert factors == pytest.approx([0.5] + [1.0] * 19)
     plain = min(group["peak_lr"] for group in loop.opt.param_groups)
     assert plain == pytest.approx(1e-4)
-    assert loop.made == {"weight_decay": 0.0, "muon": 2}
+    assert loop.made == {"weight_decay": 0.0, "muon": 2, "compiled": True}
     highest = max(group["peak_lr"] for group in loop.opt.param_groups)
     assert loop.logged[-1][2]["lr"] == pytest.approx(highest)
 
@@ -1005,13 +1011,26 @@ def test_the_plan_of_a_size_is_the_default(monkeypatch, run, start_model):
     loop.train(start_model)
     assert len(loop.steps) == 40
     assert "judge_failed" not in loop.logged[0][2]
-    assert not loop.loaded[0].decoder.activation_checkpointing
 
 
-def test_large_sizes_recompute_activations(monkeypatch, run, start_model):
+@pytest.mark.parametrize("world, beta, copies", [(1, 0, 0), (1, 0.1, 1), (4, 0, 1), (4, 0.1, 1.25)])
+def test_memory_is_planned_for_its_packs_and_what_stands_beside(
+    monkeypatch, run, start_model, world, beta, copies
+):
+    """The reference in shards, and for a sharded policy the sampler's whole copy."""
     loop = Loop(monkeypatch, run)
-    loop.train(start_model, "--steps", "1", size="8b")
-    assert loop.loaded[0].decoder.activation_checkpointing
+    loop.run.world = world
+    loop.run.sum = lambda x: x
+    loop.train(start_model, "--steps", "1", "--beta", beta)
+    parts = ("vit", "projector", "decoder")
+    assert loop.fitted == (world, loop.loaded[0], parts, grpo.PLAN["toy"]["pack"], copies)
+
+
+def test_the_packs_of_released_sizes_are_longer_than_in_fine_tuning(monkeypatch, run, start_model):
+    loop = Loop(monkeypatch, run)
+    loop.run.args = parser().parse_args(["--size", "8b", "--steps", "1"])
+    grpo.train(loop.run, start_model, "questions", grpo.PLAN["released"], None)
+    assert loop.fitted[3] == 16384
 
 
 def test_a_judge_that_was_not_asked_has_not_failed(run):
@@ -1101,14 +1120,14 @@ def test_questions_that_changed_are_asked_from_the_first_step_on(phase, question
     data = tmp_path / "world"
     shutil.copytree(questions, data)
     path = data / "train" / "questions.jsonl"
-    phase.main("--data", data)
+    phase.main("--data", data, "--keep-checkpoint")
     (phase.folder / "done.json").unlink()  # it was killed
     saved = phase.folder / "checkpoint" / "step-1"
     for content, goes_on in ((path.read_text(), True), (path.read_text() + "\n", False)):
         saved.mkdir(parents=True)
         path.write_text(content)
         capsys.readouterr()
-        phase.main("--data", data)
+        phase.main("--data", data, "--keep-checkpoint")
         assert saved.exists() == goes_on
         assert ("questions.jsonl changed" in capsys.readouterr().err) != goes_on
         (phase.folder / "done.json").unlink()

@@ -5,13 +5,12 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from common import run as run_module
 from common.packing import even_packs
-from common.parallel import full_state, pass_around, ring_pass, shard
+from common.parallel import assign, pass_around, ring_pass, shard, whole
 from common.run import arguments, start
 from stage import assert_same_curve, curve, exported, finished, in_processes, run_stage
 
@@ -147,39 +146,52 @@ def test_a_tensor_goes_around_the_ring_and_its_gradient_comes_back(tmp_path):
 
 
 class Outside(nn.Module):
-    """A block, and a parameter and a buffer outside of all blocks."""
+    """A block, a unit, and a parameter and a buffer outside of both."""
 
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(4, 4)])
-        self.scale = nn.Parameter(torch.full((2,), float(dist.get_rank())))
-        self.register_buffer("table", torch.full((2,), float(dist.get_rank())))
+        self.head = nn.Linear(4, 5, bias=False)
+        self.scale = nn.Parameter(torch.ones(3))
+        self.register_buffer("table", torch.ones(2))
+
+    def units(self):
+        return [self.head]
 
     def loss(self, x):
-        return self.layers[0](x).sum() + self.scale.sum()
+        return self.head(self.layers[0](x)).sum() + self.scale.sum()
 
 
 def spread_weights(argv):
     run = join(argv)
-    torch.manual_seed(run.rank)
-    model = Outside()
-    first = run.gather_objects(model.layers[0].weight.detach().clone())[0]
+    with torch.device("meta"):
+        model = Outside()
     model = shard(model, run)
     assert isinstance(model.layers[0], FSDPModule), "each block is gathered by itself"
-    assert model.scale.to_local().shape == (1,)
-    assert model.table.tolist() == [0, 0]
+    assert isinstance(model.head, FSDPModule), "and each unit"
+    assert model.head.weight.to_local().shape == ((3 if run.main else 2), 4)
+    assert model.scale.to_local().shape == ((2 if run.main else 1),)
 
-    state = full_state(run, model)
-    if run.main:
-        assert torch.equal(state["layers.0.weight"], first)
-        assert state["scale"].tolist() == [0, 0]
-        assert state["table"].tolist() == [0, 0]
-    else:
-        assert state == {}
+    drawn = {name: torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        assign(tensor, drawn[name])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(whole(tensor), drawn[name]), name
 
     model.loss(torch.ones(4)).backward()
-    assert model.scale.grad.full_tensor().tolist() == [2, 2], "gradients are sums over ranks"
+    assert model.scale.grad.full_tensor().tolist() == [2, 2, 2], "sums over ranks"
 
 
-def test_the_first_ranks_weights_count_and_each_rank_keeps_a_part(tmp_path):
+def test_a_model_without_memory_gets_each_ranks_part_of_it(tmp_path):
     in_processes(spread_weights, [tmp_path], ranks=2)
+
+
+def keep_weights(argv):
+    run = join(argv)
+    model = shard(Outside(), run)
+    assert whole(model.scale).tolist() == [1, 1, 1]
+    assert model.table.tolist() == [1, 1]
+
+
+def test_a_model_with_weights_keeps_them(tmp_path):
+    in_processes(keep_weights, [tmp_path], ranks=2)

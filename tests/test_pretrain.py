@@ -25,8 +25,10 @@ from data import Processor
 from model import PRESETS
 from model import SCALE
 from model import KeyeVL
+from vit import PoolingHead
 from phases import FakeRun
 from phases import Loop
+from phases import Weights
 from phases import as_main
 from phases import call
 from phases import change
@@ -143,6 +145,7 @@ def as_killed(argv):
     def die(run, step, *args, **values):
         log(run, step, *args, **values)
         if step == 3:
+            run.finish_save()  # of the second step, in the background
             os.kill(os.getpid(), signal.SIGKILL)
 
     Run.log = die
@@ -182,6 +185,29 @@ def one_process(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
     in_processes(as_two_packs, four_steps(out, request.param))
     return request.param, out
+
+
+def test_a_killed_stage_learns_what_was_corrected(tmp_path):
+    """As many lines as before, so the loader's place would still fit."""
+    data = tmp_path / "data"
+    shutil.copytree(world(), data)
+    few = ("--stage", "text", "--steps", 4, "--save-every", 2)
+    argv = ["pretrain.py", *flags(tmp_path, "--data", data, *few)]
+    in_processes(as_killed, argv, code=-signal.SIGKILL)
+    path = data / "train" / "text.jsonl"
+    before = path.read_text()
+    path.write_text("".join(reversed(before.splitlines(keepends=True))))
+    said = in_processes(as_two_packs, argv)
+    folder = tmp_path / "toy" / "pretrain-text"
+    assert f"text.jsonl changed since {folder} was made: it starts over" in said
+    assert "resumed" not in said
+    assert [step for step, _ in curve(tmp_path, "text", "loss")] == [0, 1, 2, 3]
+
+    path.write_text(before)
+    made = (folder / "model" / "model.safetensors").read_bytes()
+    said = in_processes(as_two_packs, argv)
+    assert "text.jsonl changed" in said and "it stays as it is (--fresh trains it again)" in said
+    assert (folder / "model" / "model.safetensors").read_bytes() == made
 
 
 def test_kill_9_gives_the_same_curve(one_process, tmp_path):
@@ -310,7 +336,9 @@ def next_token(
 ):
     loop = Loop(monkeypatch, pretrain, FakeRun(tmp_path, rank, world), begin)
     loop.run.args.size = size
-    pretrain.next_token(loop.run, stage, loop.model, "processor", "the mixture", steps, plan)
+    monkeypatch.setattr(pretrain, "fill", lambda model, args, before: model.load(before))
+    pretrain.next_token(loop.run, stage, "before", "processor", "the mixture", steps, plan)
+    assert loop.made["shapes"][0] == loop.model.loaded == "before"
     return loop
 
 
@@ -354,10 +382,11 @@ def test_stage_3_goes_on_from_the_rate_of_stage_2_towards_zero(stage, size, tmp_
 def test_each_stage_trains_its_parts(stage, peaks, work, tmp_path, monkeypatch):
     loop = next_token(monkeypatch, tmp_path, stage, steps=1)
     (model, got), named = loop.made["make_optimizer"]
-    assert model is loop.model and got == pytest.approx(peaks) and named == {"muon": 2}
+    assert model is loop.model and got == pytest.approx(peaks)
+    assert named == {"muon": 2, "moments": "as fits"}
+    assert loop.made["fit"] == ((loop.run, loop.model, tuple(peaks), 4096), {})
     assert loop.made["step_work"] == ((loop.model.config, loop.BATCHES), work)
     assert loop.made["export"] == ((loop.run, loop.model, "processor"), {})
-    assert loop.model.decoder.activation_checkpointing is False
 
 
 def test_the_loader_gives_each_rank_its_packs(tmp_path, monkeypatch):
@@ -367,8 +396,7 @@ def test_the_loader_gives_each_rank_its_packs(tmp_path, monkeypatch):
     assert args == ("the mixture", "processor", 8192 * 64 // 66, 66, 2, 3, 0)
     assert named == {"workers": 3, "state": {"place": 0}}
     assert flops.func is pretrain.sample_flops and flops.args == (loop.model.config,)
-    assert loop.model.decoder.activation_checkpointing is True
-    assert loop.made["make_optimizer"][1] == {"muon": 0}
+    assert loop.made["make_optimizer"][1] == {"muon": 0, "moments": "as fits"}
 
 
 def test_a_resumed_loop_goes_on_with_the_next_step_and_the_next_sample(tmp_path, monkeypatch):
@@ -395,6 +423,9 @@ class Pairs(nn.Module):
         self.logit_scale = nn.Parameter(torch.ones(1))
         self.logit_bias = nn.Parameter(torch.ones(1))
 
+    def init_weights(self, pooling_head):
+        self.fresh_head = pooling_head
+
     def forward(self, patches, grids, tokens):
         assert self.run.computing and len(patches) == len(grids) == len(tokens)
         images = self.vit.weight.expand(len(grids), 1)
@@ -417,7 +448,8 @@ class Ranks(FakeRun):
         self.scored = scorer()
 
 
-def contrastive(monkeypatch, tmp_path, steps, begin=0, rank=0):
+def contrastive(monkeypatch, tmp_path, steps, begin=0, rank=0, official=()):
+    """official: names of the tensors that it starts from."""
     run = Ranks(tmp_path, rank, world=2)
     loop = Loop(monkeypatch, pretrain, run, begin)
     loop.BATCHES = [
@@ -438,29 +470,30 @@ def contrastive(monkeypatch, tmp_path, steps, begin=0, rank=0):
         assert (context, encode) == (64, "encode")
         return torch.zeros(len(batch["grids"]), context)
 
-    def write_model(run, state, config, processor):
-        loop.note("export", state, processor)
+    def export(run, model, processor):
+        loop.note("export", set(model.state_dict()), processor)
 
     patches = {
         "text_tower": lambda args, cfg, processor: (tower, "encode"),
         "SigLIP": partial(Pairs, run),
         "sigmoid_loss": sigmoid_loss,
         "captions_of": captions_of,
-        "write_model": write_model,
+        "export": export,
+        "fill": lambda model, args, before, pooling_head: model.load(before),
+        "weight_files": lambda folder: official,
         "mixture": lambda folder, stage, size: (folder, stage, size),
         "retrieval": lambda run, embed, processor, path: (processor, path),
         "training_flops": lambda cfg, lengths, grids: 100 * len(grids),
     }
     for name, double in patches.items():
         monkeypatch.setattr(pretrain, name, double)
-    model = nn.Module()
-    model.config = PRESETS["toy"]
-    model.vit = vit
-    model.projector = nn.Linear(1, 1, bias=False)
-    loop.model = model
+    loop.model = Weights(run)
+    loop.model.config = PRESETS["toy"]
+    loop.model.vit = vit
+    del loop.model.decoder
     run.args.init_vit = None
     plan = {"lr": {"0": 2.0}}
-    pretrain.contrastive(run, model, "processor", Path("data"), steps, plan)
+    pretrain.contrastive(run, "before", "processor", Path("data"), steps, plan)
     return loop
 
 
@@ -468,7 +501,8 @@ def test_stage_0_divides_by_the_pairs_of_the_step(tmp_path, monkeypatch):
     """On all ranks and in all micro-batches: 3 + 2 here, 4 + 1 there."""
     loop = contrastive(monkeypatch, tmp_path, steps=2)
     one = ["draw", "clip", "step", "zero", "log", "save"]
-    begin = ["shard", "make_optimizer", "resume", "Loader"]
+    # ViT and text tower, and by itself the projector, which is kept as it was
+    begin = ["shard", "shard", "make_optimizer", "resume", "Loader"]
     assert loop.run.moved == 4
     assert loop.events == [*begin, *one * 2, "export", "retrieval"]
     # pictures, captions, the most that any rank has in this micro-batch, ranks
@@ -487,7 +521,7 @@ def test_stage_0_trains_the_vit_and_the_text_tower_with_one_rate(tmp_path, monke
     loop = contrastive(monkeypatch, tmp_path, steps=40, rank=1)
     (siglip, peaks), named = loop.made["make_optimizer"]
     assert peaks == {"vit": 2.0, "text": 2.0, "logit_scale": 2.0, "logit_bias": 2.0}
-    assert named == {"muon": 2}
+    assert named == {"muon": 2, "moments": "as fits"}
     falling = [0.2 + 0.8 * (38 - i) / 38 for i in range(38)]
     assert rates(loop) == pytest.approx([2 * share for share in [0.5, 1.0, *falling]])
     args, named = loop.made["Loader"]
@@ -497,8 +531,9 @@ def test_stage_0_trains_the_vit_and_the_text_tower_with_one_rate(tmp_path, monke
 
 def test_stage_0_keeps_the_vit_without_its_pooling_head(tmp_path, monkeypatch):
     loop = contrastive(monkeypatch, tmp_path, steps=1)
-    state, processor = loop.made["export"][0]
-    assert set(state) == {"vit.weight", "projector.weight"} and processor == "processor"
+    names, processor = loop.made["export"][0]
+    assert names == {"vit.weight", "projector.weight"} and processor == "processor"
+    assert loop.model.loaded == "before" and loop.model.vit.head is not None
     heldout = Path("data") / "heldout" / "caption.jsonl"
     assert loop.run.scored == ("processor", heldout)
 
@@ -574,9 +609,9 @@ def test_one_rank_without_pictures_has_no_loss():
 
 def test_the_vectors_have_length_one_and_the_scale_starts_at_ten(processor, model):
     tower, encode = pretrain.text_tower(SimpleNamespace(init_vit=None), PRESETS["toy"], processor)
-    siglip = pretrain.SigLIP(model.vit, tower)
-    siglip.vit.head = pretrain.PoolingHead(PRESETS["toy"].vision)
-    pretrain.init_weights(siglip.vit.head, 2)
+    siglip = pretrain.SigLIP(model.vit, tower.to_empty(device="cpu"))
+    siglip.vit.head = PoolingHead(PRESETS["toy"].vision)
+    siglip.init_weights(pooling_head=True)
     (batch,), _ = next(iter(Loader([(world() / "train/pairs.jsonl", 1)], processor, 100, 1)))
     tokens = pretrain.captions_of(batch, tower.context, encode)
     images, texts, scale, bias = siglip(batch["patches"], batch["grids"], tokens)
@@ -682,7 +717,7 @@ class Begun(Exception):
 def begun(tmp_path, monkeypatch):
     """begun(**flags): the weights that pretrain.py is about to train."""
 
-    def shard(model, run):
+    def make_optimizer(model, rates, **named):
         raise Begun(dict(model.state_dict()))
 
     def go(**more):
@@ -690,7 +725,7 @@ def begun(tmp_path, monkeypatch):
             start(*flags(tmp_path / "out", "--data", world(), "--fresh"), **more)
         return caught.value.args[0]
 
-    monkeypatch.setattr(pretrain, "shard", shard)
+    monkeypatch.setattr(pretrain, "make_optimizer", make_optimizer)
     return go
 
 
@@ -770,7 +805,9 @@ def test_captions_for_siglips_tower_are_in_its_own_pieces(processor, tmp_path):
 
 def first_weights(**given):
     none = {"size": "toy", "seed": 0, "init_llm": None, "init_vit": None}
-    return pretrain.fresh_model(SimpleNamespace(**none | given))
+    model = KeyeVL.empty(PRESETS["toy"])
+    pretrain.fill_fresh(model, SimpleNamespace(**none | given))
+    return model
 
 
 @pytest.mark.parametrize("name, number", [
@@ -810,7 +847,7 @@ def test_siglip_of_another_kind_is_refused(tmp_path, processor, entry, change, s
     path.write_text(json.dumps(config))
     args = SimpleNamespace(size="toy", seed=0, init_llm=None, init_vit=tmp_path)
     with pytest.raises((SystemExit, ValueError), match=f"{tmp_path}.*{entry}: {said}"):
-        pretrain.fresh_model(args)
+        first_weights(init_vit=tmp_path)
         pretrain.text_tower(args, PRESETS["toy"], processor)
 
 
@@ -830,27 +867,12 @@ def test_fresh_weights_depend_on_the_seed_alone():
     assert torch.equal(fresh(1), fresh(1)) and not torch.equal(fresh(1), fresh(2))
 
 
-def test_the_pooling_head_of_official_weights_is_read_in_stage_0_alone(monkeypatch, tmp_path):
-    loaded = []
-
-    class Model:
-        @staticmethod
-        def from_pretrained(folder, pooling_head):
-            loaded.append((folder, pooling_head))
-
-    official_names = {"visual.vision_model.head.probe": "x"}
-    monkeypatch.setattr(pretrain, "KeyeVL", Model)
-    monkeypatch.setattr(pretrain, "mixture", lambda *args: None)
-    monkeypatch.setattr(pretrain, "contrastive", lambda *args: None)
-    monkeypatch.setattr(pretrain, "next_token", lambda *args: None)
-    run = FakeRun(tmp_path)
-    run.args = SimpleNamespace(data="d", size="toy", steps=1, init_llm=None, init_vit=None)
-    for names in (official_names, {}):
-        monkeypatch.setattr(pretrain, "weight_files", lambda folder: names)
-        for stage in ("0", "1", "3-even"):
-            pretrain.train_stage(run, stage, "before", "processor", {"steps": {}})
-    assert [head for _, head in loaded] == [True, False, False, False, False, False]
-    assert {folder for folder, _ in loaded} == {"before"}
+@pytest.mark.parametrize("official", [(), (pretrain.POOLING_PROBE,)])
+def test_the_pooling_head_of_official_weights_is_kept_in_stage_0(official, tmp_path, monkeypatch):
+    loop = contrastive(monkeypatch, tmp_path, steps=1, official=official)
+    siglip = loop.made["make_optimizer"][0][0]
+    assert siglip.fresh_head == (not official)
+    assert loop.made["shapes"] == ("before", {"pooling_head": True})
 
 
 def test_the_vocabulary_comes_with_the_model_the_decoder_or_the_toy(tmp_path):
@@ -861,8 +883,7 @@ def test_the_vocabulary_comes_with_the_model_the_decoder_or_the_toy(tmp_path):
     toy = first()
     assert len(toy.tokenizer.encode("circle")) == 1
     assert toy.image_max == SCALE["toy"].budget["image_max"]
-    with pytest.raises(SystemExit, match="--size 8b needs a vocabulary: --init-llm .* or --vocab"):
-        first(size="8b")
+    assert first(size="8b").tokenizer.n_base == 151_643, "Qwen's"
     vocab = ROOT / "toyworld" / "vocab.json"
     shutil.copy(vocab, tmp_path / "vocab.json")
     for given in ({"vocab": vocab}, {"init_llm": tmp_path}):
@@ -984,9 +1005,9 @@ class Stages:
             raise torch.OutOfMemoryError("no memory left")
         return {"plain": {}}
 
-    def note_merge(self, parents, out):
+    def note_merge(self, run, parents):
         self.done.append(("merge", parents))
-        self.merge(parents, out)
+        self.merge(run, parents)
 
     def names(self):
         return [name for name, *_ in self.done]
@@ -1096,9 +1117,6 @@ def test_a_stage_gets_its_mixture_and_the_steps_of_the_plan_or_the_flag(monkeypa
     for name in ("contrastive", "next_token"):
         monkeypatch.setattr(pretrain, name, lambda run, *args: given.append(args))
     monkeypatch.setattr(pretrain, "mixture", lambda *args: args)
-    monkeypatch.setattr(pretrain, "weight_files", lambda folder: {})
-    load = SimpleNamespace(from_pretrained=lambda folder, pooling_head: "model")
-    monkeypatch.setattr(pretrain, "KeyeVL", load)
     run = FakeRun(tmp_path)
     run.args = SimpleNamespace(data="d", size="toy", steps=None, init_llm=None, init_vit=None)
     plan = {"steps": {"0": 10, "2": 20, "3": 30}}
@@ -1108,10 +1126,10 @@ def test_a_stage_gets_its_mixture_and_the_steps_of_the_plan_or_the_flag(monkeypa
     pretrain.train_stage(run, "2", "before", "processor", plan)
     folder = Path("d")
     assert given == [
-        ("model", "processor", folder, 10, plan),
-        ("2", "model", "processor", (folder, "2", "toy"), 20, plan),
-        ("3-video", "model", "processor", (folder, "3-video", "toy"), 30, plan),
-        ("2", "model", "processor", (folder, "2", "toy"), 7, plan),
+        ("before", "processor", folder, 10, plan),
+        ("2", "before", "processor", (folder, "2", "toy"), 20, plan),
+        ("3-video", "before", "processor", (folder, "3-video", "toy"), 30, plan),
+        ("2", "before", "processor", (folder, "2", "toy"), 7, plan),
     ]
     assert run.said[0] == "starting from before"
 

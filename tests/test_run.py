@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import checkpoint
 from common import run as run_module
 from common.run import (
     add_judge_arguments,
@@ -46,6 +47,7 @@ def opened(out, *flags: str):
     ["--steps", "0"],
     ["--eval-limit", "-1"],
     ["--save-every", "0"],
+    ["--save-minutes", "0"],
     ["--threads", "0"],
     ["--workers", "-1"],
     ["--seed", "-1"],
@@ -230,6 +232,7 @@ def test_autocast_follows_the_dtype(tmp_path):
     with run.autocast():
         assert (x @ x).dtype == torch.float32
     run.dtype = torch.bfloat16
+    run.needs_autocast = True
     with run.autocast():
         assert (x @ x).dtype == torch.bfloat16
 
@@ -335,6 +338,16 @@ def test_fresh_forgets_all_that_a_phase_left(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["done.json", "model"]
 
 
+def test_a_trained_phase_leaves_no_checkpoint(tmp_path):
+    for flags, left in (((), []), (("--keep-checkpoint",), ["checkpoint"])):
+        run, model, opt = begin(tmp_path, *flags)
+        checkpoint.save(run, 1, model, opt)
+        run.finish_save()
+        run.mark_trained()
+        assert sorted(path.name for path in run.folder.iterdir()) == [*left, "done.json"]
+        assert run.trained()
+
+
 def test_another_start_is_refused_by_name_unless_the_run_is_fresh(tmp_path):
     run, _, _ = begin(tmp_path)
     run.made_from(init=tmp_path / "a", weights="123", beta=0.1, llm=None)
@@ -431,7 +444,7 @@ def test_a_line_a_step_has_values_sums_and_rates(tmp_path, monkeypatch):
     run, _, _ = begin(tmp_path)
     run.peak = 1000.0
     run.clock = 100.0
-    times = iter([102.0, 106.0])
+    times = iter([102.0, 102.0, 106.0, 106.0])
     fake = SimpleNamespace(perf_counter=lambda: next(times))
     monkeypatch.setattr(run_module, "time", fake)
     monkeypatch.setattr(run_module, "peak_memory", lambda device: 2_500_000_000)
@@ -440,11 +453,13 @@ def test_a_line_a_step_has_values_sums_and_rates(tmp_path, monkeypatch):
     first, second = metrics(tmp_path)
     assert first == {
         "step": 0, "loss": 0.5, "norm": 2.0, "lr": 0.1, "tokens": 10, "visual_tokens": 4,
-        "seconds": 2.0, "tokens_per_s": 5.0, "visual_tokens_per_s": 2.0, "mfu": 0.25,
+        "seconds": 2.0, "skipped_steps": 0, "tokens_per_s": 5.0, "visual_tokens_per_s": 2.0,
+        "mfu": 0.25,
         "peak_gb": 2.5,
     }
     assert (second["step"], second["seconds"], second["tokens_per_s"]) == (1, 4.0, 7.5)
-    assert run.totals == {"tokens": 40, "visual_tokens": 4, "seconds": 6.0}
+    totals = {"tokens": 40, "visual_tokens": 4, "seconds": 6.0, "skipped_steps": 0}
+    assert run.totals == totals
 
 
 def test_the_bar_shows_the_step_and_a_reward_where_there_is_one(tmp_path, capfd):
@@ -464,6 +479,126 @@ def test_a_loss_or_norm_that_is_not_finite_stops_the_run(tmp_path, key, value):
     with pytest.raises(FloatingPointError, match=f"step 3: {key} is {value}"):
         run.log(3, 5, **values)
     assert not (run.folder / "metrics.jsonl").exists()
+
+
+# ----------------------------------------------------------------------------------------------
+# steps that must not be taken
+
+
+@pytest.mark.parametrize("loss, norm", [("nan", 1), ("inf", 1), (1, "nan"), (1, "inf")])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capfd, loss, norm):
+    run, _, _ = begin(tmp_path)
+    assert not run.should_skip(1.0, 1.0)
+    run.log(0, 5, loss=1.0, norm=1.0)
+    loss, norm = torch.tensor(float(loss)), torch.tensor(float(norm))
+    assert run.should_skip(loss, norm)
+    assert f"step 1 is skipped: loss {loss:.4g}, gradient norm {norm:.4g}" in capfd.readouterr().err
+    run.log(1, 5, loss=loss, norm=norm)
+    assert not run.should_skip(1.0, 1.0)
+    run.log(2, 5, loss=1.0, norm=1.0)
+    assert curve(tmp_path, "skipped_steps") == [(0, 0), (1, 1), (2, 1)]
+    assert run.totals["skipped_steps"] == 1
+    expected = {"loss": loss, "norm": norm}
+    for key, value in expected.items():
+        assert metrics(tmp_path)[1][key] == (value if torch.isfinite(value) else None)
+    with pytest.raises(FloatingPointError):
+        run.log(3, 5, loss=loss, norm=norm)  # this one was taken
+
+
+def test_a_gradient_explodes_against_the_median_of_the_last_hundred(tmp_path):
+    run, _, _ = begin(tmp_path)
+    norms = [0.5 + i % 3 for i in range(100)]  # median 1.5
+    for step, norm in enumerate(norms):
+        assert not run.should_skip(1.0, 1e6 if step == 3 else norm), "nothing is usual yet"
+    assert not run.should_skip(1.0, 30.0)
+    assert run.should_skip(1.0, 30.01)
+    assert run.guard["norms"] == [*norms[1:3], 1e6, *norms[4:], 30.0], "no skipped one"
+    for _ in range(50):
+        assert not run.should_skip(1.0, 0.1)
+    assert run.should_skip(1.0, 11.0), "the usual follows"
+
+
+def test_steps_without_a_gradient_say_nothing_of_the_usual(tmp_path):
+    run, _, _ = begin(tmp_path)
+    for step in range(300):  # of a group whose answers are all right there is none
+        assert not run.should_skip(0.0, 0.0 if step % 4 else 0.2)
+    assert run.guard["norms"] == [0.2] * 75
+
+
+NAN = float("nan")
+
+
+def test_five_skipped_steps_in_a_row_end_the_run(tmp_path):
+    run, model, opt = begin(tmp_path)
+    for _ in range(4):
+        assert run.should_skip(NAN, 1.0)
+    assert not run.should_skip(1.0, 1.0)
+    for _ in range(4):
+        assert run.should_skip(NAN, 1.0)
+    run.step = 9
+    checkpoint.save(run, 9, model, opt)
+    with pytest.raises(FloatingPointError) as ended:
+        run.should_skip(NAN, 1.0)
+    assert str(ended.value) == (
+        "step 9 is skipped: loss nan, gradient norm 1 (usually inf), like 9 of the last 1,000 "
+        f"steps; the last checkpoint, {folder_of(tmp_path) / 'checkpoint' / 'step-9'}, is good; "
+        "look at the data or lower the learning rate"
+    )
+
+
+def test_twenty_skipped_steps_of_a_thousand_end_the_run(tmp_path):
+    run, _, _ = begin(tmp_path)
+
+    def skip_one_of(n, steps):
+        for step in range(steps):
+            assert run.should_skip(NAN if step % n == 0 else 1.0, 1.0) == (step % n == 0)
+
+    skip_one_of(53, 2000)  # 19 of a thousand
+    run.guard |= {"skipped": [], "steps": 0}
+    with pytest.raises(FloatingPointError, match="20 of the last 1,000 steps; nothing is saved"):
+        skip_one_of(10, 1000)
+    assert run.guard["steps"] == 191
+
+
+def test_a_skipped_step_leaves_weights_and_moments_alone_on_all_ranks(tmp_path):
+    said = run_stage(tmp_path, "--steps", 1, "--spoil", 0, ranks=2)
+    assert said.count("step 0 is skipped: loss nan") == 1
+    run, model, opt = begin(tmp_path)
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    assert checkpoint.resume(run, model, opt).step == 1
+    assert all(map(torch.equal, before, model.state_dict().values()))
+    for moments in opt.state.values():
+        assert not any(tensor.any() for tensor in moments.values())
+
+
+# ----------------------------------------------------------------------------------------------
+# the log, and the clock of checkpoints
+
+
+def test_after_minutes_without_a_checkpoint_it_is_time_for_one(tmp_path, monkeypatch):
+    run, model, opt = begin(tmp_path, "--save-minutes", "2")
+    now = run.saved_at
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr(run_module, "time", clock)
+    monkeypatch.setattr(checkpoint, "time", clock)
+    for passed, late in ((119, False), (2, True)):
+        now += passed
+        run.log(0, 9, loss=1.0)
+        assert run.late == late
+    checkpoint.save_if_due(run, 1, 9, model, opt)
+    run.finish_save()
+    now += 1
+    run.log(1, 9, loss=1.0)
+    assert not run.late
+
+
+def test_rank_0_alone_says_when_it_is_time(tmp_path, monkeypatch):
+    run, _, _ = begin(tmp_path)
+    for clocks, late in (([0, 1], False), ([1, 0], True)):
+        rows = [[1, 0, 0, 0, 0, 0, clock] for clock in clocks]
+        monkeypatch.setattr(run, "gather", lambda values, rows=rows: rows)
+        run.log(0, 9, loss=1.0)
+        assert run.late == late
 
 
 def test_resident_memory_is_in_bytes(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 import sft
@@ -18,6 +19,7 @@ from conftest import toy_processor
 from data import Processor
 from miniature import curve
 from miniature import run_small
+from model import KeyeVL
 from phases import FakeRun
 from phases import Loaded
 from phases import Loop
@@ -233,6 +235,8 @@ def test_pictures_come_along_and_few_may_be_missing(tmp_path, monkeypatch):
     for content in kept:
         assert (tmp_path / "kept" / content[0]["image"]).is_file()
     assert kept[0][0]["image"] == "media/pictures/0.png"
+    noted = json.loads((tmp_path / "kept" / "media.json").read_text())  # see common/sources.py
+    assert len(noted) == 38 and "pictures/0.png" in noted
 
     (tmp_path / "kept" / "kept.jsonl").unlink()
     for i in range(5, 9):
@@ -308,9 +312,7 @@ def test_a_folder_without_any_file_of_the_mixture_is_said(tmp_path):
 
 def finetune(monkeypatch, tmp_path, steps, begin=0, world=1, lr=3.0, size="toy", rank=0):
     loop = Loop(monkeypatch, sft, FakeRun(tmp_path, rank, world), begin)
-    loop.models = Loaded(loop.model)
     loop.processors = Loaded("the processor")
-    monkeypatch.setattr(sft, "KeyeVL", loop.models)
     monkeypatch.setattr(sft, "Processor", loop.processors)
     loop.run.args.size = size
     sft.finetune(loop.run, Path("init"), "the mixture", lr, steps)
@@ -334,19 +336,26 @@ def test_the_rate_rises_stays_and_falls_in_the_last_part(tmp_path, monkeypatch):
 
 def test_everything_learns_and_starts_from_init(tmp_path, monkeypatch):
     loop = finetune(monkeypatch, tmp_path, steps=1, lr=3.0)
-    assert loop.models.folders == loop.processors.folders == [Path("init")]
+    assert loop.made["shapes"] == (Path("init"), {})
+    assert loop.processors.folders == [loop.model.loaded] == [Path("init")]
     (model, rates), named = loop.made["make_optimizer"]
-    assert model is loop.model and named == {"muon": 2}
+    assert model is loop.model and named == {"muon": 2, "moments": "as fits"}
     assert rates == {"vit": 3.0, "projector": 3.0, "decoder": 3.0}
     assert loop.made["step_work"] == ((loop.model.config, loop.BATCHES), {})
     assert loop.made["export"] == ((loop.run, loop.model, "the processor"), {})
-    assert loop.model.decoder.activation_checkpointing is False
 
 
-def test_released_sizes_recompute_and_step_by_adamw(tmp_path, monkeypatch):
+@pytest.mark.parametrize("size, pack", [("toy", 4096), ("8b", 8192)])
+def test_its_memory_is_planned_before_it_has_any(tmp_path, monkeypatch, size, pack):
+    """All parts learn, a whole pack at a time, and nothing stands beside the model."""
+    loop = finetune(monkeypatch, tmp_path, steps=1, size=size)
+    parts = ("vit", "projector", "decoder")
+    assert loop.made["fit"] == ((loop.run, loop.model, parts, pack, 0), {})
+
+
+def test_released_sizes_step_by_adamw(tmp_path, monkeypatch):
     loop = finetune(monkeypatch, tmp_path, steps=1, size="8b")
-    assert loop.model.decoder.activation_checkpointing is True
-    assert loop.made["make_optimizer"][1] == {"muon": 0}
+    assert loop.made["make_optimizer"][1] == {"muon": 0, "moments": "as fits"}
     assert loop.made["Loader"][0][2:4] == (8192, 64)
 
 
@@ -371,6 +380,21 @@ def test_a_resumed_loop_goes_on_with_the_next_step_and_the_next_sample(tmp_path,
 def test_a_loop_that_was_done_only_exports(tmp_path, monkeypatch):
     loop = finetune(monkeypatch, tmp_path, steps=5, begin=5)
     assert loop.events == ["shard", "make_optimizer", "resume", "Loader", "export"]
+
+
+@pytest.mark.parametrize("size, dtype", [("toy", torch.float32), ("8b", torch.bfloat16)])
+def test_a_model_that_is_only_asked_learns_nothing(tmp_path, size, dtype):
+    """Of released sizes in the dtype it computes with, and nothing has to be cast."""
+    run = FakeRun(tmp_path)
+    run.args.size = size
+    run.dtype = torch.bfloat16
+    run.needs_autocast = False
+    model = sft.frozen(run, first_model())
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert run.needs_autocast == (size == "toy")
+    for name, tensor in KeyeVL.from_pretrained(first_model(), dtype).state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 # ----------------------------------------------------------------------------------------------

@@ -3,16 +3,30 @@
 import errno
 import json
 import os
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import weights
-from common.weights import KEYE_NAMES, average_weights, read_config, renamed, save_weights
+from common import checkpoint, weights
+from common.parallel import own_part, shard, whole
+from common.run import arguments, start
+from common.weights import (
+    KEYE_NAMES,
+    add_weights,
+    plan_files,
+    read_config,
+    renamed,
+    save_weights,
+)
+from conftest import toy_processor
 from model import PRESETS, KeyeVL
+from stage import in_processes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -469,30 +483,234 @@ def test_a_wrong_config_is_named(folder):
         KeyeVL.from_pretrained(folder)
 
 
-def test_average_of_models(keye, tmp_path):
-    parents = [tmp_path / str(i) for i in range(3)]
-    for i, parent in enumerate(parents):
-        state = {name: tensor * i for name, tensor in keye.state_dict().items()}
-        save_weights(state, keye.config.to_json(), parent)
-    average = average_weights(parents, KEYE_NAMES)
-    assert average.keys() == keye.state_dict().keys()
+def test_a_sum_of_models(keye, folder):
+    total = KeyeVL.from_pretrained(folder)
+    add_weights(total, folder, KEYE_NAMES)
     for name, tensor in keye.state_dict().items():
-        torch.testing.assert_close(average[name], tensor)
-    save_weights(average, read_config(parents[0]), tmp_path / "merged")
-    assert same(average, KeyeVL.from_pretrained(tmp_path / "merged").state_dict())
+        torch.testing.assert_close(total.state_dict()[name], 2 * tensor)
 
 
-def test_models_with_different_tensors_have_no_average(keye, folder, tmp_path):
+def test_models_with_different_tensors_have_no_sum(keye, folder, tmp_path):
     other = tmp_path / "other"
     keye.save_pretrained(other)
     edit(other / SINGLE, lambda tensors: tensors.pop("model.norm.weight"))
-    with pytest.raises(ValueError, match="has no model.norm.weight"):
-        average_weights([folder, other], KEYE_NAMES)
+    with pytest.raises(ValueError, match=f"{other}: model.norm.weight is there or in the model"):
+        add_weights(KeyeVL.from_pretrained(folder), other, KEYE_NAMES)
 
 
-def test_models_of_different_shapes_have_no_average(folder, keye, tmp_path):
+def test_models_of_different_shapes_have_no_sum(folder, keye, tmp_path):
     other = tmp_path / "other"
     keye.save_pretrained(other)
     edit(other / SINGLE, lambda tensors: tensors.update({"model.norm.weight": torch.ones(1)}))
     with pytest.raises(ValueError, match="model.norm.weight has another shape than in"):
-        average_weights([folder, other], KEYE_NAMES)
+        add_weights(KeyeVL.from_pretrained(folder), other, KEYE_NAMES)
+
+
+# -- each rank its own rows ------------------------------------------------------------------------
+
+
+class Metered:
+    """An opened file that notes the bytes read of each tensor."""
+
+    def __init__(self, file, read):
+        self.file = file
+        self.read = read
+        self.keys = file.keys
+
+    def get_tensor(self, name):
+        return self.note(name, self.file.get_tensor(name))
+
+    def get_slice(self, name):
+        return MeteredSlice(self, name)
+
+    def note(self, name, tensor):
+        self.read[name] += tensor.nbytes
+        return tensor
+
+
+class MeteredSlice:
+    def __init__(self, metered, name):
+        entry = metered.file.get_slice(name)
+        self.get_dtype = entry.get_dtype
+        self.get_shape = entry.get_shape
+        self.rows = lambda rows: metered.note(name, entry[rows])
+
+    def __getitem__(self, rows):
+        return self.rows(rows)
+
+
+def join(out, *flags):
+    return start(arguments("").parse_args(["--out", out, "--device", "cpu", *flags]), "small")
+
+
+def load_in_shards(argv):
+    """Rank 0 writes down how many bytes each rank has read of each tensor."""
+    out, folder = argv
+    run = join(out)
+    entire = KeyeVL.from_pretrained(folder).state_dict()
+    read = Counter()
+    opened = weights.safe_open
+
+    @contextmanager
+    def metered(*how):
+        with opened(*how) as file:
+            yield Metered(file, read)
+
+    weights.safe_open = metered
+    state = shard(KeyeVL.shapes(folder), run).load(folder).state_dict()
+    for name, tensor in state.items():
+        own, rows = own_part(tensor)
+        assert torch.equal(own, entire[name][rows]), name
+        assert torch.equal(whole(tensor), entire[name]), name
+    everyones = run.gather_objects(read)
+    if run.main:
+        (Path(out) / "read.json").write_text(json.dumps(everyones))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_each_rank_reads_its_own_rows_and_together_they_are_the_model(keye, tmp_path, ranks):
+    official = tmp_path / "official"
+    in_shards(keye, official)
+    in_processes(load_in_shards, [tmp_path, official], ranks)
+    everyones = json.loads((tmp_path / "read.json").read_text())
+    for here, tensor in keye.state_dict().items():
+        row = tensor[0].nbytes
+        share = -(-len(tensor) // ranks)  # in rows; the last rank has what is left
+        left = [min(share, max(0, len(tensor) - rank * share)) for rank in range(ranks)]
+        name = renamed(here, KEYE_NAMES)
+        assert [read[name] for read in everyones] == [row * rows for rows in left], name
+
+
+def refuse_in_shards(argv):
+    """Rank 0 writes down what each rank says of each folder."""
+    out, *folders = argv
+    run = join(out)
+    said = {}
+    for folder in folders:
+        try:
+            shard(KeyeVL.shapes(folder), run).load(folder)
+            error = None
+        except (KeyError, ValueError) as e:
+            error = f"{type(e).__name__}: {e}"
+        said[Path(folder).name] = run.gather_objects(error)
+    if run.main:
+        (Path(out) / "said.json").write_text(json.dumps(said))
+
+
+NORM = "model.norm.weight"
+TABLE = "model.embed_tokens.weight"
+
+
+def test_what_is_wrong_is_named_by_the_ranks_that_meet_it(keye, tmp_path):
+    def shorter(tensors):
+        tensors[NORM] = tensors[NORM][:40].clone()
+
+    def flat(tensors):
+        tensors[TABLE] = tensors[TABLE].flatten()
+
+    def integers(tensors):
+        tensors[NORM] = tensors[NORM].long()
+
+    def last_row(tensors):
+        tensors[TABLE][-1, 3] = float("nan")
+
+    def first_row(tensors):
+        tensors[TABLE][0, 3] = float("-inf")
+
+    spoil = {
+        "shorter": (NORM, shorter),
+        "flat": (TABLE, flat),
+        "integers": (NORM, integers),
+        "missing": (NORM, lambda tensors: tensors.pop(NORM)),
+        "last_row": (TABLE, last_row),
+        "first_row": (TABLE, first_row),
+    }
+    files = {}
+    for case, (name, change) in spoil.items():
+        folder = tmp_path / case
+        files[case] = folder / in_shards(keye, folder)[name]
+        edit(files[case], change)
+    index = json.loads((tmp_path / "missing" / INDEX).read_text())
+    del index["weight_map"][NORM]
+    (tmp_path / "missing" / INDEX).write_text(json.dumps(index))
+    in_processes(refuse_in_shards, [tmp_path, *(tmp_path / case for case in spoil)], ranks=2)
+    said = json.loads((tmp_path / "said.json").read_text())
+
+    norm, table = f"{files['shorter']}: {NORM}", f"{files['flat']}: {TABLE}"
+    assert said["shorter"] == [f"ValueError: {norm} has shape (40,), but the model needs (96,)"] * 2
+    wanted = "has shape (98304,), but the model needs (1024, 96)"
+    assert said["flat"] == [f"ValueError: {table} {wanted}"] * 2
+    for line in said["integers"]:
+        assert line.startswith(f"ValueError: {files['integers']}: {NORM} is of dtype I64")
+    missing = f"{tmp_path / 'missing'}: 1 tensors missing, first {NORM}"
+    assert said["missing"] == [f"KeyError: {missing!r}"] * 2
+    for case, rank in (("first_row", 0), ("last_row", 1)):
+        line = said[case][rank]
+        assert line.startswith(f"ValueError: {files[case]}: {TABLE} is not finite in torch.float32")
+        assert said[case][1 - rank] is None, "its own rows are good"
+    assert not any("\n" in line for lines in said.values() for line in lines if line)
+
+
+# -- many ranks write ------------------------------------------------------------------------------
+
+
+def export_in_shards(argv):
+    """Rank 0 writes down which files each rank has written."""
+    out, folder, size = argv
+    run = join(out, "--size", size)
+    wrote = []
+
+    def write_file(path, tensors):
+        wrote.append(path.name)
+        weights.write_file(path, tensors)
+
+    checkpoint.write_file = write_file
+    checkpoint.plan_files = partial(plan_files, shard_bytes=FEW)
+    model = shard(KeyeVL.shapes(folder), run).load(folder)
+    checkpoint.export(run, model, toy_processor())
+    everyones = run.gather_objects(wrote)
+    if run.main:
+        (Path(out) / "wrote.json").write_text(json.dumps(everyones))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("size, dtype", [("toy", torch.float32), ("8b", torch.bfloat16)])
+def test_ranks_share_out_the_files_of_an_export(keye, tmp_path, size, dtype, ranks):
+    """They are those that one process writes, to the last bit; of released sizes in bf16."""
+    first, alone = tmp_path / "first", tmp_path / "alone"
+    keye.save_pretrained(first)
+    state = {name: tensor.to(dtype) for name, tensor in keye.state_dict().items()}
+    save_weights(state, keye.config.to_json(), alone, shard_bytes=FEW)
+    in_processes(export_in_shards, [tmp_path, first, size], ranks)
+
+    wrote = json.loads((tmp_path / "wrote.json").read_text())
+    names = sorted(path.name for path in alone.glob("*.safetensors"))
+    assert wrote == [names[rank::ranks] for rank in range(ranks)] and all(wrote)
+    made = tmp_path / size / "small" / "model"
+    for path in alone.iterdir():
+        assert (made / path.name).read_bytes() == path.read_bytes(), path.name
+    beside = {path.name for path in made.iterdir()} - {path.name for path in alone.iterdir()}
+    toy_processor().save_pretrained(tmp_path / "processor")
+    assert beside == {path.name for path in (tmp_path / "processor").iterdir()}
+    assert not made.with_name("model.tmp").exists()
+
+
+def test_transformers_reads_what_ranks_have_written(keye, tmp_path):
+    modeling_utils = pytest.importorskip("transformers.modeling_utils")
+    hub = pytest.importorskip("transformers.utils.hub")
+    keye.save_pretrained(tmp_path / "first")
+    in_processes(export_in_shards, [tmp_path, tmp_path / "first", "8b"], ranks=2)
+    made = tmp_path / "8b" / "small" / "model"
+    files, index = hub.get_checkpoint_shard_files(made, made / INDEX)
+    tensors = {}
+    for file in files:
+        tensors |= modeling_utils.load_state_dict(file)
+    assert set(index["all_checkpoint_keys"]) == tensors.keys()
+    assert index["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    for name, tensor in keye.state_dict().items():
+        theirs = tensors.pop(renamed(name, KEYE_NAMES))
+        assert theirs.dtype == torch.bfloat16
+        assert torch.equal(theirs.flatten(), tensor.bfloat16().flatten()), name
+    assert not tensors
+    rounded = {name: tensor.bfloat16().float() for name, tensor in keye.state_dict().items()}
+    assert same(KeyeVL.from_pretrained(made).state_dict(), rounded)

@@ -1,0 +1,71 @@
+"""How a training run holds its model: what fits on the card, and what is fastest of that.
+
+    model = KeyeVL.shapes(folder)                  no memory yet
+    keep = fit(run, model, ("vit", "projector", "decoder"), pack=8192)
+    model = shard(model, run).load(folder)
+    opt = make_optimizer(model, rates, **keep)
+"""
+
+import gc
+
+import torch
+from torch.utils._triton import has_triton
+
+from common.memory import choose, table
+from common.run import MADE_HERE, Run
+
+
+def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) -> dict:
+    """Gives a model on "meta" its dtypes, and its blocks their way through the backward pass.
+
+    learns: the parts of it that are trained; pack: tokens of a micro-batch; copies: of the model in
+    bf16, that must fit on the card beside it. On CUDA the device's memory decides (see
+    common/memory.py), and the arithmetic is said; elsewhere all is in fp32, and released sizes
+    recompute all blocks. Returns what make_optimizer takes of the choice.
+    """
+    compiled = wants_compile(run)
+    if compiled:
+        model.compile_blocks()
+    if run.device.type != "cuda":
+        if run.args.size not in MADE_HERE:
+            model.decoder.recompute = model.config.num_hidden_layers
+            model.vit.recompute = model.config.vision.num_hidden_layers
+        return {}
+
+    beside = copies * 2 * sum(p.numel() for p in model.parameters())
+    plan = choose(model.config, learns, pack, run.world, capacity_of(run) - beside)
+    run.say(table(plan))
+    if not plan.fits:
+        raise SystemExit(
+            f"{run.stage} does not fit, even with bf16 weights and all blocks recomputed: take "
+            "more cards (torchrun), or another --size; pretrain.py --dry-run shows what fits"
+        )
+    model.decoder.recompute = plan.recompute_decoder
+    model.vit.recompute = plan.recompute_vit
+    if plan.recipe == "bf16":
+        model.to(torch.bfloat16)
+    elif run.args.size not in MADE_HERE and run.dtype == torch.bfloat16:
+        # Frozen parts lose nothing: released weights are in bf16, as they are computed with.
+        for name, part in model.named_children():
+            if name not in learns and not (name == "lm_head" and "decoder" in learns):
+                part.to(torch.bfloat16)
+    moments = torch.float32 if plan.recipe == "fp32" else torch.bfloat16
+    return {"moments": moments, "compiled": compiled}
+
+
+def capacity_of(run: Run) -> float:
+    """Bytes of a card that a model can have: on all ranks the same, so that all choose alike."""
+    total = torch.cuda.get_device_properties(run.device).total_memory
+    if run.args.gpu_memory:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, run.args.gpu_memory * 1e9 / total))
+        total = min(total, run.args.gpu_memory * 1e9)
+    gc.collect()  # a sharded model that nobody needs any more is part of cycles
+    held = torch.cuda.memory_allocated(run.device)  # by what this process holds already
+    return min(row[0] for row in run.gather([total - held]))
+
+
+def wants_compile(run: Run) -> bool:
+    """ours: at toy and tiny sizes a run would be over before the compilation has paid."""
+    if run.args.compile == "auto":
+        return run.device.type == "cuda" and run.args.size not in ("toy", "tiny") and has_triton()
+    return run.args.compile == "on"

@@ -1,0 +1,282 @@
+"""common/fit.py: which dtypes and how much recomputation a card's memory leaves to a model."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common import fit as fit_module
+from common.fit import fit
+from common.memory import FRAGMENTS, GIB, RECIPES, Job, choose, plan_of
+from model import PRESETS, KeyeVL
+from phases import FakeRun
+
+EVERYTHING = ("vit", "projector", "decoder")
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+class Cards:
+    """Cards of so many GiB without CUDA: notes what part of one this process may use."""
+
+    def __init__(self, monkeypatch, total: float, held: float = 0):
+        self.fraction = None
+        self.properties = SimpleNamespace(total_memory=total * GIB)
+        self.held = held * GIB
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: self.properties)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.held)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.limit)
+        monkeypatch.setattr(fit_module, "has_triton", lambda: True)
+
+    def limit(self, fraction):
+        assert 0 < fraction <= 1
+        self.fraction = fraction
+
+
+def run_on(folder, size: str, world=1, device="cuda", dtype=BF16, **flags) -> FakeRun:
+    args = {"size": size, "compile": "off", "gpu_memory": None}
+    run = FakeRun(folder, world=world, args=SimpleNamespace(**args | flags))
+    run.device = torch.device(device)
+    run.dtype = dtype
+    run.stage = "a stage"
+    return run
+
+
+def shapes(size: str) -> KeyeVL:
+    return KeyeVL.shapes(PRESETS[size])
+
+
+def dtypes(model) -> dict:
+    """{part: the dtypes of its parameters}"""
+    parts = model.named_children()
+    return {name: {p.dtype for p in part.parameters()} for name, part in parts}
+
+
+def again(model) -> tuple[int, int]:
+    return model.decoder.recompute, model.vit.recompute
+
+
+def least(recipe: str, size: str, world=8, learns=EVERYTHING) -> float:
+    """GiB of the smallest card that this recipe fits on: the ones before it need more."""
+    job = Job(PRESETS[size], learns + ("text",) * (learns == ("vit",)), 8192, world)
+    plan = plan_of(job, recipe, job.layers, capacity=0)
+    return 1.0001 * (plan.total + plan.allowance) / (1 - FRAGMENTS) / GIB
+
+
+# ----------------------------------------------------------------------------------------------
+# without CUDA
+
+
+@pytest.mark.parametrize("size, blocks", [("toy", (0, 0)), ("small", (0, 0)), ("8b", (36, 27))])
+def test_without_a_card_all_is_fp32_and_released_sizes_recompute(tmp_path, size, blocks):
+    model = shapes(size)
+    run = run_on(tmp_path, size, device="cpu", dtype=FP32)
+    assert fit(run, model, EVERYTHING, 8192) == {}
+    assert {p.dtype for p in model.parameters()} == {FP32}
+    assert again(model) == blocks
+    assert run.said == []
+
+
+# ----------------------------------------------------------------------------------------------
+# recipes
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_recipe_gives_weights_and_moments_their_dtypes(tmp_path, monkeypatch, recipe):
+    Cards(monkeypatch, least(recipe, "1.7b", world=1))
+    model = shapes("1.7b")
+    keep = fit(run_on(tmp_path, "1.7b"), model, EVERYTHING, 8192)
+    weight, moment = RECIPES[recipe]
+    assert {p.dtype.itemsize for p in model.parameters()} == {weight}
+    assert keep == {"moments": FP32 if moment == 4 else BF16, "compiled": False}
+    assert all(p.is_meta for p in model.parameters()), "no memory yet"
+
+
+@pytest.mark.parametrize("learns, asleep", [
+    (("projector",), ["vit", "decoder", "lm_head"]),
+    (("decoder",), ["vit", "projector"]),
+    (("vit",), ["projector", "decoder", "lm_head"]),
+    (EVERYTHING, []),
+])
+@pytest.mark.parametrize("recipe", ["fp32", "fp32, bf16 moments"])
+def test_frozen_parts_of_released_sizes_are_held_in_bf16(
+    tmp_path, monkeypatch, learns, asleep, recipe
+):
+    """A head that is no embedding goes with the decoder."""
+    Cards(monkeypatch, least(recipe, "8b", learns=learns))
+    model = shapes("8b")
+    keep = fit(run_on(tmp_path, "8b", world=8), model, learns, 8192)
+    assert keep["moments"] == (FP32 if recipe == "fp32" else BF16)
+    held = dtypes(model)
+    assert held == {part: {BF16 if part in asleep else FP32} for part in held}
+    assert len(held) == 4
+
+
+def test_in_the_last_recipe_what_learns_is_bf16_too(tmp_path, monkeypatch):
+    Cards(monkeypatch, least("bf16", "8b"))
+    model = shapes("8b")
+    keep = fit(run_on(tmp_path, "8b", world=8), model, EVERYTHING, 8192)
+    assert set().union(*dtypes(model).values()) == {BF16}
+    assert keep["moments"] == BF16
+
+
+def test_a_tied_head_learns_with_the_decoder_alone(tmp_path, monkeypatch):
+    Cards(monkeypatch, 79)
+    for learns, decoder in ((("decoder",), FP32), (("projector",), BF16)):
+        model = shapes("0.6b")
+        fit(run_on(tmp_path, "0.6b"), model, learns, 8192)
+        assert model.lm_head is None and model.head_weight.dtype == decoder
+
+
+@pytest.mark.parametrize("size, dtype", [("toy", BF16), ("small", BF16), ("0.6b", FP32)])
+def test_frozen_parts_stay_in_fp32_where_their_numbers_are(tmp_path, monkeypatch, size, dtype):
+    """Of the small sizes, whose weights are our own; and where --dtype asks for it."""
+    Cards(monkeypatch, 79)
+    model = shapes(size)
+    fit(run_on(tmp_path, size, dtype=dtype), model, ("projector",), 8192)
+    assert set().union(*dtypes(model).values()) == {FP32}
+
+
+# ----------------------------------------------------------------------------------------------
+# recomputation
+
+
+def test_a_card_with_room_keeps_all_activations(tmp_path, monkeypatch):
+    Cards(monkeypatch, 79)
+    model = shapes("small")
+    fit(run_on(tmp_path, "small"), model, EVERYTHING, 16384)
+    assert again(model) == (0, 0)
+
+
+def test_the_smaller_the_card_the_more_blocks_run_again(tmp_path, monkeypatch):
+    """As many as the plan says, which is printed; the ViT's come first."""
+    counts = []
+    for total in (140, 120, 100, 79):
+        Cards(monkeypatch, total)
+        model = shapes("8b")
+        run = run_on(tmp_path, "8b", world=8)
+        fit(run, model, EVERYTHING, 16384)
+        plan = choose(PRESETS["8b"], EVERYTHING, 16384, 8, total * GIB)
+        assert again(model) == (plan.recompute_decoder, plan.recompute_vit)
+        decoder, vit = again(model)
+        assert vit == 27 or not decoder
+        [said] = run.said
+        assert f"{decoder}/36" in said and f"{vit}/27" in said and f"{total}.00" in said
+        if plan.recipe == "fp32":
+            counts.append(decoder + vit)
+    assert counts == sorted(counts) and counts[0] < counts[-1]
+
+
+def test_longer_packs_leave_less_for_activations(tmp_path, monkeypatch):
+    Cards(monkeypatch, 100)
+    counts = []
+    for pack in (8192, 12288, 16384):
+        model = shapes("8b")
+        fit(run_on(tmp_path, "8b", world=8), model, EVERYTHING, pack)
+        counts.append(sum(again(model)))
+    assert counts[0] < counts[1] < counts[2]
+
+
+# ----------------------------------------------------------------------------------------------
+# what a card has
+
+
+def planned(monkeypatch):
+    """capacities that choose is asked for, in bytes"""
+    asked = []
+
+    def noting(cfg, learns, pack, world, capacity):
+        asked.append(capacity)
+        return choose(cfg, learns, pack, world, capacity)
+
+    monkeypatch.setattr(fit_module, "choose", noting)
+    return asked
+
+
+def test_what_an_earlier_stage_holds_is_not_there(tmp_path, monkeypatch):
+    asked = planned(monkeypatch)
+    Cards(monkeypatch, 79, held=3)
+    fit(run_on(tmp_path, "toy"), shapes("toy"), EVERYTHING, 4096)
+    assert asked == [76 * GIB]
+
+
+@pytest.mark.parametrize("copies", [1, 1.25])
+def test_what_stands_beside_the_model_is_left_free(tmp_path, monkeypatch, copies):
+    asked = planned(monkeypatch)
+    Cards(monkeypatch, 79)
+    model = shapes("0.6b")
+    fit(run_on(tmp_path, "0.6b"), model, EVERYTHING, 8192, copies)
+    weights = sum(p.numel() for p in model.parameters())
+    assert asked == [79 * GIB - copies * 2 * weights]
+
+
+def test_the_card_with_least_room_decides_for_all(tmp_path, monkeypatch):
+    """Ranks that chose apart would hold one tensor in two dtypes, or wait for each other."""
+    asked = planned(monkeypatch)
+    Cards(monkeypatch, 79)
+    run = run_on(tmp_path, "8b", world=4)
+    run.gather = lambda values: [values, [64 * GIB], [70 * GIB], values]
+    model = shapes("8b")
+    fit(run, model, EVERYTHING, 8192)
+    plan = choose(PRESETS["8b"], EVERYTHING, 8192, 4, 64 * GIB)
+    assert asked == [64 * GIB]
+    assert again(model) == (plan.recompute_decoder, plan.recompute_vit)
+
+
+@pytest.mark.parametrize("gb, capacity, fraction", [
+    (40, 40e9, 40e9 / (79 * GIB)),  # a smaller card than this one
+    (200, 79 * GIB, 1.0),  # a larger one cannot be had
+])
+def test_gpu_memory_makes_a_card_smaller(tmp_path, monkeypatch, gb, capacity, fraction):
+    asked = planned(monkeypatch)
+    cards = Cards(monkeypatch, 79)
+    fit(run_on(tmp_path, "toy", gpu_memory=gb), shapes("toy"), EVERYTHING, 4096)
+    assert asked == [capacity]
+    assert cards.fraction == fraction
+
+
+def test_without_the_flag_torch_is_given_no_limit(tmp_path, monkeypatch):
+    cards = Cards(monkeypatch, 79)
+    fit(run_on(tmp_path, "toy"), shapes("toy"), EVERYTHING, 4096)
+    assert cards.fraction is None
+
+
+@pytest.mark.parametrize("total, flags", [(40, {}), (140, {"gpu_memory": 43})])
+def test_what_does_not_fit_is_refused_with_its_arithmetic(tmp_path, monkeypatch, total, flags):
+    Cards(monkeypatch, total)
+    model = shapes("8b")
+    run = run_on(tmp_path, "8b", **flags)
+    with pytest.raises(SystemExit, match="^a stage does not fit, .*torchrun.*--dry-run") as refusal:
+        fit(run, model, EVERYTHING, 8192)
+    assert "\n" not in str(refusal.value)
+    [said] = run.said
+    assert " NO" in said and "weights, trained" in said
+    assert {p.dtype for p in model.parameters()} == {FP32}, "nothing was changed"
+
+
+# ----------------------------------------------------------------------------------------------
+# torch.compile
+
+
+@pytest.mark.parametrize("size, device, asked, triton, compiled", [
+    ("small", "cuda", "auto", True, True),
+    ("8b", "cuda", "auto", True, True),
+    ("8b", "cuda", "auto", False, False),
+    ("toy", "cuda", "auto", True, False),
+    ("tiny", "cuda", "auto", True, False),
+    ("8b", "cpu", "auto", True, False),
+    ("8b", "cuda", "off", True, False),
+    ("toy", "cuda", "on", True, True),
+    ("toy", "cpu", "on", True, True),
+])
+def test_blocks_are_compiled_where_it_pays_or_is_asked_for(
+    tmp_path, monkeypatch, size, device, asked, triton, compiled
+):
+    Cards(monkeypatch, 140)
+    monkeypatch.setattr(fit_module, "has_triton", lambda: triton)
+    model = shapes(size)
+    run = run_on(tmp_path, size, world=8, device=device, compile=asked)
+    keep = fit(run, model, EVERYTHING, 8192)
+    for block in [*model.vit.layers, *model.decoder.layers]:
+        assert (block._compiled_call_impl is not None) == compiled
+    if device == "cuda":
+        assert keep["compiled"] == compiled

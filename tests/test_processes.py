@@ -1,0 +1,130 @@
+"""common/processes.py: ranks that talk, and that end soon after one of them has died."""
+
+import os
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from common import processes
+from common.run import arguments, start
+from stage import in_processes
+
+
+def joined(out: str, device="cpu"):
+    processes.GRACE = 0.2  # a test need not wait for errors that reach the terminal
+    args = arguments("").parse_args(["--out", out, "--device", device, "--threads", "1"])
+    return start(args, "small")
+
+
+def wait_for_ever(run):
+    """As in a collective with a dead rank under NCCL: no error comes, no signal is taken up."""
+    if run.main:
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun's, to those that are left
+    threading.Event().wait(80)
+
+
+def test_ranks_end_when_one_is_killed(tmp_path):
+    codes = [1, -signal.SIGKILL, 1]
+    said = in_processes(one_is_killed, [tmp_path], ranks=3, code=codes)
+    for rank in (0, 2):
+        assert f"rank {rank} ends: another rank has failed or was killed" in said
+
+
+def one_is_killed(argv):
+    run = joined(*argv)
+    if run.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    wait_for_ever(run)
+
+
+def test_ranks_end_when_one_has_failed_and_its_own_lines_come_first(tmp_path):
+    said = in_processes(one_fails, [tmp_path], ranks=2, code=1)
+    assert said.index("ZeroDivisionError") < said.index("rank 0 ends: another rank has failed")
+    assert "rank 1 ends" not in said
+
+
+def one_fails(argv):
+    run = joined(*argv)
+    if run.rank == 1:
+        fail()
+    wait_for_ever(run)
+
+
+def fail():
+    """What python does with an error that nobody catches; these processes end otherwise."""
+    try:
+        _ = 1 / 0
+    except ZeroDivisionError as e:
+        sys.last_value = e
+        sys.excepthook(*sys.exc_info())
+        processes.leave_processes()
+
+
+def test_an_error_that_all_ranks_raise_is_all_they_say(tmp_path):
+    said = in_processes(all_fail, [tmp_path], ranks=2, code=1)
+    assert said.count("RuntimeError: cannot divide: rank 1: ZeroDivisionError") == 2
+    assert "ends:" not in said
+
+
+def all_fail(argv):
+    run = joined(*argv)
+    run.attempt("cannot divide", lambda: 1 / (1 - run.rank))
+
+
+def test_ranks_may_leave_one_by_one(tmp_path):
+    in_processes(leave_one_by_one, [tmp_path], ranks=3)
+
+
+def leave_one_by_one(argv):
+    run = joined(*argv)
+    run.close()
+    if run.main:
+        assert processes.heart.thread.join(60) is None, "the first to leave tells all"
+        assert not processes.heart.thread.is_alive()
+    processes.leave_processes()
+    assert not dist.is_initialized()
+
+
+def test_the_groups_do_not_mix_up_words(tmp_path):
+    in_processes(talk_at_once, [tmp_path], ranks=2)
+
+
+def talk_at_once(argv):
+    run = joined(*argv)
+
+    def background():
+        for i in range(200):
+            assert run.background.gather_objects(("saving", i)) == [("saving", i)] * 2
+
+    thread = threading.Thread(target=background)
+    thread.start()
+    for i in range(200):
+        assert run.gather_objects(("words", i)) == [("words", i)] * 2
+        assert run.sum(i) == 2 * i
+    thread.join()
+    run.close()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("death, code", [("kill", -signal.SIGKILL), ("error", 1)])
+def test_a_collective_between_gpus_does_not_outlive_a_rank(tmp_path, death, code):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    said = in_processes(dies_before_nccl, [tmp_path, death], ranks=2, code=[1, code])
+    assert "rank 0 ends: another rank has failed or was killed" in said
+
+
+def dies_before_nccl(argv):
+    out, death = argv
+    run = joined(out, "cuda")
+    run.sum(torch.ones(1, device=run.device))
+    if run.main:
+        run.sum(torch.ones(1, device=run.device)).item()  # waits in CUDA, for minutes
+    elif death == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        fail()
