@@ -338,13 +338,20 @@ class Generator:
             self.graphs = None  # and with them the memory of the cache
         return [row.response for row in rows]
 
+    def without_compilation(self):
+        """A trainer's compiled blocks run plainly here: every step of a cache has its own shape."""
+        if self.model.decoder.layers[0]._compiled_call_impl is None:
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")
+
     def run(self, rows, how, stops, extend, stream):
         """The loop of decoding: step by step until every row has ended. how: of choose."""
         longest = max((len(row.unread["tokens"]) + row.left for row in rows), default=0)
         places = self.places(len(rows), longest)
         schedule = Schedule(rows, places, self.pack_tokens)
         # One context for all steps: bf16 copies of fp32 weights are made once.
-        with torch.autocast("cuda", torch.bfloat16) if self.bf16 else nullcontext():
+        autocast = torch.autocast("cuda", torch.bfloat16) if self.bf16 else nullcontext()
+        with self.without_compilation(), autocast:
             cache = self.model.new_cache(places, longest)
             self.graphs = Graphs()
 
@@ -444,7 +451,7 @@ class Generator:
         row.read(sample)
         lacking = cache.lengths[row.slot] + len(row.unread["tokens"]) + row.left - cache.max_len
         if lacking > 0:
-            cache.grow(max(lacking, GROWTH))
+            cache.grow(max(lacking, GROWTH, cache.max_len // 4))
             self.graphs = Graphs()  # the old ones know the old cache
         return True
 

@@ -625,7 +625,8 @@ def cross_entropy_sum(
     if len(labels) * len(weight) <= max_logits:
         return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
     rows = chunk_rows(max_logits, len(weight))
-    logprobs, _ = ChunkedLogprobs.apply(hidden, weight, labels, 1.0, rows, False)
+    learns = torch.is_grad_enabled()
+    logprobs, _ = ChunkedLogprobs.apply(hidden, weight, labels, 1.0, rows, False, learns)
     return -logprobs.sum()
 
 
@@ -640,7 +641,8 @@ def token_logprobs(
     distribution (detached): (T,) fp32 each. Shapes as cross_entropy_sum."""
     if len(labels) * len(weight) > max_logits:
         rows = chunk_rows(max_logits, len(weight))
-        return ChunkedLogprobs.apply(hidden, weight, labels, temperature, rows, True)
+        learns = torch.is_grad_enabled()
+        return ChunkedLogprobs.apply(hidden, weight, labels, temperature, rows, True, learns)
     logp = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)  # (T, vocab)
     detached = logp.detach()
     entropy = -(detached.exp() * detached).sum(-1)  # (T,)
@@ -662,7 +664,7 @@ class ChunkedLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, temperature, rows, with_entropy):
+    def forward(ctx, hidden, weight, labels, temperature, rows, with_entropy, learns):
         ctx.temperature = temperature
         ctx.dtypes = hidden.dtype, weight.dtype
         dtype = hidden.dtype
@@ -671,7 +673,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         logprobs = hidden.new_empty(len(labels), dtype=torch.float32)
         entropy = torch.zeros_like(logprobs)
-        needed = any(ctx.needs_input_grad[:2])
+        needed = learns and any(ctx.needs_input_grad[:2])  # which says nothing of no_grad
         push = hidden.new_empty(len(labels) if needed else 0, len(weight))  # (T, vocab)
 
         for begin in range(0, len(labels), rows):
@@ -703,7 +705,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             grad_hidden = (push @ weight * scale).to(ctx.dtypes[0])  # (T, C)
         if ctx.needs_input_grad[1]:
             grad_weight = (push.T @ (hidden * scale).to(push.dtype)).to(ctx.dtypes[1])
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------

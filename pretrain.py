@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -44,13 +43,13 @@ from common.loader import Loader, split_packs
 from common.memory import CARDS, dry_run
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.parallel import assign, pass_around, ring_pass, shard
+from common.processes import Peers, join_processes
 from common.questions import check_heldout, files_or_exit
 from common.run import (
     MADE_HERE,
     Run,
     arguments,
     data_folder,
-    join_processes,
     pick_device,
     plan_of,
     start,
@@ -590,8 +589,7 @@ def draw_world(args, folder: Path):
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"no {folder}, and no --data: a toy world is drawn there", file=sys.stderr)
         make_world(folder, size=args.size, workers=min(16, os.cpu_count()))
-    if dist.is_initialized():
-        dist.barrier()
+    Peers("words").barrier()  # by gloo, whose patience is long
 
 
 def say_what_is_missing(run: Run, args, before: Path | None):

@@ -12,6 +12,7 @@ scores are computed from. A benchmark is a line of BENCHMARKS: the columns it ne
 what measures an answer (common/measures.py), and what table is made of the hits.
 """
 
+import errno
 import base64
 import csv
 import fcntl
@@ -223,7 +224,8 @@ def clip_path(row: Row) -> str:
 
 def frame_numbers(frames: int, n: int) -> list[int]:
     """n of a clip's frames, evenly spread and none at its ends: Video-MME and others."""
-    return [int(i * frames / (n + 1)) for i in range(1, n + 1)]
+    step = frames / (n + 1)  # rounded first, as official code has it: int may differ by one
+    return [int(i * step) for i in range(1, n + 1)]
 
 
 def mvbench_frame_numbers(
@@ -315,7 +317,9 @@ class AnswerFile:
 
     def write(self, record: dict):
         # One call: it is in the file, whole, even if this process is killed right behind it.
-        self.file.write(json.dumps(record).encode() + b"\n")
+        line = json.dumps(record).encode() + b"\n"
+        if self.file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, "no room for an answer", str(self.file.name))
 
 
 def refuse_other(path, beside, settings):
@@ -382,16 +386,16 @@ def long_video_prompt(row):
 
 def mvbench_prompt(row):
     lines = [f"({key}) {text}" for key, text in zip(ascii_uppercase, row.texts("candidates"))]
-    text = "\n".join([f"Question: {row.text('question')}", "Options:", *lines])
+    text = "\n".join([f"Question: {row.text('question')}", "Options:", *lines]).rstrip()
     # The reply is begun for the model.
     return MVBENCH, f"{text}\nOnly give the best option.Best option:("
 
 
 def tempcompass_prompt(row):
     if tempcompass_task(row) == "yes no":
-        return "", f"{row.text('question')}\nPlease answer yes or no:"
+        return row.text("question"), "\nPlease answer yes or no:"
     lines = "\n".join(row.texts("candidates"))
-    return "", f"{row.text('question')}\n{lines}\nPlease directly give the best option:"
+    return f"{row.text('question')}\n{lines}", "\nPlease directly give the best option:"
 
 
 @dataclass
@@ -448,6 +452,8 @@ class Exam:
             numbers = frame_numbers(count, self.frames)
             if self.name == "MVBench":
                 start, end = (float(row.cells.get(key, 0)) for key in ("start", "end"))
+                if row.text("bound") == "False":
+                    start = end = 0.0  # the numbers that stand there do not count
                 cut = count / seconds, start, end
                 numbers = mvbench_frame_numbers(count, self.frames, *cut)
                 seconds = end - start if end else seconds
@@ -499,6 +505,8 @@ def truths_of(row):
     """A list of truths, or one of one."""
     text = row.text("answer")
     values = parsed_list(text)
+    if values == []:
+        raise ValueError("answer: an empty list")
     return [text] if values is None else [str(value) for value in values]
 
 
@@ -516,7 +524,7 @@ def relaxed_measure(row, reply, rules, ask):
 
 def ocr_measure(row, reply, rules, ask):
     truths = measures.literal(row.text("answer"))
-    if not isinstance(truths, (list, str)):  # of a text, each single character is a truth
+    if not isinstance(truths, (list, tuple, str)):  # of a text, each single character is a truth
         raise ValueError(f"answer: {row.text('answer')[:40]!r} is no list of texts")
     category = row.text("category")
     if category not in chain(*measures.OCR_KINDS.values()):
@@ -597,13 +605,18 @@ def mvbench_measure(row, reply, rules, ask):
     options = dict(zip(ascii_uppercase, candidates))
     truth = [key for key, text in options.items() if text == row.text("answer")][-1]
     # Official code gives neither an empty reply nor a failed call a score, and counts both as hits.
-    if reply == "nan" or measures.FAILED_CALL in reply:
+    if reply == "nan" or f"{measures.FAILED_CALL}." in reply:
         return None, 1, {}
     if measures.mvbench_first_word(reply, truth):
         return truth, 1, {}
     question = row.text("question")
     read = measures.choice_with_judge(reply, question, options, rules, ask, row.index)
-    return read, int(read == truth), {}
+    # Of equal options the rules above take the last, and official code here the first; and where
+    # another option's text is a letter, it goes on from there.
+    wanted = row.text("answer")
+    for key, text in options.items():
+        wanted = key if text == wanted else wanted
+    return read, int(read == wanted), {}
 
 
 def tempcompass_task(row):

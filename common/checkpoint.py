@@ -26,6 +26,7 @@ import shutil
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -235,7 +236,10 @@ def write_or_say_why(peers: Peers, folder: Path, *what) -> dict[str, str]:
 
 def write_files(peers: Peers, folder: Path, tensors: dict, rng: dict, text: str) -> dict[str, str]:
     """This rank's files, flushed to disk, and their hashes by name."""
-    dcp.save(tensors, checkpoint_id=folder, process_group=peers.group)
+    # The tensors lie on the host. Without copying ahead this thread never calls CUDA, which would
+    # open the first GPU in every rank, and wait there for the training's work.
+    writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+    dcp.save(tensors, checkpoint_id=folder, storage_writer=writer, process_group=peers.group)
     path = folder / f"rng-{peers.rank}.pt"
     torch.save(rng, path)
     written = [path, *folder.glob(f"__{peers.rank}_*")]
@@ -337,14 +341,15 @@ def damage(run: Run, folder: Path) -> str | None:
 
 
 def load(path: Path, model, opt) -> dict:
-    """Reads a checkpoint in place, after its names, shapes and dtypes were compared.
+    """Reads a checkpoint in place, after its names and shapes were compared.
 
-    DCP itself would cast silently, and skip what it is not asked for.
+    DCP itself would skip what it is not asked for. It casts: on other cards weights and moments may
+    be held in other dtypes (see common/fit.py).
     """
     wanted = tensors_of(model, opt)
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    ours = {name: (t.shape, t.dtype) for name, t in wanted.items()}
-    theirs = {name: (t.size, t.properties.dtype) for name, t in stored.items()}
+    ours = {name: t.shape for name, t in wanted.items()}
+    theirs = {name: t.size for name, t in stored.items()}
     odd = sorted(dict(ours.items() ^ theirs.items()))
     if odd:
         raise ValueError(
@@ -426,10 +431,16 @@ def fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as f:
-            for start in range(0, size, max(4096, size // 1000)):
-                f.seek(start)
-                digest.update(f.read(4096))
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        for piece in pieces(path):
+            digest.update(piece)
     return digest.hexdigest()[:16]
+
+
+def pieces(path: Path, most: int = 1000) -> Iterator[bytes]:
+    """At most so many pieces of a file, 4 kB each, evenly spread."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        for start in range(0, size, max(4096, size // most)):
+            f.seek(start)
+            yield f.read(4096)

@@ -33,13 +33,16 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
         return {}
 
     beside = copies * 2 * sum(p.numel() for p in model.parameters())
-    plan = choose(model.config, learns, pack, run.world, capacity_of(run) - beside)
+    capacity = capacity_of(run) - beside
+    plan = choose(model.config, learns, pack, run.world, capacity, compiled=compiled)
     run.say(table(plan))
     if not plan.fits:
         raise SystemExit(
             f"{run.stage} does not fit, even with bf16 weights and all blocks recomputed: take "
             "more cards (torchrun), or another --size; pretrain.py --dry-run shows what fits"
         )
+    if plan.recipe == "bf16" and run.dtype != torch.bfloat16:
+        raise SystemExit(f"{run.stage} fits with weights in bf16 alone, not with --dtype fp32")
     model.decoder.recompute = plan.recompute_decoder
     model.vit.recompute = plan.recompute_vit
     if plan.recipe == "bf16":

@@ -56,7 +56,9 @@ def made_once(path: Path, what: str, make: Callable[[Path], None]) -> Path:
     there is no room for it.
     """
     real, info = path.resolve(), path.stat()
-    key = f"{real}\0{info.st_size}\0{info.st_mtime_ns}".encode("utf-8", "surrogateescape")
+    # ctime too: copies that keep size and mtime are other files
+    facts = real, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+    key = "\0".join(map(str, facts)).encode("utf-8", "surrogateescape")
     folder = cache_folder(CACHE)
     made = folder / f"{hashlib.sha256(key).hexdigest()[:24]}.{what}"
     if made.exists():
@@ -65,6 +67,8 @@ def made_once(path: Path, what: str, make: Callable[[Path], None]) -> Path:
     os.close(handle)
     try:
         make(Path(part))
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())  # or a name may outlive a power cut without its bytes
         os.replace(part, made)
     except OSError as e:
         raise ValueError(f"{path}: its {what} in {folder}: {e.strerror or e}") from None

@@ -57,9 +57,6 @@ FOREIGN = {  # how files begin that hold no JSON in UTF-8
 # Folders
 
 
-# Folders
-
-
 def data_name(path: Path) -> str:
     """A set's name, without suffixes: "vqa" of vqa.jsonl.gz."""
     return SUFFIX.sub("", path.name)

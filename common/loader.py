@@ -34,6 +34,7 @@ from common.draws import Draws
 from common.failures import MAX_BAD_SHARE, refuse_many
 from common.jsonl import Lines, data_name, index_some
 from common.media import MediaError
+from common.processes import groups
 
 log = logging.getLogger("loader")
 
@@ -221,7 +222,7 @@ class Loader:
         things = [thing]
         if self.exchanges:
             things = things * self.world
-            dist.all_gather_object(things, thing)
+            dist.all_gather_object(things, thing, group=groups.get("words"))
         return things
 
     def __iter__(self) -> Iterator[tuple[list[dict], dict]]:
@@ -235,8 +236,8 @@ class Loader:
             undecoded = sum([failed for _, failed in loaded], [])
             self.tried += tried
             self.decoded += decoded
-            self._judge(bad, undecoded)
-            info = self._info(slots, bad + undecoded)
+            refusal = self._judge(bad, undecoded)
+            info = self._info(slots, bad + undecoded, refusal)
             self.state = info["state"]
             yield batches, info
 
@@ -256,8 +257,8 @@ class Loader:
         )
         return iter(loader)
 
-    def _judge(self, bad, undecoded):
-        """Says what failed, in the plan or when decoded. SystemExit where that is too much."""
+    def _judge(self, bad, undecoded) -> str | None:
+        """Says what failed, in the plan or when decoded; returns why that is too much, if it is."""
         self.failures += [what for what, _ in bad + undecoded]
         self.undecoded += [what for what, _ in undecoded]
         for what, reason in (bad + undecoded)[:3]:
@@ -267,12 +268,21 @@ class Loader:
         for failures, tried in both:
             # A rank may load one sample a step: of the first few, only the loss of all says much.
             if tried >= 20 or len(failures) == tried >= 4:
-                refuse_many(failures, tried, "samples", self.max_bad_share)
+                try:
+                    refuse_many(failures, tried, "samples", self.max_bad_share)
+                except SystemExit as e:
+                    return str(e)
+        return None
 
-    def _info(self, slots: dict[int, Slot], bad):
-        """What is said of a step. slots: those that this rank has planned, after it."""
+    def _info(self, slots: dict[int, Slot], bad, refusal: str | None):
+        """What is said of a step. slots: those that this rank has planned, after it.
+
+        SystemExit on all ranks where one refuses to go on: alone it would leave others waiting.
+        """
         of_all = {}
-        for part in self._gather(slots):
+        for part, why in self._gather((slots, refusal)):
+            if why:
+                raise SystemExit(why)
             of_all |= part
         slots = [of_all[s] for s in range(self.packs_per_step)]
         taken = np.sum([self.state["taken"], *[slot.taken for slot in slots]], 0).tolist()

@@ -412,8 +412,8 @@ def choice_table(scored):
     for split, part in splits.items():
         line = {"split": split, "Overall": mean_hit(part)}
         for column in ("l2-category", "category"):
-            for name, of_name in groups(scored, column).items():
-                among = [s for s in of_name if len(splits) == 1 or s.row.text("split") == split]
+            for name in groups(scored, column):
+                among = [s for s in part if s.row.text(column) == name]
                 line[ABBREVIATED.get(name, name)] = mean_hit(among)
         lines[split] = line
     return lines if len(lines) > 1 else lines.popitem()[1]
@@ -457,6 +457,7 @@ def pope_table(scored):
         for name in s.row.text("category").split(","):
             by_category[name].append(s)
     copies = list(chain(*by_category.values()))
+    by_category.pop("nan", None)  # rows without one count in Overall alone
     return {name: f1_line(part) for name, part in [("Overall", copies), *by_category.items()]}
 
 
@@ -490,6 +491,8 @@ def mme_table(scored):
                 where = both[0].row.where
                 raise ValueError(f"{where}: {picture} has one answer, and must have two")
             pairs.append(both[0].hit * both[1].hit)
+        if not pairs:
+            raise ValueError(f"{part[0].row.where}: no image_path, nor in others of {name}")
         points[name] = mean_hit(part, 100) + 100 * sum(pairs) / len(pairs)
     table = {}
     for name, categories in MME.items():

@@ -73,6 +73,7 @@ class Job:
     learns: tuple[str, ...]  # of "vit", "projector", "decoder"; "text": stage 0's tower
     pack: int  # tokens
     world: int  # cards
+    compiled: bool = True  # the blocks, by torch.compile
 
     @property
     def stage_0(self) -> bool:
@@ -122,9 +123,11 @@ class Job:
 
         stream: bytes of a number of the decoder's residual stream.
         """
-        decoder = COMPILED["decoder"] * decoder_saves(self.cfg, "decoder" in self.learns)
+        decoder = decoder_saves(self.cfg, "decoder" in self.learns)
+        if self.compiled:
+            decoder *= COMPILED["decoder"]
         decoder += (stream - 2) * self.cfg.hidden_size
-        return int(decoder), int(COMPILED["vit"] * vit_saves(self.cfg.vision))
+        return int(decoder), vit_saves(self.cfg.vision)
 
 
 def size(part: torch.nn.Module | None) -> int:
@@ -301,14 +304,17 @@ def plan_of(job: Job, recipe: str, again, capacity: float, name: str = "") -> Pl
     return Plan(job, recipe, *again, state(job, recipe) | more, moment, capacity, name)
 
 
-def choose(cfg: Config, trained, pack: int, world: int, capacity: float, name: str = "") -> Plan:
+def choose(
+    cfg: Config, trained, pack: int, world: int, capacity: float, name: str = "",
+    compiled: bool = True,
+) -> Plan:
     """The first recipe that fits with all blocks run again; then as few of them as possible.
 
     trained: of "vit", "projector", "decoder"; the ViT alone is stage 0. capacity: bytes of a
     card. Where nothing fits, the last recipe's plan, whose `fits` is False.
     """
     learns = tuple(trained)
-    job = Job(cfg, learns + ("text",) * (learns == ("vit",)), pack, world)
+    job = Job(cfg, learns + ("text",) * (learns == ("vit",)), pack, world, compiled)
     decoder, vit = job.layers
 
     for recipe in RECIPES:

@@ -71,7 +71,7 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups, moments=torch.float32, compiled=False, **options):
         super().__init__(groups, **options)
         self.moments = moments
-        self.compiled = compiled
+        self.update = torch.compile(step_in_fp32, dynamic=True) if compiled else step_in_fp32
         # state from the start: a checkpoint always holds the same keys
         for group in self.param_groups:
             steps = torch.zeros((), device=group["params"][0].device)
@@ -106,14 +106,13 @@ class Muon(torch.optim.AdamW):
         # on the device: numbers of Python would be compiled in, anew at each learning rate
         rate, decay = to_device(torch.tensor([group["lr"], group["weight_decay"]]), steps.device)
         shares = [1 - beta**steps for beta in BETAS]  # what the means have seen so far
-        update = torch.compile(step_in_fp32, dynamic=True) if self.compiled else step_in_fp32
         for p in group["params"]:
             if p.grad is None:
                 continue
             tensors = (p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"])
             own = [own_part(x)[0].view(-1) for x in tensors]
             for pieces in zip(*(x.split(PIECE) for x in own)):
-                update(*pieces, *shares, rate, decay)
+                self.update(*pieces, *shares, rate, decay)
             p.grad = None  # used up
 
     def muon_step(self, group: dict):
@@ -156,7 +155,8 @@ def stochastic_round(x: torch.Tensor) -> torch.Tensor:
     fp32: noise in the lower half carries over as often as that half is large.
     """
     noise = torch.randint_like(x, 2**16, dtype=torch.int32)
-    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32)
+    rounded = ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded)  # noise would carry a NaN over into a zero
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:

@@ -5,16 +5,18 @@
     note_media(run.folder / "data")     when media have been linked below it
 """
 
+import hashlib
 import json
 import time
 from pathlib import Path
 
-from common.checkpoint import sha256
-from common.jsonl import replacing
-from common.run import Run
+from common.checkpoint import checkpoints, pieces, sha256
+from common.jsonl import replacing, shards_of
+from common.run import MADE_HERE, Run
 
 # ours, in ns: a file that has changed so lately may change again within one tick of its clock
 SETTLED = 2 * 10**9
+LARGE = 2**30  # bytes. ours: of larger files pieces are compared, or a start would take hours
 
 
 def renewed(run: Run, files: list[Path], numbers: dict, last: str = "") -> bool:
@@ -40,6 +42,8 @@ def renewed(run: Run, files: list[Path], numbers: dict, last: str = "") -> bool:
         return False
     if run.args.resume:
         raise SystemExit(f"--resume: {what}; without --resume it starts over")
+    if run.args.size not in MADE_HERE and run.gather_objects(checkpoints(run))[0]:
+        raise SystemExit(f"{what}, and it has checkpoints: undo that, or start over with --fresh")
     run.say(f"{what}: it starts over")
     run.attempt(f"cannot clean {run.folder}", run.forget)
     run.attempt(f"cannot write to {run.folder}", look)
@@ -53,8 +57,9 @@ def note(run: Run, files: list[Path], numbers: dict) -> list[str]:
     before = json.loads(path.read_text()) if path.exists() else {}
     now = dict(numbers)
     for file in files:
-        if file.exists():
-            now[file.name] = look_at(file, before.get(file.name, (0, "")))
+        for shard in shards_of(file) if file.exists() else ():
+            name = file.name if shard == file else f"{file.name}/{shard.name}"
+            now[name] = look_at(shard, before.get(name, (0, "")))
     if not before:
         run.write_json("data/made_from.json", now)
         before = now
@@ -62,11 +67,12 @@ def note(run: Run, files: list[Path], numbers: dict) -> list[str]:
     for key in sorted(before.keys() | now):
         if content_of(before.get(key)) != content_of(now.get(key)):
             changed.append(key)
-    return changed + note_media(data, {file.resolve().parent for file in files})
+    roots = {file.resolve() if file.is_dir() else file.resolve().parent for file in files}
+    return changed + note_media(data, roots)
 
 
 def look_at(path: Path, before=(0, "")) -> list:
-    """[time of its last change or 0, sha256]; a file is read only if touched since `before`.
+    """[time of its last change or 0, hash]; a file is read only if touched since `before`.
 
     The change time (ctime) moves with every write, and nobody can set it back.
     """
@@ -74,7 +80,18 @@ def look_at(path: Path, before=(0, "")) -> list:
     if changed == before[0]:
         return before
     settled = time.time_ns() - changed > SETTLED
-    return [changed if settled else 0, sha256(path)]
+    return [changed if settled else 0, hash_of(path)]
+
+
+def hash_of(path: Path) -> str:
+    """sha256 of a file; of a large one, of its size and evenly spread pieces."""
+    size = path.stat().st_size
+    if size < LARGE:
+        return sha256(path)
+    digest = hashlib.sha256(str(size).encode())
+    for piece in pieces(path, 2**16):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def content_of(value):

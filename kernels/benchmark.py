@@ -301,7 +301,7 @@ def main(args):
                 row += f" {seconds * 1e3:11.2f} {rate / 1e9:7,.0f} {rate / peak:5.0%}"
                 row += f" {first / seconds:5.2f}"
             print(row, flush=True)
-    if on_gpu and dtype in decode.DTYPES:
+    if on_gpu and dtype in decode.DTYPES["cuda"]:
         wanted = [cache for cache in caches() if args.only in f"decode {cache.name}"]
         decoding_table(wanted, dtype, device, args.seconds)
 

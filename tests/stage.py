@@ -167,8 +167,8 @@ def main(argv: list[str]):
 def die_while_saving(step: int | None):
     write = checkpoint.dcp.save
 
-    def save(state, checkpoint_id: Path, process_group):
-        write(state, checkpoint_id=checkpoint_id, process_group=process_group)
+    def save(state, checkpoint_id: Path, **how):
+        write(state, checkpoint_id=checkpoint_id, **how)
         if checkpoint_id.name == f"step-{step}.tmp":
             os.kill(os.getpid(), signal.SIGKILL)
 

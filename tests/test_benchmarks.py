@@ -622,6 +622,8 @@ def test_judge_of_what_rules_cannot_read(score, judge):
 def test_frames_of_a_clip():
     assert B.frame_numbers(100, 4) == [20, 40, 60, 80]
     assert B.frame_numbers(3, 8) == [0, 0, 1, 1, 1, 2, 2, 2]
+    step = 45 / 33  # rounded down: its 11th multiple is below 15, where 11 x 45 / 33 is 15
+    assert B.frame_numbers(45, 32)[10] == int(11 * step) == 14
     # 100 frames: M = 99, seg = 24.75: 12.375 + round(0, 24.75, 49.5, 74.25)
     assert B.mvbench_frame_numbers(100, 4) == [12, 37, 62, 86]
     # seconds 1 to 3 at 10 fps: frames 10 to 30, seg = 5: 12.5 + 0, 5, 10, 15
@@ -747,9 +749,10 @@ def test_tempcompass(score):
     with pytest.raises(SystemExit, match="x.tsv:2: .*has not the form 'Caption A: ..'"):
         score("TempCompass", [temp(0, "caption_matching", "x", "['x']")], {0: "x"})
     row = row_of(question="q", candidates="['A. x']", task_type="multi-choice")
-    assert B.tempcompass_prompt(row)[1] == "q\nA. x\nPlease directly give the best option:"
+    best = "\nPlease directly give the best option:"
+    assert B.tempcompass_prompt(row) == ("q\nA. x", best)
     row = row_of(question="q", task_type="yes_no")
-    assert B.tempcompass_prompt(row)[1] == "q\nPlease answer yes or no:"
+    assert B.tempcompass_prompt(row) == ("q", "\nPlease answer yes or no:")
 
 
 # -- what Keye's wrapper stores

@@ -57,7 +57,8 @@ def again(model) -> tuple[int, int]:
 
 def least(recipe: str, size: str, world=8, learns=EVERYTHING) -> float:
     """GiB of the smallest card that this recipe fits on: the ones before it need more."""
-    job = Job(PRESETS[size], learns + ("text",) * (learns == ("vit",)), 8192, world)
+    stage_0 = ("text",) * (learns == ("vit",))
+    job = Job(PRESETS[size], learns + stage_0, 8192, world, compiled=False)
     plan = plan_of(job, recipe, job.layers, capacity=0)
     return 1.0001 * (plan.total + plan.allowance) / (1 - FRAGMENTS) / GIB
 
@@ -155,7 +156,7 @@ def test_the_smaller_the_card_the_more_blocks_run_again(tmp_path, monkeypatch):
         model = shapes("8b")
         run = run_on(tmp_path, "8b", world=8)
         fit(run, model, EVERYTHING, 16384)
-        plan = choose(PRESETS["8b"], EVERYTHING, 16384, 8, total * GIB)
+        plan = choose(PRESETS["8b"], EVERYTHING, 16384, 8, total * GIB, compiled=False)
         assert again(model) == (plan.recompute_decoder, plan.recompute_vit)
         decoder, vit = again(model)
         assert vit == 27 or not decoder
@@ -184,9 +185,9 @@ def planned(monkeypatch):
     """capacities that choose is asked for, in bytes"""
     asked = []
 
-    def noting(cfg, learns, pack, world, capacity):
+    def noting(cfg, learns, pack, world, capacity, compiled):
         asked.append(capacity)
-        return choose(cfg, learns, pack, world, capacity)
+        return choose(cfg, learns, pack, world, capacity, compiled=compiled)
 
     monkeypatch.setattr(fit_module, "choose", noting)
     return asked
@@ -217,7 +218,7 @@ def test_the_card_with_least_room_decides_for_all(tmp_path, monkeypatch):
     run.gather = lambda values: [values, [64 * GIB], [70 * GIB], values]
     model = shapes("8b")
     fit(run, model, EVERYTHING, 8192)
-    plan = choose(PRESETS["8b"], EVERYTHING, 8192, 4, 64 * GIB)
+    plan = choose(PRESETS["8b"], EVERYTHING, 8192, 4, 64 * GIB, compiled=False)
     assert asked == [64 * GIB]
     assert again(model) == (plan.recompute_decoder, plan.recompute_vit)
 
