@@ -624,9 +624,7 @@ def cross_entropy_sum(
     """Sum of -log p(label), fp32. hidden (T, C), weight (vocab, C), labels (T,)."""
     if len(labels) * len(weight) <= max_logits:
         return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
-    rows = chunk_rows(max_logits, len(weight))
-    learns = torch.is_grad_enabled()
-    logprobs, _ = ChunkedLogprobs.apply(hidden, weight, labels, 1.0, rows, False, learns)
+    logprobs, _ = chunked_logprobs(hidden, weight, labels, 1.0, max_logits, with_entropy=False)
     return -logprobs.sum()
 
 
@@ -640,19 +638,20 @@ def token_logprobs(
     """log softmax(hidden weight' / temperature) at the labels, and the entropy of that
     distribution (detached): (T,) fp32 each. Shapes as cross_entropy_sum."""
     if len(labels) * len(weight) > max_logits:
-        rows = chunk_rows(max_logits, len(weight))
-        learns = torch.is_grad_enabled()
-        return ChunkedLogprobs.apply(hidden, weight, labels, temperature, rows, True, learns)
+        return chunked_logprobs(hidden, weight, labels, temperature, max_logits, with_entropy=True)
     logp = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)  # (T, vocab)
     detached = logp.detach()
     entropy = -(detached.exp() * detached).sum(-1)  # (T,)
     return logp.gather(1, labels[:, None])[:, 0], entropy
 
 
-def chunk_rows(max_logits: int, vocab_size: int) -> int:
-    """Rows of a chunk; of 128 or more, only whole tiles of a matrix product."""
-    rows = max(1, max_logits // vocab_size)
-    return rows if rows < 128 else rows // 128 * 128
+def chunked_logprobs(hidden, weight, labels, temperature, max_logits, with_entropy):
+    """As token_logprobs, a chunk of rows at a time; without entropies, these are zeros."""
+    rows = max(1, max_logits // len(weight))
+    if rows >= 128:
+        rows = rows // 128 * 128  # whole tiles of a matrix product
+    learns = torch.is_grad_enabled()  # in a Function's forward it never is
+    return ChunkedLogprobs.apply(hidden, weight, labels, temperature, rows, with_entropy, learns)
 
 
 class ChunkedLogprobs(torch.autograd.Function):

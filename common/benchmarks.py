@@ -475,30 +475,33 @@ def choice_measure(row, reply, rules, ask):
 
 
 def yes_no_measure(row, reply, rules, ask):
-    read = yes_no(reply)
+    prompt = (
+        "Does this answer to the question mean yes or no? Reply with Yes, No or Unknown.\n"
+        f"Question: {row.text('question')}\nAnswer: {reply}"
+    )
+    return read_or_asked(yes_no, row, reply, prompt, ask)
+
+
+def read_or_asked(read_of, row, reply, prompt, ask):
+    """A measure's result: what read_of finds in the reply, else in what a judge says of it."""
+
+    def sure(said):
+        """None, which asks the judge again, where it is not."""
+        read = read_of(said)
+        return None if read == "Unknown" else read
+
+    read = read_of(reply)
     if read == "Unknown" and ask:
-        prompt = (
-            "Does this answer to the question mean yes or no? Reply with Yes, No or Unknown.\n"
-            f"Question: {row.text('question')}\nAnswer: {reply}"
-        )
-        read = ask(prompt, 5, lambda said: sure(yes_no(said))) or read
+        read = ask(prompt, 5, sure) or read
     return read, int(read == row.text("answer")), {}
-
-
-def sure(read):
-    """None, which asks the judge again, where it is not."""
-    return None if read == "Unknown" else read
 
 
 def chinese_measure(row, reply, rules, ask):
-    read = chinese_yes_no(reply)
-    if read == "Unknown" and ask:
-        prompt = (
-            "下面的回答对问题的结论是肯定还是否定？只回复“是”或“否”，无法判断则回复 Unknown。\n"
-            f"问题：{row.text('question')}\n回答：{without_thinking(reply).strip()}"
-        )
-        read = ask(prompt, 5, lambda said: sure(chinese_yes_no(said))) or read
-    return read, int(read == row.text("answer")), {}
+    prompt = (
+        "下面的回答对问题的结论是肯定还是否定？只回复“是”或“否”，无法判断则回复 Unknown。\n"
+        f"问题：{row.text('question')}\n回答：{without_thinking(reply).strip()}"
+    )
+    return read_or_asked(chinese_yes_no, row, reply, prompt, ask)
 
 
 def truths_of(row):

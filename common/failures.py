@@ -31,10 +31,18 @@ def counted(failures: list[str], tried: int, what: str) -> str:
     return f"{len(failures)} of {tried} {what} cannot be used, the first: {failures[0]}"
 
 
+def refusal(failures: list[str], tried: int, what: str, share: float = MAX_BAD_SHARE) -> str | None:
+    """Why a run ends, where too many failed."""
+    if too_many(len(failures), tried, share):
+        return f"{counted(failures, tried, what)}; more than {share:.0%} end a run"
+    return None
+
+
 def refuse_many(failures: list[str], tried: int, what: str, share: float = MAX_BAD_SHARE):
     """SystemExit where too many failed."""
-    if too_many(len(failures), tried, share):
-        raise SystemExit(f"{counted(failures, tried, what)}; more than {share:.0%} end a run")
+    why = refusal(failures, tried, what, share)
+    if why:
+        raise SystemExit(why)
 
 
 @contextmanager

@@ -27,14 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from common.conversation import check_training, conversations_of
 from common.draws import Draws
-from common.failures import MAX_BAD_SHARE, refuse_many
+from common.failures import MAX_BAD_SHARE, refusal, refuse_many
 from common.jsonl import Lines, data_name, index_some
 from common.media import MediaError
-from common.processes import groups
+from common.processes import Peers
 
 log = logging.getLogger("loader")
 
@@ -171,8 +170,8 @@ class Loader:
     def __post_init__(self):
         if self.packs_per_step % self.world:
             raise ValueError(f"{self.packs_per_step} packs is no multiple of {self.world} ranks")
-        joined = dist.is_available() and dist.is_initialized()
-        self.exchanges = joined and dist.get_world_size() == self.world > 1
+        self.peers = Peers("words")
+        self.exchanges = self.peers.world == self.world > 1
         self.files = self._open_files()
         self.decoder = Decoder(self.processor, self.pack_tokens)
         weights = [weight for _, weight in self.mixture]
@@ -219,11 +218,7 @@ class Loader:
 
     def _gather(self, thing) -> list:
         """One object per rank, in rank order, as far as there is anybody to ask."""
-        things = [thing]
-        if self.exchanges:
-            things = things * self.world
-            dist.all_gather_object(things, thing, group=groups.get("words"))
-        return things
+        return self.peers.gather_objects(thing) if self.exchanges else [thing]
 
     def __iter__(self) -> Iterator[tuple[list[dict], dict]]:
         """Goes on after the last step that was yielded, also when an earlier iteration was left."""
@@ -236,8 +231,8 @@ class Loader:
             undecoded = sum([failed for _, failed in loaded], [])
             self.tried += tried
             self.decoded += decoded
-            refusal = self._judge(bad, undecoded)
-            info = self._info(slots, bad + undecoded, refusal)
+            why = self._judge(bad, undecoded)
+            info = self._info(slots, bad + undecoded, why)
             self.state = info["state"]
             yield batches, info
 
@@ -268,21 +263,20 @@ class Loader:
         for failures, tried in both:
             # A rank may load one sample a step: of the first few, only the loss of all says much.
             if tried >= 20 or len(failures) == tried >= 4:
-                try:
-                    refuse_many(failures, tried, "samples", self.max_bad_share)
-                except SystemExit as e:
-                    return str(e)
+                why = refusal(failures, tried, "samples", self.max_bad_share)
+                if why:
+                    return why
         return None
 
-    def _info(self, slots: dict[int, Slot], bad, refusal: str | None):
+    def _info(self, slots: dict[int, Slot], bad, why: str | None):
         """What is said of a step. slots: those that this rank has planned, after it.
 
         SystemExit on all ranks where one refuses to go on: alone it would leave others waiting.
         """
         of_all = {}
-        for part, why in self._gather((slots, refusal)):
-            if why:
-                raise SystemExit(why)
+        for part, refused in self._gather((slots, why)):
+            if refused:
+                raise SystemExit(refused)
             of_all |= part
         slots = [of_all[s] for s in range(self.packs_per_step)]
         taken = np.sum([self.state["taken"], *[slot.taken for slot in slots]], 0).tolist()
