@@ -659,7 +659,8 @@ class ChunkedLogprobs(torch.autograd.Function):
 
     What the backward pass needs of a row, softmax - one-hot, is written down in the computation's
     dtype as soon as the row's logits are there. So no logits are computed twice, and (T, vocab) in
-    bf16 is all that is kept: as much as the gradient of the weights in fp32.
+    bf16 is all that is kept: as much as the gradient of the weights in fp32. Where the weights are
+    frozen, it goes through them at once, and (T, C) is all.
     """
 
     @staticmethod
@@ -673,7 +674,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         logprobs = hidden.new_empty(len(labels), dtype=torch.float32)
         entropy = torch.zeros_like(logprobs)
         needed = learns and any(ctx.needs_input_grad[:2])  # which says nothing of no_grad
-        push = hidden.new_empty(len(labels) if needed else 0, len(weight))  # (T, vocab)
+        ctx.frozen = not ctx.needs_input_grad[1]
+        width = weight.shape[1] if ctx.frozen else len(weight)
+        push = hidden.new_empty(len(labels) if needed else 0, width)  # (T, C) or (T, vocab)
 
         for begin in range(0, len(labels), rows):
             part = slice(begin, begin + rows)
@@ -687,23 +690,26 @@ class ChunkedLogprobs(torch.autograd.Function):
                 entropy[part] = -(logp.exp() * logp).sum(-1)
             if needed:
                 softmax = logp.exp_()
-                push[part] = softmax.scatter_add_(1, y, softmax.new_full(y.shape, -1))
+                softmax.scatter_add_(1, y, softmax.new_full(y.shape, -1))
+                push[part] = softmax.to(dtype) @ weight if ctx.frozen else softmax
                 del softmax
             del logits, logp  # or they would be there beside the next chunk's
 
-        ctx.save_for_backward(hidden, weight, push)
+        ctx.save_for_backward(*[push] if ctx.frozen else [push, hidden, weight])
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, push = ctx.saved_tensors
+        push, *others = ctx.saved_tensors
         scale = (-grad / ctx.temperature)[:, None]  # (T, 1): d logp / d logits is -push
-        grad_hidden = grad_weight = None
+        if ctx.frozen:
+            return (push * scale).to(ctx.dtypes[0]), *[None] * 6
+        hidden, weight = others
+        grad_hidden = None
         if ctx.needs_input_grad[0]:
             grad_hidden = (push @ weight * scale).to(ctx.dtypes[0])  # (T, C)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (push.T @ (hidden * scale).to(push.dtype)).to(ctx.dtypes[1])
+        grad_weight = (push.T @ (hidden * scale).to(push.dtype)).to(ctx.dtypes[1])
         return grad_hidden, grad_weight, None, None, None, None, None
 
 

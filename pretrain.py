@@ -38,10 +38,11 @@ from common.checkpoint import export, fingerprint, resume, save_if_due
 from common.conversation import check_training, media_items
 from common.facts import as_object
 from common.failures import say_failures
-from common.fit import fit
+from common.fit import EVERYTHING, fit, packs_at_once
 from common.loader import Loader, split_packs
 from common.memory import CARDS, dry_run
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
+from common.packing import join
 from common.parallel import assign, pass_around, ring_pass, shard
 from common.processes import Peers, join_processes
 from common.questions import check_heldout, files_or_exit
@@ -109,7 +110,6 @@ PLAN = {
 WARMUP = 0.05  # the share of a stage's steps in which the rate rises
 FLOOR = 0.2  # the share of its peak that it falls to; stage 3 goes on from stage 2's there
 
-EVERYTHING = ("vit", "projector", "decoder")
 LEARNS = {
     "text": ("decoder",), "0": ("vit",), "1": ("projector",), "2": EVERYTHING, "3": EVERYTHING,
 }
@@ -188,18 +188,20 @@ def next_token(
     # reads or draws its own part of the weights.
     model = KeyeVL.shapes(before or PRESETS[args.size])
     cfg = model.config
-    keep = fit(run, model, learns, scale.pack)
+    tokens, packs = split_packs(scale.pack, args.packs or scale.packs, run.world)
+    at_once = packs_at_once(run, model, learns, tokens, packs // run.world)
+    keep = fit(run, model, learns, tokens * at_once)
     fill(shard(model, run), args, before)
     opt = make_optimizer(model, dict.fromkeys(learns, rate), muon=scale.muon, **keep)
     progress = resume(run, model, opt)
-    packs = split_packs(scale.pack, args.packs or scale.packs, run.world)
     loader = Loader(
-        mix, processor, *packs, run.rank, run.world, args.seed,
+        mix, processor, tokens, packs, run.rank, run.world, args.seed,
         flops=partial(sample_flops, cfg), workers=args.workers, state=progress.loader,
     )
 
     for step, (batches, info) in zip(range(progress.step, steps), loader):
         lr = set_lr(opt, schedule(step, steps, **shape))
+        batches = join(batches, at_once)
 
         # Every target token of the step weighs the same, on whichever rank and in whichever
         # micro-batch it stands: so sums are divided by the count of all of them.
@@ -211,6 +213,7 @@ def next_token(
             micro_loss = loss_sum / max(1, targets)
             micro_loss.backward()  # under FSDP, gradients are summed over the ranks here
             loss += micro_loss.detach()
+        loader.prepare()  # the GPU is still at work
 
         loss = run.sum(loss)
         norm = clip_gradients(model)
@@ -281,6 +284,35 @@ def sigmoid_loss(images, texts, scale, bias, largest: int, world: int = 1):
     return total
 
 
+def contrast(batches: list[dict], embed, loss_of) -> torch.Tensor:
+    """The loss over all pairs of a step, with its gradients: a picture meets the captions of all
+    micro-batches, however many there are.
+
+    embed(batch) -> pictures (B, C), captions (B, C), scale, bias; loss_of takes those of all
+    batches together. One batch that holds the step is the plain case. Several are embedded without
+    gradients first; the loss tells each vector its gradient, and with that each batch goes
+    through again (arXiv 2101.06983).
+    """
+    if len(batches) == 1:
+        loss = loss_of(*embed(batches[0]))
+        loss.backward()
+        return loss.detach()
+    with torch.no_grad():
+        parts = [embed(batch) for batch in batches]
+    images, texts, scales, biases = zip(*parts)
+    vectors = [torch.cat(images), torch.cat(texts), scales[0], biases[0]]
+    vectors = [vector.detach().clone().requires_grad_() for vector in vectors]
+    loss = loss_of(*vectors)
+    loss.backward()
+
+    *pushes, scale, bias = (vector.grad for vector in vectors)
+    sizes = [len(part) for part in images]
+    for i, pushed in enumerate(zip(*(push.split(sizes) for push in pushes))):
+        share = float(i == 0)  # scale and bias are the step's, and learn once
+        torch.autograd.backward(embed(batches[i]), [*pushed, scale * share, bias * share])
+    return loss.detach()
+
+
 POOLING_PROBE = "visual.vision_model.head.probe"
 
 
@@ -342,7 +374,12 @@ def contrastive(
     cfg = model.config
     tower, encode = text_tower(args, cfg, processor)
     siglip = SigLIP(model.vit, tower)
-    keep = fit(run, model, ("vit",), scale.pack)
+    packing = split_packs(scale.pack, args.packs or scale.packs, run.world)
+    at_once = packs_at_once(run, model, ("vit",), packing[0], packing[1] // run.world)
+    keep = fit(run, model, ("vit",), packing[0] * at_once)
+    if keep.get("compiled"):
+        for block in tower.layers:
+            block.compile(dynamic=True)
     siglip.to(next(model.vit.parameters()).dtype)  # all of it as its ViT is held
     shard(siglip, run)
     for part in rest_of(model):
@@ -356,9 +393,8 @@ def contrastive(
     parts = ("vit", "text", "logit_scale", "logit_bias")
     opt = make_optimizer(siglip, dict.fromkeys(parts, plan["lr"]["0"]), muon=scale.muon, **keep)
     progress = resume(run, siglip, opt)
-    packs = split_packs(scale.pack, args.packs or scale.packs, run.world)
     loader = Loader(
-        mixture(folder, "0", args.size), processor, *packs, run.rank, run.world, args.seed,
+        mixture(folder, "0", args.size), processor, *packing, run.rank, run.world, args.seed,
         workers=args.workers, state=progress.loader, check=check_pair,
     )
 
@@ -370,15 +406,16 @@ def contrastive(
 
     for step, (batches, info) in zip(range(progress.step, steps), loader):
         lr = set_lr(opt, schedule(step, steps, WARMUP, floor=FLOOR))
-        # pictures of each micro-batch of each rank: the ring needs the largest, the mean all
-        counts = run.gather([len(batch["grids"]) for batch in batches])
-        pairs = sum(map(sum, counts))
-        loss = torch.zeros((), device=run.device)
-        for i, batch in enumerate(batches):
-            largest = int(max(row[i] for row in counts))
-            micro_loss = sigmoid_loss(*embed(batch), largest, run.world) / max(1, pairs)
-            micro_loss.backward()
-            loss += micro_loss.detach()
+        batches = join(batches, at_once)
+        # pictures of each rank: the ring needs the largest number, the mean all
+        counts = [row[0] for row in run.gather([sum(len(b["grids"]) for b in batches)])]
+        pairs = sum(counts)
+
+        def loss_of(*vectors):
+            return sigmoid_loss(*vectors, int(max(counts)), run.world) / max(1, pairs)
+
+        loss = contrast(batches, embed, loss_of)
+        loader.prepare()  # the GPU is still at work
         loss = run.sum(loss)
         norm = clip_gradients(siglip)
         if not run.should_skip(loss, norm):
@@ -391,7 +428,8 @@ def contrastive(
             skipped=run.sum(sum(info["skipped"].values())),
             tokens=len(grids) * tower.context,
             visual_tokens=sum(len(batch["patches"]) for batch in batches) // 4,
-            flops=2 * training_flops(cfg, [], grids),  # the text tower is as large as the ViT
+            # the text tower is as deep and wide as the ViT
+            flops=training_flops(cfg, [], grids + [[1, 1, tower.context]] * len(grids)),
         )
         save_if_due(run, step + 1, steps, siglip, opt, info["state"])
     say_failures(run, loader.failures, run.sum(loader.tried), "samples")

@@ -25,11 +25,12 @@ import torch
 from common.checkpoint import export, fingerprint, on_main, resume, save_if_due
 from common.conversation import link_media, text_of
 from common.failures import leave_out, say_failures
-from common.fit import fit
+from common.fit import EVERYTHING, fit, packs_at_once
 from common.jsonl import write_lines
 from common.loader import Loader, split_packs
 from common.media import MediaError
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
+from common.packing import join
 from common.parallel import shard
 from common.questions import Question, check_heldout, files_or_exit, read_or_exit
 from common.rollout import Prompt, Rollout, sample_groups
@@ -239,8 +240,8 @@ def trainable(
     scale = SCALE[run.args.size]
     processor = Processor.from_pretrained(init)
     model = KeyeVL.shapes(init)
-    rates = {"vit": lr, "projector": lr, "decoder": lr}
-    keep = fit(run, model, tuple(rates), pack or scale.pack, copies)
+    rates = dict.fromkeys(EVERYTHING, lr)
+    keep = fit(run, model, EVERYTHING, pack or scale.pack, copies)
     shard(model, run).load(init)
     opt = make_optimizer(model, rates, muon=scale.muon, **keep, **options)
     return model, processor, opt, resume(run, model, opt)
@@ -257,14 +258,17 @@ def frozen(run: Run, folder: Path) -> KeyeVL:
 def finetune(run: Run, init: Path, mix: list[tuple[Path, float]], lr: float, steps: int):
     """Next-token training on the assistant's turns; leaves run.folder/model."""
     args = run.args
-    model, processor, opt, progress = trainable(run, init, lr)
+    tokens, packs = packing(run)
+    at_once = packs_at_once(run, KeyeVL.shapes(init), EVERYTHING, tokens, packs // run.world)
+    model, processor, opt, progress = trainable(run, init, lr, tokens * at_once)
     loader = Loader(
-        mix, processor, *packing(run), run.rank, run.world, args.seed,
+        mix, processor, tokens, packs, run.rank, run.world, args.seed,
         flops=partial(sample_flops, model.config), workers=args.workers, state=progress.loader,
     )
 
     for step, (batches, info) in zip(range(progress.step, steps), loader):
         now = set_lr(opt, schedule(step, steps, WARMUP, decay=ANNEALED))
+        batches = join(batches, at_once)
 
         # the mean over all target tokens of the step, whichever rank and micro-batch they are in
         targets = run.sum(sum(int((batch["labels"] != -100).sum()) for batch in batches))
@@ -275,6 +279,7 @@ def finetune(run: Run, init: Path, mix: list[tuple[Path, float]], lr: float, ste
             micro_loss = loss_sum / max(1, targets)
             micro_loss.backward()
             loss += micro_loss.detach()
+        loader.prepare()  # the GPU is still at work
 
         loss = run.sum(loss)
         norm = clip_gradients(model)

@@ -11,8 +11,10 @@ import gc
 import torch
 from torch.utils._triton import has_triton
 
-from common.memory import choose, table
+from common.memory import BEST, choose, job_of, plan_of, table
 from common.run import MADE_HERE, Run
+
+EVERYTHING = ("vit", "projector", "decoder")  # that can learn
 
 
 def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) -> dict:
@@ -54,6 +56,23 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
                 part.to(torch.bfloat16)
     moments = torch.float32 if plan.recipe == "fp32" else torch.bfloat16
     return {"moments": moments, "compiled": compiled}
+
+
+def packs_at_once(run: Run, model, learns: tuple[str, ...], pack: int, packs: int) -> int:
+    """How many of a step's `packs` of this rank go through the model as one: a divisor of them.
+
+    As many as leave the best recipe its memory, with no block run again: on a GPU small models
+    wait for the host, and sharded ones gather their weights for each pack. Arguments as fit's.
+    """
+    if run.device.type != "cuda" or packs == 1:
+        return 1
+    capacity, compiled = capacity_of(run), wants_compile(run)
+    for n in range(packs, 1, -1):
+        if packs % n == 0:
+            job = job_of(model.config, learns, n * pack, run.world, compiled)
+            if plan_of(job, BEST, (0, 0), capacity).fits:
+                return n
+    return 1
 
 
 def capacity_of(run: Run) -> float:

@@ -224,17 +224,29 @@ class Loader:
         """Goes on after the last step that was yielded, also when an earlier iteration was left."""
         notes = deque()  # of steps that are planned and not yet yielded
         packs = self._decoded(self._plans(notes))
-        while True:
-            loaded = [next(packs) for _ in range(self.packs_per_step // self.world)]
-            batches = [batch for batch, _ in loaded]
-            slots, bad, tried, decoded = notes.popleft()
-            undecoded = sum([failed for _, failed in loaded], [])
-            self.tried += tried
-            self.decoded += decoded
-            why = self._judge(bad, undecoded)
-            info = self._info(slots, bad + undecoded, why)
-            self.state = info["state"]
-            yield batches, info
+        self.coming = None
+        self.load = lambda: [next(packs) for _ in range(self.packs_per_step // self.world)]
+        try:
+            while True:
+                self.prepare()
+                loaded, self.coming = self.coming, None
+                batches = [batch for batch, _ in loaded]
+                slots, bad, tried, decoded = notes.popleft()
+                undecoded = sum([failed for _, failed in loaded], [])
+                self.tried += tried
+                self.decoded += decoded
+                why = self._judge(bad, undecoded)
+                info = self._info(slots, bad + undecoded, why)
+                self.state = info["state"]
+                yield batches, info
+        finally:
+            self.load = self.coming = None  # the workers end with their iterator
+
+    def prepare(self):
+        """Lays out and loads the next step now, not when it is asked for: call it where the GPU
+        has work and the host would wait for it."""
+        if self.coming is None:
+            self.coming = self.load()
 
     def _decoded(self, plans):
         """Packs of examples -> (batch, failures) of each. Workers hold a few packs, not steps."""

@@ -27,6 +27,8 @@ GIB = 2**30
 # need stochastic rounding. Computation is in bf16, and so are frozen weights of released sizes.
 RECIPES = {"fp32": (4, 4), "fp32, bf16 moments": (4, 2), "bf16": (2, 2)}
 
+BEST, *_ = RECIPES
+
 # GiB of memory that CUDA reports. H100: measured; the others: as their drivers are known to.
 CARDS = {
     "B200": 178.5,
@@ -280,16 +282,18 @@ def loss_moments(job: Job, held, patches: int, copies: int, cast: bool, way: int
     """The loss, chunk by chunk; its backward pass; and, last of all, the embedding's."""
     many = job.world > 1
     head = job.cfg.vocab_size * job.cfg.hidden_size
-    labels = (job.pack - patches // 4) * job.cfg.vocab_size
-    chunk = 4 * CHUNK_COPIES * min(labels, MAX_LOGITS)
+    labels = job.pack - patches // 4
+    chunk = 4 * CHUNK_COPIES * min(labels * job.cfg.vocab_size, MAX_LOGITS)
+    # what the backward pass needs of each label: a number a word, or a frozen head's gradient
+    push = 2 * labels * (job.cfg.vocab_size if "decoder" in job.learns else job.cfg.hidden_size)
     way *= head * ("decoder" in job.learns)
     in_use = copies + 2 * head * (many or cast)
     # FSDP's buffer stays until the next gather, and there is none. It sums the head's gradient
     # over the cards only when the logits are gone.
     buffer = 2 * head * many
-    before = 0 if many else 2 * labels
+    before = 0 if many else push
     return {
-        "loss": held | {"logits": 2 * labels + chunk, "in use": in_use + buffer},
+        "loss": held | {"logits": push + chunk, "in use": in_use + buffer},
         "head backward": held | {"logits": before, "in use": in_use, "on the way": way},
         "embedding backward": {"in use": buffer, "on the way": way},
     }
@@ -304,6 +308,11 @@ def plan_of(job: Job, recipe: str, again, capacity: float, name: str = "") -> Pl
     return Plan(job, recipe, *again, state(job, recipe) | more, moment, capacity, name)
 
 
+def job_of(cfg: Config, learns: tuple[str, ...], pack: int, world: int, compiled: bool) -> Job:
+    """The ViT alone is stage 0, where a text tower learns with it."""
+    return Job(cfg, learns + ("text",) * (learns == ("vit",)), pack, world, compiled)
+
+
 def choose(
     cfg: Config, trained, pack: int, world: int, capacity: float, name: str = "",
     compiled: bool = True,
@@ -313,8 +322,7 @@ def choose(
     trained: of "vit", "projector", "decoder"; the ViT alone is stage 0. capacity: bytes of a
     card. Where nothing fits, the last recipe's plan, whose `fits` is False.
     """
-    learns = tuple(trained)
-    job = Job(cfg, learns + ("text",) * (learns == ("vit",)), pack, world, compiled)
+    job = job_of(cfg, tuple(trained), pack, world, compiled)
     decoder, vit = job.layers
 
     for recipe in RECIPES:
@@ -334,8 +342,8 @@ def choose(
 
 def flops_per_token(job: Job) -> float:
     """Of training; causal attention counts once, and blocks that run again do not."""
-    if job.stage_0:  # a visual token's; the text tower is as large as the ViT
-        return 2 * training_flops(job.cfg, [], [PICTURE]) / 256
+    if job.stage_0:  # a visual token's; the text tower is as deep and wide as the ViT
+        return training_flops(job.cfg, [], [PICTURE, (1, 1, CAPTION)]) / 256
     if not job.patches:
         return training_flops(job.cfg, [DOCUMENT], []) / DOCUMENT
     learns = "vit" in job.learns, "decoder" in job.learns

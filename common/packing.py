@@ -1,6 +1,7 @@
 """Samples of any lengths as packs of few tokens, for the losses that look at whole responses."""
 
 import torch
+import torch.nn.functional as F
 
 
 def group_into_packs(samples: list[dict], max_tokens: int) -> list[list[dict]]:
@@ -25,6 +26,26 @@ def even_packs(run, samples: list[dict], max_tokens: int, blank: dict) -> list[l
     groups = group_into_packs(samples, max_tokens)
     most = max(run.gather_objects(len(groups)))
     return groups + [[blank]] * (most - len(groups))
+
+
+def join(packs: list[dict], at_once: int) -> list[dict]:
+    """Packed batches, `at_once` neighbours as one: the same samples in fewer, larger steps.
+
+    A GPU waits for the host as long for a small batch as for a large one.
+    """
+    if at_once == 1:
+        return packs
+    joined = []
+    for first in range(0, len(packs), at_once):
+        group = packs[first : first + at_once]
+        batch = {}
+        for key in ("tokens", "labels", "patches", "grids"):
+            batch[key] = torch.cat([pack[key] for pack in group])
+        batch["positions"] = torch.cat([pack["positions"] for pack in group], 1)  # (3, T)
+        lengths = torch.cat([pack["segments"].diff() for pack in group])  # (S,)
+        batch["segments"] = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))  # (S + 1,)
+        joined.append(batch)
+    return joined
 
 
 def sample_of_label(batch: dict) -> torch.Tensor:

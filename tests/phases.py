@@ -297,6 +297,9 @@ class Loop:
             skipped = {"missing": 1, "too_long": 2}
             yield self.BATCHES, {"skipped": skipped, "state": {"place": place}}
 
+    def prepare(self):
+        """The next step may be loaded early: nothing changes by it."""
+
     def clip_gradients(self, model):
         self.events.append("clip")
         return torch.tensor(0.25)

@@ -116,7 +116,6 @@ def test_blocks_at_8b_as_an_h100_measured_them():
         (6, EVERYTHING, FP32, (0, 20), 1, 64.34),
         (6, EVERYTHING, FP32, (6, 27), 2, 29.55),
         (8, EVERYTHING, FP32, (0, 14), 2, 52.35),
-        (8, ("projector",), BF16, (8, 0), 1, 12.21),
     ],
 )
 def test_steps_as_two_h200_measured_them(

@@ -2,7 +2,14 @@
 
 import torch
 
-from common.packing import even_packs, group_into_packs, sample_of_label, sum_per_sample
+from common.packing import (
+    even_packs,
+    group_into_packs,
+    join,
+    sample_of_label,
+    sum_per_sample,
+)
+from data import pack
 from stage import begin
 
 
@@ -48,3 +55,21 @@ def test_on_one_rank_there_is_nothing_to_fill_up(tmp_path):
     run, _, _ = begin(tmp_path)
     samples = samples_of(4, 7)
     assert lengths_of(even_packs(run, samples, 10, blank={"tokens": [0]})) == [[4], [7]]
+
+
+def test_joined_packs_hold_the_same_samples(processor):
+    """As if all of them had been packed together, in the same order."""
+    samples = [processor({"messages": [
+        {"role": "user", "content": f"question {i} " * (i + 1)},
+        {"role": "assistant", "content": f"answer {i}"},
+    ]}) for i in range(7)]
+    packs = [pack(samples[:2]), pack(samples[2:3]), pack(samples[3:5]), pack(samples[5:])]
+    for at_once, groups in ((2, [samples[:3], samples[3:]]), (4, [samples])):
+        joined = join(packs, at_once)
+        assert len(joined) == len(groups)
+        for got, group in zip(joined, groups):
+            want = pack(group)
+            assert got.keys() == want.keys()
+            for key in want:
+                assert torch.equal(got[key], want[key]) and got[key].dtype == want[key].dtype, key
+    assert join(packs, 1) is packs

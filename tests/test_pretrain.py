@@ -438,10 +438,10 @@ class Tower(nn.Linear):
 
 
 class Ranks(FakeRun):
-    """Two ranks; the other one has 4 and 1 pictures in its micro-batches."""
+    """Two ranks; the other one has 6 pictures in a step."""
 
     def gather(self, values):
-        return [list(values), [4, 1]]
+        return [list(values), [6]]
 
     def score(self, scorer):
         self.events.append("retrieval")
@@ -464,7 +464,7 @@ def contrastive(monkeypatch, tmp_path, steps, begin=0, rank=0, official=()):
 
     def sigmoid_loss(images, texts, scale, bias, largest, world):
         loop.losses.append((len(images), len(texts), largest, world))
-        return (images * texts).sum()
+        return (images * texts).sum() + 0 * (scale + bias).sum()
 
     def captions_of(batch, context, encode):
         assert (context, encode) == (64, "encode")
@@ -498,19 +498,19 @@ def contrastive(monkeypatch, tmp_path, steps, begin=0, rank=0, official=()):
 
 
 def test_stage_0_divides_by_the_pairs_of_the_step(tmp_path, monkeypatch):
-    """On all ranks and in all micro-batches: 3 + 2 here, 4 + 1 there."""
+    """On all ranks and in all micro-batches: 3 + 2 here, 6 there."""
     loop = contrastive(monkeypatch, tmp_path, steps=2)
     one = ["draw", "clip", "step", "zero", "log", "save"]
     # ViT and text tower, and by itself the projector, which is kept as it was
     begin = ["shard", "shard", "make_optimizer", "resume", "Loader"]
-    assert loop.run.moved == 4
+    assert loop.run.moved == 2 * 4  # each micro-batch twice
     assert loop.events == [*begin, *one * 2, "export", "retrieval"]
-    # pictures, captions, the most that any rank has in this micro-batch, ranks
-    assert loop.losses == [(3, 3, 4, 2), (2, 2, 2, 2)] * 2
+    # pictures, captions, the most that any rank has, ranks
+    assert loop.losses == [(5, 5, 6, 2)] * 2
     for step, record in zip(loop.steps, loop.run.logged, strict=True):
-        assert step.grads["vit.weight"] == pytest.approx(5 / 10)
-        assert record["loss"] == pytest.approx(2 * 5 / 10)
-        assert record["pairs"] == 10
+        assert step.grads["vit.weight"] == pytest.approx(5 / 11)
+        assert record["loss"] == pytest.approx(2 * 5 / 11)
+        assert record["pairs"] == 11
         assert record["norm"] == 0.25
         assert record["skipped"] == 6
         assert record["tokens"] == 5 * 64
@@ -598,6 +598,34 @@ def test_sigmoid_loss_on_a_ring_is_equation_1(sizes, tmp_path):
     got = [sum(of_ranks) for of_ranks in zip(*parts)]
     for a, b in zip(got, equation_1(sum(sizes)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [[7], [3, 4], [1, 0, 4, 2]], ids=str)
+def test_a_picture_meets_the_captions_of_all_micro_batches(sizes):
+    """In as many micro-batches as there are, loss and gradients are those of one with all."""
+    pictures, captions = torch.randn(2, 7, 6, dtype=torch.double).split(1)
+    torch.manual_seed(0)
+    towers = torch.nn.ModuleList(torch.nn.Linear(6, 5).double() for _ in range(2))
+    ends = torch.nn.ParameterList(torch.tensor([x], dtype=torch.double) for x in (0.3, -1.0))
+
+    def embed(batch):
+        images, texts = (F.normalize(t(x), dim=-1) for t, x in zip(towers, batch))
+        return images, texts, ends[0].exp(), ends[1] + 0
+
+    def loss_of(*vectors):
+        return pretrain.sigmoid_loss(*vectors, 7) / 7
+
+    want = loss_of(*embed((pictures[0], captions[0])))
+    want.backward()
+    leaves = [*towers.parameters(), *ends]
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+
+    batches = list(zip(pictures[0].split(sizes), captions[0].split(sizes)))
+    torch.testing.assert_close(pretrain.contrast(batches, embed, loss_of), want.detach())
+    for leaf, gradient in zip(leaves, gradients):
+        torch.testing.assert_close(leaf.grad, gradient, atol=1e-12, rtol=1e-10)
 
 
 def test_one_rank_without_pictures_has_no_loss():
