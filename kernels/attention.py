@@ -238,9 +238,6 @@ def cached_attention(
     (B, Q, H, D). A query that sees no key gives garbage; the caller drops it.
     """
     wanted = _forced() in ("", "ours") and decode.takes(q, k)
-    # Several new tokens, as tools answer with, go to PyTorch on a GPU: their mask in decode.cu was
-    # wrong when it last ran on one, and what mended it has not.
-    wanted &= not q.is_cuda or q.shape[1] == 1
     if wanted and decode.available(q.device.type):
         lengths, rows = (x if x is None else x.int() for x in (lengths, rows))
         return decode.decode(q, k, v, lengths, rows)
