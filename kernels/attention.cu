@@ -13,39 +13,13 @@
 //      shared     holds the rows of the block, and the walked tile twice: while one is multiplied,
 //      memory     cp.async brings the next.
 //
-// The instructions, products and the softmax stand in tiles.cuh.
+// The instructions, products and the softmax stand in tiles.cuh, what a pack is in pack.cuh.
 // Built by kernels/build.py; only CUDA's own headers are needed.
 
-#include "tiles.cuh"
-
-constexpr int TILE = 128;  // rows of one entry of the list of tiles
+#include "pack.cuh"
 
 // ------------------------------------------------------------------------------------------------
-// what the passes share
-
-// Element (token, head, channel) lies at data[token * row + head * head_step + channel].
-struct Tensor {
-    void* data;
-    int64_t row, head_step;
-    template <typename T>
-    __device__ T* at(int64_t token, int head) const {
-        return (T*)data + token * row + head * head_step;
-    }
-};
-
-// Rows TILE * index and on of the segment at `start`.
-struct Tile {
-    int start, length, index;
-};
-
-struct Work {
-    Tensor q, k, v, out, d_out, dq, dk, dv;
-    float *lse, *delta;  // (heads, tokens)
-    const Tile* tiles;
-    int count;  // tiles
-    int tokens, heads, kv_heads, causal;
-    float scale;
-};
+// forward
 
 // A tile of keys and then of values, which begins at `key` of the segment.
 template <typename T, int D, int KEYS>
@@ -54,44 +28,6 @@ static __device__ void fetch_keys(uint32_t to, const Work& work, Tile tile, int 
     fetch_rows<D, KEYS>(to, work.k.at<T>(token, kv_head), work.k.row, real);
     fetch_rows<D, KEYS>(to + KEYS * Rows<D>::BYTES, work.v.at<T>(token, kv_head), work.v.row, real);
 }
-
-// The keys that a query sees: those before this one.
-static __device__ int last_key(const Work& work, int length, int query) {
-    return work.causal ? min(length, query + 1) : length;
-}
-
-// Scores of keys that a query does not see become -inf. Both are counted from the segment's start.
-template <int M, int N>
-static __device__ void hide_keys(Sums<M, N>& scores, const Work& work, int length, int query,
-                                 int key) {
-    if (key + 8 * N <= last_key(work, length, query)) return;  // the first query sees them all
-#pragma unroll
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++)
-            for (int i = 0; i < 4; i++) {
-                int end = last_key(work, length, query + row_of(2 * m + i / 2));
-                if (key + column_of(n, i) >= end) scores.x[m][n][i] = -INFINITY;
-            }
-}
-
-// A warp's rows go to memory; the first `real` of them exist.
-template <typename T, int M, int N>
-static __device__ void write_rows(const Sums<M, N>& sums, float times, T* to, int64_t step,
-                                  int real) {
-#pragma unroll
-    for (int i = 0; i < 2 * M; i++) {
-        if (row_of(i) >= real) continue;
-        T* row = to + row_of(i) * step;
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            const float* two = sums.x[i / 2][n] + i % 2 * 2;
-            *(uint32_t*)(row + column_of(n, 0)) = pair<T>(two[0] * times, two[1] * times);
-        }
-    }
-}
-
-// ------------------------------------------------------------------------------------------------
-// forward
 
 template <int D>
 struct ForwardShape {
@@ -134,17 +70,7 @@ static __global__ void __launch_bounds__(THREADS, 2) forward(const Work work) {
         add_weighted_rows<T, D>(sums, scores, keys + S::WALKED);
     }
 
-    for (int r = 0; r < 2 * S::M; r++) {
-        sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
-        sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
-        shrink[r] = 1 / sum[r];
-        int row = query + row_of(r);
-        if (threadIdx.x % 4 == 0 && row < length)
-            work.lse[(int64_t)head * work.tokens + tile.start + row] =
-                largest[r] * work.scale + logf(sum[r]);
-    }
-    scale_rows(sums, shrink);
-    write_rows(sums, 1, work.out.at<T>(tile.start + query, head), work.out.row, length - query);
+    write_output<T, D>(sums, largest, sum, work, tile, head, query);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -225,7 +151,7 @@ static __global__ void __launch_bounds__(THREADS) backward_queries(const Work wo
                 }
         add_weighted_rows<T, D>(dq, ds, keys);
     }
-    write_rows(dq, work.scale, work.dq.at<T>(tile.start + query, head), work.dq.row,
+    write_rows<D>(dq, work.scale, work.dq.at<T>(tile.start + query, head), work.dq.row,
                length - query);
 }
 
@@ -316,8 +242,8 @@ static __global__ void __launch_bounds__(THREADS) backward_keys(const Work work)
         add_weighted_rows<T, D>(dk, ds, queries);
     }
     token = tile.start + key, real = length - key;
-    write_rows(dk, work.scale, work.dk.at<T>(token, kv_head), work.dk.row, real);
-    write_rows(dv, 1, work.dv.at<T>(token, kv_head), work.dv.row, real);
+    write_rows<D>(dk, work.scale, work.dk.at<T>(token, kv_head), work.dk.row, real);
+    write_rows<D>(dv, 1, work.dv.at<T>(token, kv_head), work.dv.row, real);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -380,4 +306,4 @@ extern "C" int attention(const Tensor* x, float* lse, float* delta, const Tile* 
     return (is_bf16 ? run<bf16> : run<half>)(work, width, backward, (cudaStream_t)stream);
 }
 
-extern "C" const char* attention_error(int error) { return cudaGetErrorString((cudaError_t)error); }
+extern "C" const char* error_text(int error) { return cudaGetErrorString((cudaError_t)error); }

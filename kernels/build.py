@@ -68,9 +68,14 @@ def cuda_compiler() -> str:
     return path
 
 
-def cuda_flags() -> list[str]:
-    """Machine code for sm_80 and for the GPU that is here, and PTX that later ones translate."""
+def cuda_flags(name: str) -> list[str]:
+    """Machine code for sm_80 and for the GPU that is here, and PTX that later ones translate.
+
+    hopper.cu: for sm_90a alone, whose instructions no other GPU has.
+    """
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-shared", "-cudart", "static"]
+    if name == "hopper.cu":
+        return [*flags, "-gencode=arch=compute_90a,code=sm_90a"]
     flags += ["-gencode=arch=compute_80,code=[sm_80,compute_80]"]
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -82,7 +87,7 @@ def cuda_flags() -> list[str]:
 def commands(source: Path) -> tuple[list[list[str]], list[str]]:
     """What makes a.so of the source, and all facts beside the source that it depends on."""
     if source.suffix == ".cu":
-        nvcc, flags = cuda_compiler(), cuda_flags()
+        nvcc, flags = cuda_compiler(), cuda_flags(source.name)
         facts = [nvcc, run(nvcc, "--version"), *flags]
         return [[nvcc, *flags, str(source), "-o", "a.so"]], facts
     cxx = compiler()

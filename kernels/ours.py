@@ -1,11 +1,13 @@
 """Our attention kernel as an operator of PyTorch: gradients, torch.compile, autocast, FSDP.
 
-The work is done in attention.cpp, on GPUs in attention.cu (decode.py has decoding); here they get
-addresses and steps, and torch learns what it needs to know of an operator that it cannot look into.
+The work is done in attention.cpp, on GPUs in attention.cu, the forward pass on Hopper in hopper.cu
+(decode.py has decoding); here they get addresses and steps, and torch learns what it needs to know
+of an operator that it cannot look into.
 Deterministic: tasks write to places of their own.
 """
 
 import ctypes
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ DTYPES = {
 CUDA_WIDTHS = (64, 72, 80, 128)  # the head widths that attention.cu is compiled for
 TILE = 128  # rows of a tile in attention.cu
 CUDA_STEP = 2**24  # elements: attention.cu counts within a tile in 32 bits
+HOPPER = True  # whether hopper.cu is used where it can be; the benchmark measures both
+NOT_TAKEN = -1  # hopper.cu: these steps are not for it
 
 
 def available(device: str = "cpu") -> bool:
@@ -75,18 +79,34 @@ def call_cuda(tensors: list[Tensor], lse: Tensor, delta: Tensor, tiles: Tensor, 
     """attention.cu; tensors: q, k, v, out, and for the backward pass d_out, dq, dk, dv."""
     q, k, *_ = tensors
     tokens, heads, width = q.shape
-    library = load("attention.cu")
+    places = addresses(tensors)
+    lse, delta, list_of_tiles = (ctypes.c_void_p(x.data_ptr()) for x in (lse, delta, tiles))
+    shape = (len(tiles), tokens, heads, k.shape[1], width, int(causal))
+    is_bf16, backward = int(q.dtype == torch.bfloat16), int(len(tensors) > 4)
     with torch.cuda.device(q.device):
-        error = library.attention(
-            addresses(tensors),
-            *(ctypes.c_void_p(x.data_ptr()) for x in (lse, delta, tiles)), len(tiles),
-            tokens, heads, k.shape[1], width, int(causal), int(q.dtype == torch.bfloat16),
-            int(len(tensors) > 4), q.device.index,
-            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
-        )
+        place = (q.device.index, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+        error = NOT_TAKEN
+        if not backward and on_hopper(q.device.index):
+            library = load("hopper.cu")
+            error = library.hopper_forward(places, lse, list_of_tiles, *shape, is_bf16, *place)
+        if error == NOT_TAKEN:
+            library = load("attention.cu")
+            error = library.attention(
+                places, lse, delta, list_of_tiles, *shape, is_bf16, backward, *place
+            )
     if error:
-        library.attention_error.restype = ctypes.c_char_p
-        raise RuntimeError(f"attention.cu: {library.attention_error(error).decode()}")
+        library.error_text.restype = ctypes.c_char_p
+        raise RuntimeError(f"attention on a GPU: {library.error_text(error).decode()}")
+
+
+def on_hopper(device: int) -> bool:
+    """Whether hopper.cu is there and can run on this GPU."""
+    return HOPPER and capability(device) == (9, 0) and load("hopper.cu") is not None
+
+
+@cache
+def capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def whole_rows(x: Tensor) -> Tensor:
