@@ -77,27 +77,6 @@ static __global__ void __launch_bounds__(THREADS, 2) forward(const Work work) {
 // backward: with P the weights and dP = dO V^T, dS = P * (dP - delta); then dV = P^T dO,
 // dQ = dS K and dK = dS^T Q, the last two times the scale of q.
 
-template <typename T>
-struct alignas(16) Eight {
-    T of[8];
-};
-
-// delta = rowsum(dO * O). 16 lanes have a row, 8 channels each.
-template <typename T, int D>
-static __global__ void __launch_bounds__(THREADS) sum_of_products(const Work work) {
-    int64_t row = (int64_t)blockIdx.x * (THREADS / 16) + threadIdx.x / 16;
-    int64_t token = row / work.heads;
-    int head = row % work.heads, lane = threadIdx.x % 16;
-    float sum = 0;
-    if (token < work.tokens && lane < D / 8) {
-        auto x = *(const Eight<T>*)(work.out.at<const T>(token, head) + lane * 8);
-        auto y = *(const Eight<T>*)(work.d_out.at<const T>(token, head) + lane * 8);
-        for (int i = 0; i < 8; i++) sum += (float)x.of[i] * (float)y.of[i];
-    }
-    for (int i = 1; i < 16; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (token < work.tokens && lane == 0) work.delta[head * (int64_t)work.tokens + token] = sum;
-}
-
 template <int D>
 struct QueriesShape {
     static constexpr int M = 2, KEYS = 32;
@@ -165,18 +144,6 @@ struct KeysShape {
     static constexpr int FRESH = (STAGE + 1023) / 1024 * 1024;  // the next begins a round
     static constexpr int MEMORY = 2 * OWN + 2 * FRESH;
 };
-
-// Scores of queries that come before the key become -inf.
-template <int M, int N>
-static __device__ void hide_queries(Sums<M, N>& scores, int key, int query) {
-    if (query >= key + 16 * M - 1) return;
-#pragma unroll
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++)
-            for (int i = 0; i < 4; i++)
-                if (query + column_of(n, i) < key + row_of(2 * m + i / 2))
-                    scores.x[m][n][i] = -INFINITY;
-}
 
 template <typename T, int D>
 static __global__ void __launch_bounds__(THREADS) backward_keys(const Work work) {
@@ -267,9 +234,9 @@ static int run_forward(const Work& work, cudaStream_t stream) {
 
 template <typename T, int D>
 static int run_backward(const Work& work, cudaStream_t stream) {
-    constexpr int ROWS = THREADS / 16, PARTS = TILE / KeysShape<D>::KEYS;
-    int64_t tiles = work.count, rows = (int64_t)work.tokens * work.heads;
-    int error = launch(sum_of_products<T, D>, (rows + ROWS - 1) / ROWS, 0, work, stream);
+    constexpr int PARTS = TILE / KeysShape<D>::KEYS;
+    int64_t tiles = work.count;
+    int error = run_sum_of_products<T, D>(work, stream);
     if (!error)
         error = launch(backward_keys<T, D>, tiles * PARTS * work.kv_heads, KeysShape<D>::MEMORY,
                        work, stream);

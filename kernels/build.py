@@ -1,7 +1,7 @@
 """Compiles a source of this folder once, and loads it.
 
     library = load("attention.cpp")         a ctypes library, or None where that cannot be done
-    library = load("attention.cu")          the same by NVIDIA's compiler, for GPUs
+    library = load("attention.cu")          the same by NVIDIA's compiler, for GPUs; hopper*.cu too
 
 The result lies in the user's cache folder, under a name made of all that it depends on: the source,
 its headers, the compiler, and the processor's abilities. It is written aside and renamed, so a
@@ -71,10 +71,10 @@ def cuda_compiler() -> str:
 def cuda_flags(name: str) -> list[str]:
     """Machine code for sm_80 and for the GPU that is here, and PTX that later ones translate.
 
-    hopper.cu: for sm_90a alone, whose instructions no other GPU has.
+    hopper*.cu: for sm_90a alone, whose instructions no other GPU has.
     """
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-shared", "-cudart", "static"]
-    if name == "hopper.cu":
+    if name.startswith("hopper"):
         return [*flags, "-gencode=arch=compute_90a,code=sm_90a"]
     flags += ["-gencode=arch=compute_80,code=[sm_80,compute_80]"]
     if torch.cuda.is_available():
@@ -113,6 +113,12 @@ def build(source: Path) -> Path:
     return target
 
 
+def instead(name: str) -> str:
+    if name.startswith("hopper"):
+        return "attention.cu, for any GPU, is"
+    return "PyTorch's operators are"
+
+
 @cache
 def load(name: str) -> ctypes.CDLL | None:
     """The library of a source beside this file, built where need be. None, with a warning: no way.
@@ -122,5 +128,5 @@ def load(name: str) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(build(Path(__file__).with_name(name))))
     except OSError as e:
-        log.warning("kernels/%s is not used, PyTorch's operators are: %s", name, e)
+        log.warning("kernels/%s is not used, %s: %s", name, instead(name), e)
         return None

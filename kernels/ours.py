@@ -1,8 +1,8 @@
 """Our attention kernel as an operator of PyTorch: gradients, torch.compile, autocast, FSDP.
 
-The work is done in attention.cpp, on GPUs in attention.cu, the forward pass on Hopper in hopper.cu
-(decode.py has decoding); here they get addresses and steps, and torch learns what it needs to know
-of an operator that it cannot look into.
+The work is done in attention.cpp, on GPUs in attention.cu, on Hopper GPUs in hopper.cu and
+hopper_backward.cu (decode.py has decoding); here they get addresses and steps, and torch learns
+what it needs to know of an operator that it cannot look into.
 Deterministic: tasks write to places of their own.
 """
 
@@ -22,8 +22,8 @@ DTYPES = {
 CUDA_WIDTHS = (64, 72, 80, 128)  # the head widths that attention.cu is compiled for
 TILE = 128  # rows of a tile in attention.cu
 CUDA_STEP = 2**24  # elements: attention.cu counts within a tile in 32 bits
-HOPPER = True  # whether hopper.cu is used where it can be; the benchmark measures both
-NOT_TAKEN = -1  # hopper.cu: these steps are not for it
+HOPPER = True  # whether Hopper's kernels are used where they can be; the benchmark measures both
+NOT_TAKEN = -1  # what they return for steps between rows that they cannot go in
 
 
 def available(device: str = "cpu") -> bool:
@@ -86,9 +86,9 @@ def call_cuda(tensors: list[Tensor], lse: Tensor, delta: Tensor, tiles: Tensor, 
     with torch.cuda.device(q.device):
         place = (q.device.index, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
         error = NOT_TAKEN
-        if not backward and on_hopper(q.device.index):
-            library = load("hopper.cu")
-            error = library.hopper_forward(places, lse, list_of_tiles, *shape, is_bf16, *place)
+        library = hopper(q.device.index, bool(backward))
+        if library:
+            error = library.hopper(places, lse, delta, list_of_tiles, *shape, is_bf16, *place)
         if error == NOT_TAKEN:
             library = load("attention.cu")
             error = library.attention(
@@ -99,9 +99,11 @@ def call_cuda(tensors: list[Tensor], lse: Tensor, delta: Tensor, tiles: Tensor, 
         raise RuntimeError(f"attention on a GPU: {library.error_text(error).decode()}")
 
 
-def on_hopper(device: int) -> bool:
-    """Whether hopper.cu is there and can run on this GPU."""
-    return HOPPER and capability(device) == (9, 0) and load("hopper.cu") is not None
+def hopper(device: int, backward: bool) -> ctypes.CDLL | None:
+    """The library of Hopper's kernels for this pass, where it is there and this GPU can run it."""
+    if not HOPPER or capability(device) != (9, 0):
+        return None
+    return load("hopper_backward.cu" if backward else "hopper.cu")
 
 
 @cache

@@ -50,6 +50,18 @@ static __device__ void hide_keys(Sums<M, N>& scores, const Work& work, int lengt
             }
 }
 
+// Scores of queries that come before the key become -inf.
+template <int M, int N>
+static __device__ void hide_queries(Sums<M, N>& scores, int key, int query) {
+    if (query >= key + 16 * M - 1) return;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < 4; i++)
+                if (query + column_of(n, i) < key + row_of(2 * m + i / 2))
+                    scores.x[m][n][i] = -INFINITY;
+}
+
 // A warp's rows of D numbers go to memory; the first `real` of them exist.
 template <int D, typename T, int M, int N>
 static __device__ void write_rows(const Sums<M, N>& sums, float times, T* to, int64_t step,
@@ -84,4 +96,36 @@ static __device__ void write_output(Sums<M, N>& sums, const float (&largest)[2 *
     scale_rows(sums, inverse);
     write_rows<D>(sums, 1, work.out.at<T>(tile.start + query, head), work.out.row,
                   tile.length - query);
+}
+
+// ------------------------------------------------------------------------------------------------
+// the first step of the backward pass
+
+template <typename T>
+struct alignas(16) Eight {
+    T of[8];
+};
+
+// delta = rowsum(dO * O). 16 lanes have a row, 8 channels each.
+template <typename T, int D>
+static __global__ void __launch_bounds__(THREADS) sum_of_products(const Work work) {
+    int64_t row = (int64_t)blockIdx.x * (THREADS / 16) + threadIdx.x / 16;
+    int64_t token = row / work.heads;
+    int head = row % work.heads, lane = threadIdx.x % 16;
+    float sum = 0;
+    if (token < work.tokens && lane < D / 8) {
+        auto x = *(const Eight<T>*)(work.out.at<const T>(token, head) + lane * 8);
+        auto y = *(const Eight<T>*)(work.d_out.at<const T>(token, head) + lane * 8);
+        for (int i = 0; i < 8; i++) sum += (float)x.of[i] * (float)y.of[i];
+    }
+    for (int i = 1; i < 16; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    if (token < work.tokens && lane == 0) work.delta[head * (int64_t)work.tokens + token] = sum;
+}
+
+template <typename T, int D>
+static int run_sum_of_products(const Work& work, cudaStream_t stream) {
+    constexpr int ROWS = THREADS / 16;
+    int64_t rows = (int64_t)work.tokens * work.heads;
+    sum_of_products<T, D><<<(rows + ROWS - 1) / ROWS, THREADS, 0, stream>>>(work);
+    return cudaGetLastError();
 }

@@ -388,11 +388,14 @@ GPU_SHAPES = [
 ]
 
 
-@pytest.fixture
-def our_gpu_kernel(monkeypatch):
+@pytest.fixture(params=["sm_80", "hopper"])
+def our_gpu_kernel(request, monkeypatch):
     monkeypatch.setenv("NANOKEYE_ATTENTION", "ours")
     if not ours.available("cuda"):
         pytest.skip("no nvcc")
+    if request.param == "hopper" and not ours.hopper(torch.cuda.current_device(), False):
+        pytest.skip("not a Hopper GPU")
+    monkeypatch.setattr(ours, "HOPPER", request.param == "hopper")
 
 
 def test_tiles_cover_a_pack_and_the_longest_come_first():
@@ -451,6 +454,44 @@ def test_every_number_from_the_gpu_is_written_and_every_run_gives_the_same(
         torch.use_deterministic_algorithms(False)
     assert all(torch.isfinite(x).all() for x in runs[0])
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("d", ours.CUDA_WIDTHS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_no_number_stays_in_its_segment(our_gpu_kernel, d, causal):
+    """Tiles reach into the next segment, here after 5, 133 and 261 tokens."""
+    lengths = [5, 3, 133, 70, 261, 90]
+    q, k, v, segments = draw(lengths, 4, 2, d, torch.bfloat16, "cuda")
+    clean = torch.ones(sum(lengths), dtype=torch.bool, device="cuda")
+    results = []
+    for poison in (0.0, torch.nan):
+        start = 0
+        with torch.no_grad():
+            for i, n in enumerate(lengths):
+                if i % 2:
+                    clean[start : start + n] = False
+                    for x in (q, k, v):
+                        x[start : start + n] = poison
+                start += n
+        out = attention(q, k, v, segments, causal)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))])
+    for zeros, nans in zip(*results):
+        assert torch.equal(zeros[clean], nans[clean]) and torch.isnan(nans[~clean]).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("causal", [False, True])
+def test_thousands_of_short_segments_and_a_long_one_on_the_gpu(our_gpu_kernel, causal):
+    lengths = [1 + i % 37 for i in range(2000)] + [3000]
+    q, k, v, segments = draw(lengths, 2, 1, 72, torch.bfloat16, "cuda")
+    out = attention(q, k, v, segments, causal)
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    want, exact = in_float64(q, k, v, segments, causal)
+    want_grads = torch.autograd.grad(want, exact, torch.ones_like(want))
+    for found, wanted in zip((out, *grads[1:]), (want, *want_grads[1:])):
+        assert relative(found, wanted) < 1e-2
+    assert (grads[0].double() - want_grads[0]).abs().max() < 2e-2  # nearly all cancels out
 
 
 @pytest.mark.cuda
