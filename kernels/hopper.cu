@@ -1,7 +1,7 @@
 // The forward pass of attention.cu once more, for Hopper GPUs: wgmma and TMA (hopper.cuh).
 //
-//      a block       stays on its multiprocessor and takes tile after tile of 128 queries: warpgroup
-//                    0 fetches, 1 and 2 have 64 of the queries each.
+//      a block       stays on its multiprocessor and takes tile after tile of 128 queries:
+//                    warpgroup 0 fetches, 1 and 2 have 64 of the queries each.
 //      fetching      one thread asks for queries, two tiles of them, and for tiles of keys and
 //                    values. It runs ahead as places become free, into the block's next tiles too.
 //      computing     scores of the next keys and sums over the last ones' values are started
@@ -14,12 +14,13 @@
 //                    leave no gap. The two warpgroups take turns: one has its softmax while the
 //                    other's products run.
 //      shared        for D = 128: queries 32 KiB, 128 keys and as many values 32 KiB each, all
-//      memory        twice: 192 KiB. Below: 64 keys, as short segments fill those better, four times.
-//      registers     of a computing thread: KEYS / 2 scores and KEYS / 4 with two weights each, D / 2
-//                    sums. The fetching warpgroup gives up most of its own for them.
+//      memory        twice: 192 KiB. Below: 64 keys, of which short segments waste fewer, four
+//                    times.
+//      registers     of a computing thread: KEYS / 2 scores and KEYS / 4 with two weights each,
+//                    D / 2 sums. The fetching warpgroup gives up most of its own for them.
 //
-// A tile's last rows may belong to the next segment: their scores become -inf, and their values 0, as
-// 0 times something that is no number would not be 0.
+// A tile's last rows may belong to the next segment: their scores become -inf, and their values 0,
+// as 0 times something that is no number would not be 0.
 
 #include "hopper.cuh"
 
@@ -33,7 +34,7 @@
 template <int D>
 struct Shape {
     static constexpr int KEYS = D == 128 ? 128 : SHORT_KEYS, STAGES = D == 128 ? 2 : 256 / KEYS;
-    static constexpr int QUERIES = TILE * Parts<D>::BYTES, WALKED = KEYS * Parts<D>::BYTES;  // bytes
+    static constexpr int QUERIES = TILE * Parts<D>::BYTES, WALKED = KEYS * Parts<D>::BYTES;
     static constexpr int BARRIERS = 2 * QUERIES + 2 * STAGES * WALKED, MEMORY = BARRIERS + 256;
     static_assert(WALKED % 1024 == 0, "the XOR starts anew every 1024 bytes");
 };

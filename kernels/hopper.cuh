@@ -1,15 +1,15 @@
-// What hopper.cu and hopper_backward.cu share: the instructions that only Hopper GPUs (sm_90a) have,
-// and how tiles lie in shared memory for them.
+// What hopper.cu and hopper_backward.cu share: the instructions that only Hopper GPUs (sm_90a)
+// have, and how tiles lie in shared memory for them.
 //
-//      TMA       copies whole tiles, asked for by one thread, and counts their bytes in at a barrier
-//                in shared memory.
+//      TMA       copies whole tiles, asked for by one thread, and counts their bytes in at a
+//                barrier in shared memory.
 //      wgmma     products of a warpgroup, 4 warps, which it starts and need not wait for. a comes
 //                from shared memory or registers, b from shared memory; 64 rows of c stay in
 //                registers, as those of mma (tiles.cuh) do: warp w has rows 16 w and on.
 //
-// wgmma reads rows as TMA lays them: 64 columns, 128 bytes, with chunks of 16 bytes mixed up by XOR.
-// What D = 72 and 80 have beyond 64 comes as rows of 16 columns, 32 bytes; behind column 72 TMA
-// writes zeros.
+// wgmma reads rows as TMA lays them: 64 columns, 128 bytes, with chunks of 16 bytes mixed up by
+// XOR. What D = 72 and 80 have beyond 64 comes as rows of 16 columns, 32 bytes; behind column 72
+// TMA writes zeros.
 
 #pragma once
 
@@ -50,7 +50,8 @@ static __device__ void wait_for(uint32_t barrier, int phase) {
             : "=r"(over) : "r"(barrier), "r"(phase) : "memory");
     } while (!over);
 }
-// Barrier `id` of the block's own sixteen: `count` threads wait, or some of them only say they came.
+// Barrier `id` of the block's own sixteen: `count` threads come; some wait for the others, and some
+// only say that they came.
 static __device__ void meet(int id, int count) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }

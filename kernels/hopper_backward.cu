@@ -309,8 +309,8 @@ static int run(const Work& work, int width, int device, cudaStream_t stream) {
     return cudaErrorInvalidValue;
 }
 
-// As attention.cu's function `attention`, backward only. Returns NOT_TAKEN for steps that TMA cannot
-// go in; nothing is written then.
+// As attention.cu's function `attention`, backward only. Returns NOT_TAKEN for steps that TMA
+// cannot go in; nothing is written then.
 extern "C" int hopper(const Tensor* x, float* lse, float* delta, const Tile* tiles, int count,
                       int tokens, int heads, int kv_heads, int width, int causal, int is_bf16,
                       int device, void* stream) {

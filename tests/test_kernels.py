@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from kernels import Segments, attention, attention_reference, build, cached_attention, decode, ours
 
@@ -284,6 +288,41 @@ def test_torch_knows_the_operator(our_kernel):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted))
     with torch.autocast("cpu", torch.bfloat16):
         assert attention(q, k, v, segments).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("saves, calls", [(True, 1), (False, 2)])
+def test_selective_checkpointing_may_keep_what_attention_gave(
+    our_kernel, monkeypatch, saves, calls
+):
+    """A policy names the operator; the products around it are computed again, it is not."""
+    q, k, v, segments = draw([5, 70], 4, 2, 8)
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    called = []
+    real = ours.call
+
+    def counted(name, *arguments):
+        called.append(name)
+        real(name, *arguments)
+
+    monkeypatch.setattr(ours, "call", counted)
+
+    def policy(_, operator, *args, **kwargs):
+        if saves and operator == torch.ops.nanokeye.attention.default:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(q, k, v):
+        return (attention(q @ weight, k, v, segments, True) @ weight).square().sum()
+
+    wanted = torch.autograd.grad(block(q, k, v), (q, k, v, weight))
+    called.clear()
+    loss = checkpoint(
+        block, q, k, v, use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )
+    found = torch.autograd.grad(loss, (q, k, v, weight))
+    assert called.count("attention_forward") == calls and called.count("attention_backward") == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
 
 
 # -- the choice, and the build ---------------------------------------------------------------------
