@@ -19,7 +19,7 @@
 #include "pack.cuh"
 
 // ------------------------------------------------------------------------------------------------
-// forward
+// the walk of a tile of queries along its keys
 
 // A tile of keys and then of values, which begins at `key` of the segment.
 template <typename T, int D, int KEYS>
@@ -28,6 +28,27 @@ static __device__ void fetch_keys(uint32_t to, const Work& work, Tile tile, int 
     fetch_rows<D, KEYS>(to, work.k.at<T>(token, kv_head), work.k.row, real);
     fetch_rows<D, KEYS>(to + KEYS * Rows<D>::BYTES, work.v.at<T>(token, kv_head), work.v.row, real);
 }
+
+// Calls step(key, keys) for tiles of KEYS keys: the first of a tile, and where it and then its
+// values lie in shared memory, at one of two places from `walked` on. The first tile has been asked
+// for. query: this warp's first of `rows`; tiles of which it sees nothing are left out.
+template <typename T, int D, int KEYS, typename Step>
+static __device__ void walk_over_keys(const Work& work, Tile tile, int kv_head, uint32_t walked,
+                                      int query, int rows, Step step) {
+    constexpr int PLACE = 2 * KEYS * Rows<D>::BYTES;
+    int end = last_key(work, tile.length, tile.index * TILE + TILE - 1);
+    for (int key = 0; key < end; key += KEYS) {
+        wait_for_copies();  // and all warps are done with the tile before
+        int after = key + KEYS;
+        uint32_t other = walked + after / KEYS % 2 * PLACE;
+        if (after < end) fetch_keys<T, D, KEYS>(other, work, tile, kv_head, after);
+        if (query < tile.length && key < last_key(work, tile.length, query + rows - 1))
+            step(key, walked + key / KEYS % 2 * PLACE);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// forward
 
 template <int D>
 struct ForwardShape {
@@ -54,22 +75,15 @@ static __global__ void __launch_bounds__(THREADS, 2) forward(const Work work) {
     float largest[2 * S::M], sum[2 * S::M], shrink[2 * S::M];
     for (int r = 0; r < 2 * S::M; r++) largest[r] = -INFINITY, sum[r] = 0;
     float factor = work.scale * LOG2_E;
-    int end = last_key(work, length, block_query + TILE - 1);
-    for (int key = 0; key < end; key += S::KEYS) {
-        uint32_t keys = walked + key / S::KEYS % 2 * 2 * S::WALKED;
-        wait_for_copies();  // and all warps are done with the tile before
-        int after = key + S::KEYS;
-        uint32_t other = walked + after / S::KEYS % 2 * 2 * S::WALKED;
-        if (after < end) fetch_keys<T, D, S::KEYS>(other, work, tile, kv_head, after);
-        if (query >= length || key >= last_key(work, length, query + 16 * S::M - 1)) continue;
+    auto step = [&](int key, uint32_t keys) {
         auto scores = rows_by_rows<T, D, S::M, S::KEYS / 8>(
             queries + (query - block_query) * Rows<D>::BYTES, keys);
         hide_keys(scores, work, length, query, key);
         soften(scores, factor, largest, sum, shrink);
         scale_rows(sums, shrink);
         add_weighted_rows<T, D>(sums, scores, keys + S::WALKED);
-    }
-
+    };
+    walk_over_keys<T, D, S::KEYS>(work, tile, kv_head, walked, query, 16 * S::M, step);
     write_output<T, D>(sums, largest, sum, work, tile, head, query);
 }
 
@@ -109,14 +123,7 @@ static __global__ void __launch_bounds__(THREADS) backward_queries(const Work wo
     Sums<S::M, D / 8> dq;
     float factor = work.scale * LOG2_E;
     uint32_t rows = queries + (query - block_query) * Rows<D>::BYTES;
-    int end = last_key(work, length, block_query + TILE - 1);
-    for (int key = 0; key < end; key += S::KEYS) {
-        uint32_t keys = walked + key / S::KEYS % 2 * 2 * S::WALKED;
-        wait_for_copies();  // and all warps are done with the tile before
-        int after = key + S::KEYS;
-        uint32_t other = walked + after / S::KEYS % 2 * 2 * S::WALKED;
-        if (after < end) fetch_keys<T, D, S::KEYS>(other, work, tile, kv_head, after);
-        if (query >= length || key >= last_key(work, length, query + 16 * S::M - 1)) continue;
+    auto step = [&](int key, uint32_t keys) {
         auto p = rows_by_rows<T, D, S::M, S::KEYS / 8>(rows, keys);
         hide_keys(p, work, length, query, key);
         auto ds = rows_by_rows<T, D, S::M, S::KEYS / 8>(rows + S::OWN, keys + S::WALKED);
@@ -129,7 +136,8 @@ static __global__ void __launch_bounds__(THREADS) backward_queries(const Work wo
                     ds.x[m][n][i] = weight * (ds.x[m][n][i] - delta[r]);
                 }
         add_weighted_rows<T, D>(dq, ds, keys);
-    }
+    };
+    walk_over_keys<T, D, S::KEYS>(work, tile, kv_head, walked, query, 16 * S::M, step);
     write_rows<D>(dq, work.scale, work.dq.at<T>(tile.start + query, head), work.dq.row,
                length - query);
 }
