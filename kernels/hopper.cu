@@ -14,26 +14,19 @@
 //                    leave no gap. The two warpgroups take turns: one has its softmax while the
 //                    other's products run.
 //      shared        for D = 128: queries 32 KiB, 128 keys and as many values 32 KiB each, all
-//      memory        twice: 192 KiB. Below: 64 keys, of which short segments waste fewer, four
-//                    times.
-//      registers     of a computing thread: KEYS / 2 scores and KEYS / 4 with two weights each,
-//                    D / 2 sums. The fetching warpgroup gives up most of its own for them.
+//      memory        twice: 192 KiB.
+//      registers     of a computing thread: 64 scores, 32 with two weights each, D / 2 sums. The
+//                    fetching warpgroup gives up most of its own for them.
 //
 // A tile's last rows may belong to the next segment: their scores become -inf, and their values 0,
 // as 0 times something that is no number would not be 0.
 
 #include "hopper.cuh"
 
-#ifndef SHORT_KEYS
-#define SHORT_KEYS 64
-#endif
-#ifndef TURNS
-#define TURNS 1
-#endif
+constexpr int KEYS = 128, STAGES = 2;  // of a tile of keys or values; tiles of each in memory
 
 template <int D>
 struct Shape {
-    static constexpr int KEYS = D == 128 ? 128 : SHORT_KEYS, STAGES = D == 128 ? 2 : 256 / KEYS;
     static constexpr int QUERIES = TILE * Parts<D>::BYTES, WALKED = KEYS * Parts<D>::BYTES;
     static constexpr int BARRIERS = 2 * QUERIES + 2 * STAGES * WALKED, MEMORY = BARRIERS + 256;
     static_assert(WALKED % 1024 == 0, "the XOR starts anew every 1024 bytes");
@@ -65,24 +58,23 @@ struct Places {
     uint32_t base;
     __device__ uint32_t queries(int round) const { return base + round % 2 * S::QUERIES; }
     __device__ uint32_t keys(int n) const {
-        return base + 2 * S::QUERIES + n % S::STAGES * 2 * S::WALKED;
+        return base + 2 * S::QUERIES + n % STAGES * 2 * S::WALKED;
     }
     __device__ uint32_t values(int n) const { return keys(n) + S::WALKED; }
     __device__ uint32_t barrier(int i) const { return base + S::BARRIERS + 8 * i; }
     __device__ uint32_t queries_full(int round) const { return barrier(round % 2 * 2); }
     __device__ uint32_t queries_free(int round) const { return barrier(round % 2 * 2 + 1); }
-    __device__ uint32_t keys_full(int n) const { return barrier(4 + n % S::STAGES * 4); }
-    __device__ uint32_t keys_free(int n) const { return barrier(5 + n % S::STAGES * 4); }
-    __device__ uint32_t values_full(int n) const { return barrier(6 + n % S::STAGES * 4); }
-    __device__ uint32_t values_free(int n) const { return barrier(7 + n % S::STAGES * 4); }
-    static constexpr int COUNT = 4 + 4 * S::STAGES;
-    static __device__ int phase(int n) { return n / S::STAGES % 2; }
+    __device__ uint32_t keys_full(int n) const { return barrier(4 + n % STAGES * 4); }
+    __device__ uint32_t keys_free(int n) const { return barrier(5 + n % STAGES * 4); }
+    __device__ uint32_t values_full(int n) const { return barrier(6 + n % STAGES * 4); }
+    __device__ uint32_t values_free(int n) const { return barrier(7 + n % STAGES * 4); }
+    static constexpr int COUNT = 4 + 4 * STAGES;
+    static __device__ int phase(int n) { return n / STAGES % 2; }
     static __device__ int phase_of_queries(int round) { return round / 2 % 2; }
 };
 
 template <int D>
 static __device__ void fetch_all(const Work& work, const Maps& maps, const Places<D> at) {
-    constexpr int KEYS = Shape<D>::KEYS;
     int n = 0, round = 0;
     for (int i = blockIdx.x; i < work.count * work.heads; i += gridDim.x, round++) {
         Task task(work, i);
@@ -106,8 +98,6 @@ struct Softmax {
 
 template <typename T, int D>
 static __device__ void compute_all(const Work& work, const Places<D> at, char* memory) {
-    constexpr int KEYS = Shape<D>::KEYS;
-    bool speaks = threadIdx.x % 32 == 0;  // for its warp
     int group = threadIdx.x / GROUP - 1, first_row = group * GROUP_ROWS;
     int row = first_row + threadIdx.x % GROUP / 32 * 16;  // this warp's first of a tile
     float factor = work.scale * LOG2_E;
@@ -122,8 +112,8 @@ static __device__ void compute_all(const Work& work, const Places<D> at, char* m
         begin_rows_by_rows<T, D, TILE, KEYS>(scores, at.queries(round), first_row, at.keys(n));
     };
     auto soften_scores = [&](const Task& task, int round, int n, int key) {
-        if (speaks) arrive(at.keys_free(n));
-        if (speaks && key + KEYS >= task.end) arrive(at.queries_free(round));
+        leave(at.keys_free(n));
+        if (key + KEYS >= task.end) leave(at.queries_free(round));
         hide_keys(scores, work, task.tile.length, task.query + row, key);
         soften(scores, factor, softmax.largest, softmax.sum, softmax.shrink);
     };
@@ -138,17 +128,17 @@ static __device__ void compute_all(const Work& work, const Places<D> at, char* m
     wait_for_products<0>(scores);
     soften_scores(task, 0, 0, 0);
     round_to<T>(weights, scores);
-    if (TURNS && group == 1) pass_by(3, 2 * GROUP);  // group 0 has the first turn
+    if (group == 1) pass_by(3, 2 * GROUP);  // group 0 has the first turn
     while (true) {
         bool last = key + KEYS >= task.end;  // of this task: then the next one's scores begin
         if (last && i + gridDim.x >= work.count * work.heads) break;
         if (last) wait_for(at.queries_full(round + 1), at.phase_of_queries(round + 1));
         wait_for(at.keys_full(n + 1), at.phase(n + 1));
         wait_for_values();
-        if (TURNS) meet(3 + group, 2 * GROUP);
+        meet(3 + group, 2 * GROUP);
         begin_scores(round + last, n + 1);
         begin_weighted_rows<T, D>(sums, weights, at.values(n));
-        if (TURNS) pass_by(4 - group, 2 * GROUP);
+        pass_by(4 - group, 2 * GROUP);
         wait_for_products<1>(scores);
         Softmax done = softmax;
         if (last) softmax = Softmax();
@@ -156,7 +146,7 @@ static __device__ void compute_all(const Work& work, const Places<D> at, char* m
         if (last) next = after;
         soften_scores(next, round + last, n + 1, last ? 0 : key + KEYS);
         wait_for_products<0>(sums);
-        if (speaks) arrive(at.values_free(n));
+        leave(at.values_free(n));
         if (last) {
             write_output<T, D>(sums, done.largest, done.sum, work, task.tile, task.head,
                                task.query + row);
@@ -207,8 +197,8 @@ static int run(const Work& work, int device, cudaStream_t stream) {
     using S = Shape<D>;
     Maps maps{};
     if (!describe<T, D>(maps.q, work.q, work.tokens, work.heads, TILE) ||
-        !describe<T, D>(maps.k, work.k, work.tokens, work.kv_heads, S::KEYS) ||
-        !describe<T, D>(maps.v, work.v, work.tokens, work.kv_heads, S::KEYS))
+        !describe<T, D>(maps.k, work.k, work.tokens, work.kv_heads, KEYS) ||
+        !describe<T, D>(maps.v, work.v, work.tokens, work.kv_heads, KEYS))
         return NOT_TAKEN;
     int blocks;
     cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);

@@ -36,6 +36,11 @@ static __device__ void arrive_and_expect(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
+// A warp arrives: all of its lanes are done with what the barrier guards.
+static __device__ void leave(uint32_t barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(barrier);
+}
 // This thread arrives when all its cp.async have.
 static __device__ void arrive_with_copies(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

@@ -120,7 +120,6 @@ template <typename T, int D>
 static __device__ void compute_queries(const Work& work, const Places<D> at, char* memory,
                                        int tasks) {
     using S = Shape<D>;
-    bool speaks = threadIdx.x % 32 == 0;  // for its warp
     int first_row = (threadIdx.x / GROUP - 1) * GROUP_ROWS;
     float factor = work.scale * LOG2_E;
     int n = 0, round = 0;
@@ -154,7 +153,7 @@ static __device__ void compute_queries(const Work& work, const Places<D> at, cha
                 for (int c = 0; c < 4; c++)
                     p.x[0][j][c] = exp2_of(p.x[0][j][c] * factor - lse[c / 2]);
             wait_for_products<1>(dq);
-            if (speaks && step) arrive(at.free(n - 1));
+            if (step) leave(at.free(n - 1));
             wait_for_products<0>(ds);
 #pragma unroll
             for (int j = 0; j < WALKED / 8; j++)
@@ -166,10 +165,10 @@ static __device__ void compute_queries(const Work& work, const Places<D> at, cha
             begin_scores(n + 1);
             begin_weighted_rows<T, D>(dq, weights, at.walked(n));
         }
-        if (speaks) arrive(at.own_free(round));
+        leave(at.own_free(round));
         begin_weighted_rows<T, D>(dq, weights, at.walked(n));
         wait_for_products<0>(dq);
-        if (speaks) arrive(at.free(n));
+        leave(at.free(n));
         n++;
         write_rows<D>(dq, work.scale, work.dq.at<T>(task.tile.start + query, task.head),
                       work.dq.row, length - query);
@@ -179,7 +178,6 @@ static __device__ void compute_queries(const Work& work, const Places<D> at, cha
 template <typename T, int D>
 static __device__ void compute_keys(const Work& work, const Places<D> at, char* memory, int tasks) {
     using S = Shape<D>;
-    bool speaks = threadIdx.x % 32 == 0;  // for its warp
     int first_row = (threadIdx.x / GROUP - 1) * GROUP_ROWS;
     float factor = work.scale * LOG2_E;
     int n = 0, round = 0;
@@ -211,7 +209,7 @@ static __device__ void compute_keys(const Work& work, const Places<D> at, char* 
                     p.x[0][j][c] = exp2_of(p.x[0][j][c] * factor - shift);
                 }
             wait_for_products<1>(dk);
-            if (speaks && step) arrive(at.free(n - 1));
+            if (step) leave(at.free(n - 1));
             round_to<T>(weights, p);
             begin_weighted_rows<T, D>(dv, weights, at.walked(n) + S::TENSOR);
             wait_for_products<0>(ds);  // and dv: there are no registers for both kinds of weights
@@ -226,11 +224,11 @@ static __device__ void compute_keys(const Work& work, const Places<D> at, char* 
             begin_scores(n + 1);
             begin_weighted_rows<T, D>(dk, weights, at.walked(n));
         }
-        if (speaks) arrive(at.own_free(round));
+        leave(at.own_free(round));
         begin_weighted_rows<T, D>(dk, weights, at.walked(n));
         wait_for_products<0>(dk);
         wait_for_products<0>(dv);
-        if (speaks) arrive(at.free(n));
+        leave(at.free(n));
         n++;
         int token = task.tile.start + key, real = length - key;
         write_rows<D>(dk, work.scale, work.dk.at<T>(token, task.head), work.dk.row, real);

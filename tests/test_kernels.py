@@ -528,9 +528,8 @@ def test_thousands_of_short_segments_and_a_long_one_on_the_gpu(our_gpu_kernel, c
     grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     want, exact = in_float64(q, k, v, segments, causal)
     want_grads = torch.autograd.grad(want, exact, torch.ones_like(want))
-    for found, wanted in zip((out, *grads[1:]), (want, *want_grads[1:])):
+    for found, wanted in zip((out, *grads), (want, *want_grads)):
         assert relative(found, wanted) < 1e-2
-    assert (grads[0].double() - want_grads[0]).abs().max() < 2e-2  # nearly all cancels out
 
 
 @pytest.mark.cuda
