@@ -6,11 +6,12 @@
 //      a block       stays on its multiprocessor and takes tile after tile of 128 rows, its own:
 //                    keys and values, or q and dO. Warp 0 fetches; warpgroups 1 and 2 have 64 rows
 //                    each, and walk over tiles of 64 rows of the other two tensors.
-//      computing     what the products of the next tile need is there before those of this one are
-//                    done, so scores become weights while other products run.
+//      computing     the next tile's first product is started together with this one's last, and
+//                    its second right after: scores become weights while those run. A warpgroup
+//                    that waits leaves the tensor cores to the other.
 //      shared        for D = 128: 64 KiB of own rows; walked ones 32 KiB, three times: 160 KiB.
 //      registers     of a thread with keys: 2 x D / 2 sums, 32 scores, 32 gradients of weights, and
-//                    both rounded, 16 each: all of its 240 for D = 128.
+//                    16 with two of either, rounded: for D = 128 208 of its 240, and no more fit.
 
 #include "hopper.cuh"
 

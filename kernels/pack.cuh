@@ -1,5 +1,5 @@
-// What attention.cu and hopper.cu share: a pack of segments as the host lays it out, which keys a
-// query sees, and how a warp's rows go to memory.
+// What attention.cu and Hopper's kernels share: a pack of segments as the host lays it out, which
+// keys a query sees, and how a warp's rows go to memory.
 
 #pragma once
 
