@@ -13,39 +13,13 @@
 //      shared     holds the rows of the block, and the walked tile twice: while one is multiplied,
 //      memory     cp.async brings the next.
 //
-// The instructions, products and the softmax stand in tiles.cuh.
+// The instructions, products and the softmax stand in tiles.cuh, what a pack is in pack.cuh.
 // Built by kernels/build.py; only CUDA's own headers are needed.
 
-#include "tiles.cuh"
-
-constexpr int TILE = 128;  // rows of one entry of the list of tiles
+#include "pack.cuh"
 
 // ------------------------------------------------------------------------------------------------
-// what the passes share
-
-// Element (token, head, channel) lies at data[token * row + head * head_step + channel].
-struct Tensor {
-    void* data;
-    int64_t row, head_step;
-    template <typename T>
-    __device__ T* at(int64_t token, int head) const {
-        return (T*)data + token * row + head * head_step;
-    }
-};
-
-// Rows TILE * index and on of the segment at `start`.
-struct Tile {
-    int start, length, index;
-};
-
-struct Work {
-    Tensor q, k, v, out, d_out, dq, dk, dv;
-    float *lse, *delta;  // (heads, tokens)
-    const Tile* tiles;
-    int count;  // tiles
-    int tokens, heads, kv_heads, causal;
-    float scale;
-};
+// the walk of a tile of queries along its keys
 
 // A tile of keys and then of values, which begins at `key` of the segment.
 template <typename T, int D, int KEYS>
@@ -55,38 +29,21 @@ static __device__ void fetch_keys(uint32_t to, const Work& work, Tile tile, int 
     fetch_rows<D, KEYS>(to + KEYS * Rows<D>::BYTES, work.v.at<T>(token, kv_head), work.v.row, real);
 }
 
-// The keys that a query sees: those before this one.
-static __device__ int last_key(const Work& work, int length, int query) {
-    return work.causal ? min(length, query + 1) : length;
-}
-
-// Scores of keys that a query does not see become -inf. Both are counted from the segment's start.
-template <int M, int N>
-static __device__ void hide_keys(Sums<M, N>& scores, const Work& work, int length, int query,
-                                 int key) {
-    if (key + 8 * N <= last_key(work, length, query)) return;  // the first query sees them all
-#pragma unroll
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++)
-            for (int i = 0; i < 4; i++) {
-                int end = last_key(work, length, query + row_of(2 * m + i / 2));
-                if (key + column_of(n, i) >= end) scores.x[m][n][i] = -INFINITY;
-            }
-}
-
-// A warp's rows go to memory; the first `real` of them exist.
-template <typename T, int M, int N>
-static __device__ void write_rows(const Sums<M, N>& sums, float times, T* to, int64_t step,
-                                  int real) {
-#pragma unroll
-    for (int i = 0; i < 2 * M; i++) {
-        if (row_of(i) >= real) continue;
-        T* row = to + row_of(i) * step;
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            const float* two = sums.x[i / 2][n] + i % 2 * 2;
-            *(uint32_t*)(row + column_of(n, 0)) = pair<T>(two[0] * times, two[1] * times);
-        }
+// Calls step(key, keys) for tiles of KEYS keys: the first of a tile, and where it and then its
+// values lie in shared memory, at one of two places from `walked` on. The first tile has been asked
+// for. query: this warp's first of `rows`; tiles of which it sees nothing are left out.
+template <typename T, int D, int KEYS, typename Step>
+static __device__ void walk_over_keys(const Work& work, Tile tile, int kv_head, uint32_t walked,
+                                      int query, int rows, Step step) {
+    constexpr int PLACE = 2 * KEYS * Rows<D>::BYTES;
+    int end = last_key(work, tile.length, tile.index * TILE + TILE - 1);
+    for (int key = 0; key < end; key += KEYS) {
+        wait_for_copies();  // and all warps are done with the tile before
+        int after = key + KEYS;
+        uint32_t other = walked + after / KEYS % 2 * PLACE;
+        if (after < end) fetch_keys<T, D, KEYS>(other, work, tile, kv_head, after);
+        if (query < tile.length && key < last_key(work, tile.length, query + rows - 1))
+            step(key, walked + key / KEYS % 2 * PLACE);
     }
 }
 
@@ -118,59 +75,21 @@ static __global__ void __launch_bounds__(THREADS, 2) forward(const Work work) {
     float largest[2 * S::M], sum[2 * S::M], shrink[2 * S::M];
     for (int r = 0; r < 2 * S::M; r++) largest[r] = -INFINITY, sum[r] = 0;
     float factor = work.scale * LOG2_E;
-    int end = last_key(work, length, block_query + TILE - 1);
-    for (int key = 0; key < end; key += S::KEYS) {
-        uint32_t keys = walked + key / S::KEYS % 2 * 2 * S::WALKED;
-        wait_for_copies();  // and all warps are done with the tile before
-        int after = key + S::KEYS;
-        uint32_t other = walked + after / S::KEYS % 2 * 2 * S::WALKED;
-        if (after < end) fetch_keys<T, D, S::KEYS>(other, work, tile, kv_head, after);
-        if (query >= length || key >= last_key(work, length, query + 16 * S::M - 1)) continue;
+    auto step = [&](int key, uint32_t keys) {
         auto scores = rows_by_rows<T, D, S::M, S::KEYS / 8>(
             queries + (query - block_query) * Rows<D>::BYTES, keys);
         hide_keys(scores, work, length, query, key);
         soften(scores, factor, largest, sum, shrink);
         scale_rows(sums, shrink);
         add_weighted_rows<T, D>(sums, scores, keys + S::WALKED);
-    }
-
-    for (int r = 0; r < 2 * S::M; r++) {
-        sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
-        sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
-        shrink[r] = 1 / sum[r];
-        int row = query + row_of(r);
-        if (threadIdx.x % 4 == 0 && row < length)
-            work.lse[(int64_t)head * work.tokens + tile.start + row] =
-                largest[r] * work.scale + logf(sum[r]);
-    }
-    scale_rows(sums, shrink);
-    write_rows(sums, 1, work.out.at<T>(tile.start + query, head), work.out.row, length - query);
+    };
+    walk_over_keys<T, D, S::KEYS>(work, tile, kv_head, walked, query, 16 * S::M, step);
+    write_output<T, D>(sums, largest, sum, work, tile, head, query);
 }
 
 // ------------------------------------------------------------------------------------------------
 // backward: with P the weights and dP = dO V^T, dS = P * (dP - delta); then dV = P^T dO,
 // dQ = dS K and dK = dS^T Q, the last two times the scale of q.
-
-template <typename T>
-struct alignas(16) Eight {
-    T of[8];
-};
-
-// delta = rowsum(dO * O). 16 lanes have a row, 8 channels each.
-template <typename T, int D>
-static __global__ void __launch_bounds__(THREADS) sum_of_products(const Work work) {
-    int64_t row = (int64_t)blockIdx.x * (THREADS / 16) + threadIdx.x / 16;
-    int64_t token = row / work.heads;
-    int head = row % work.heads, lane = threadIdx.x % 16;
-    float sum = 0;
-    if (token < work.tokens && lane < D / 8) {
-        auto x = *(const Eight<T>*)(work.out.at<const T>(token, head) + lane * 8);
-        auto y = *(const Eight<T>*)(work.d_out.at<const T>(token, head) + lane * 8);
-        for (int i = 0; i < 8; i++) sum += (float)x.of[i] * (float)y.of[i];
-    }
-    for (int i = 1; i < 16; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (token < work.tokens && lane == 0) work.delta[head * (int64_t)work.tokens + token] = sum;
-}
 
 template <int D>
 struct QueriesShape {
@@ -204,14 +123,7 @@ static __global__ void __launch_bounds__(THREADS) backward_queries(const Work wo
     Sums<S::M, D / 8> dq;
     float factor = work.scale * LOG2_E;
     uint32_t rows = queries + (query - block_query) * Rows<D>::BYTES;
-    int end = last_key(work, length, block_query + TILE - 1);
-    for (int key = 0; key < end; key += S::KEYS) {
-        uint32_t keys = walked + key / S::KEYS % 2 * 2 * S::WALKED;
-        wait_for_copies();  // and all warps are done with the tile before
-        int after = key + S::KEYS;
-        uint32_t other = walked + after / S::KEYS % 2 * 2 * S::WALKED;
-        if (after < end) fetch_keys<T, D, S::KEYS>(other, work, tile, kv_head, after);
-        if (query >= length || key >= last_key(work, length, query + 16 * S::M - 1)) continue;
+    auto step = [&](int key, uint32_t keys) {
         auto p = rows_by_rows<T, D, S::M, S::KEYS / 8>(rows, keys);
         hide_keys(p, work, length, query, key);
         auto ds = rows_by_rows<T, D, S::M, S::KEYS / 8>(rows + S::OWN, keys + S::WALKED);
@@ -224,8 +136,9 @@ static __global__ void __launch_bounds__(THREADS) backward_queries(const Work wo
                     ds.x[m][n][i] = weight * (ds.x[m][n][i] - delta[r]);
                 }
         add_weighted_rows<T, D>(dq, ds, keys);
-    }
-    write_rows(dq, work.scale, work.dq.at<T>(tile.start + query, head), work.dq.row,
+    };
+    walk_over_keys<T, D, S::KEYS>(work, tile, kv_head, walked, query, 16 * S::M, step);
+    write_rows<D>(dq, work.scale, work.dq.at<T>(tile.start + query, head), work.dq.row,
                length - query);
 }
 
@@ -239,18 +152,6 @@ struct KeysShape {
     static constexpr int FRESH = (STAGE + 1023) / 1024 * 1024;  // the next begins a round
     static constexpr int MEMORY = 2 * OWN + 2 * FRESH;
 };
-
-// Scores of queries that come before the key become -inf.
-template <int M, int N>
-static __device__ void hide_queries(Sums<M, N>& scores, int key, int query) {
-    if (query >= key + 16 * M - 1) return;
-#pragma unroll
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++)
-            for (int i = 0; i < 4; i++)
-                if (query + column_of(n, i) < key + row_of(2 * m + i / 2))
-                    scores.x[m][n][i] = -INFINITY;
-}
 
 template <typename T, int D>
 static __global__ void __launch_bounds__(THREADS) backward_keys(const Work work) {
@@ -316,8 +217,8 @@ static __global__ void __launch_bounds__(THREADS) backward_keys(const Work work)
         add_weighted_rows<T, D>(dk, ds, queries);
     }
     token = tile.start + key, real = length - key;
-    write_rows(dk, work.scale, work.dk.at<T>(token, kv_head), work.dk.row, real);
-    write_rows(dv, 1, work.dv.at<T>(token, kv_head), work.dv.row, real);
+    write_rows<D>(dk, work.scale, work.dk.at<T>(token, kv_head), work.dk.row, real);
+    write_rows<D>(dv, 1, work.dv.at<T>(token, kv_head), work.dv.row, real);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -341,9 +242,9 @@ static int run_forward(const Work& work, cudaStream_t stream) {
 
 template <typename T, int D>
 static int run_backward(const Work& work, cudaStream_t stream) {
-    constexpr int ROWS = THREADS / 16, PARTS = TILE / KeysShape<D>::KEYS;
-    int64_t tiles = work.count, rows = (int64_t)work.tokens * work.heads;
-    int error = launch(sum_of_products<T, D>, (rows + ROWS - 1) / ROWS, 0, work, stream);
+    constexpr int PARTS = TILE / KeysShape<D>::KEYS;
+    int64_t tiles = work.count;
+    int error = run_sum_of_products<T, D>(work, stream);
     if (!error)
         error = launch(backward_keys<T, D>, tiles * PARTS * work.kv_heads, KeysShape<D>::MEMORY,
                        work, stream);
@@ -380,4 +281,4 @@ extern "C" int attention(const Tensor* x, float* lse, float* delta, const Tile* 
     return (is_bf16 ? run<bf16> : run<half>)(work, width, backward, (cudaStream_t)stream);
 }
 
-extern "C" const char* attention_error(int error) { return cudaGetErrorString((cudaError_t)error); }
+extern "C" const char* error_text(int error) { return cudaGetErrorString((cudaError_t)error); }

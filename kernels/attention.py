@@ -7,9 +7,9 @@ padding and no mask tensor.
     cached_attention(q, k, v, lengths)     decoding: the keys lie in a cache, a row per conversation
 
 `attention_reference` says in a few lines what both compute. The rest of the file picks the fastest
-way for the device and the shape at hand: our kernels (attention.cpp on a CPU, on a GPU attention.cu
-for segments of mixed lengths, and decode.cu) where a compiler is there to build them, else
-PyTorch's best. That choice is made here and nowhere else; NANOKEYE_ATTENTION=ours, torch or
+way for the device and the shape at hand: our kernels (attention.cpp on a CPU; on a GPU attention.cu
+or hopper.cu for segments of mixed lengths, and decode.cu) where a compiler is there to build them,
+else PyTorch's best. That choice is made here and nowhere else; NANOKEYE_ATTENTION=ours, torch or
 reference forces one.
 """
 
@@ -126,7 +126,8 @@ def choice(
     """"ours", "torch" or "reference".
 
     width: of the heads; None: one that ours takes. even: all segments are of one length, which
-    cuDNN computes faster than our GPU kernel. ValueError where what is asked for cannot be had.
+    cuDNN computes as fast as our GPU kernels or faster. ValueError where what is asked for cannot
+    be had.
     """
     asked = _forced()
     if asked in ("torch", "reference"):
@@ -238,9 +239,6 @@ def cached_attention(
     (B, Q, H, D). A query that sees no key gives garbage; the caller drops it.
     """
     wanted = _forced() in ("", "ours") and decode.takes(q, k)
-    # Several new tokens, as tools answer with, go to PyTorch on a GPU: their mask in decode.cu was
-    # wrong when it last ran on one, and what mended it has not.
-    wanted &= not q.is_cuda or q.shape[1] == 1
     if wanted and decode.available(q.device.type):
         lengths, rows = (x if x is None else x.int() for x in (lengths, rows))
         return decode.decode(q, k, v, lengths, rows)

@@ -5,7 +5,9 @@
     python -m kernels.benchmark --threads 2 --dtype bf16 --only toy
 
 By: "torch" is what attention.py takes without our kernel; on a GPU segments of one length are also
-a dense batch for "flash" and "cudnn". Times are the best of some runs, on a GPU the median.
+a dense batch for "flash" and "cudnn", and "sm_80" is ours without what only Hopper GPUs can do.
+Times are the best of some runs. On a GPU they are the GPU's own, the median: it sleeps until the
+host has asked for everything, which takes up to 0.3 ms a pass and in a model goes on beside it.
 
 FLOPs are those of the products: 4 D for each query, key and head that it sees, 2.5 times as many
 in the backward pass, which computes the scores again. "of mm" is the share of the rate that one
@@ -31,6 +33,7 @@ from kernels import Segments, attention, attention_reference, cached_attention, 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+SLEEP = 2_000_000  # ours, cycles, about a millisecond: longer than the host needs for a pass
 LONGEST_CHECKED = 2048  # the float64 reference holds all scores of a segment
 
 
@@ -151,9 +154,10 @@ def time_of(work, device, seconds: float) -> float:
 
 
 def gpu_time(work) -> float:
-    """Seconds between two events around one run."""
+    """Seconds between two events around one run, all of which was asked for before the first."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP)
     begin.record()
     work()
     end.record()
@@ -165,15 +169,22 @@ def backends_of(case: Case, dtype, device) -> list[str]:
     backends = ["torch"]
     if ours.takes(device.type, dtype, case.width) and ours.available(device.type):
         backends.append("ours")
+        if device.type == "cuda" and ours.hopper(device.index or 0, False):
+            backends.append("sm_80")
     if device.type == "cuda" and len(set(case.lengths)) == 1:
         backends += DENSE
     return backends
 
 
+@contextlib.contextmanager
 def chosen(backend: str):
     """The context in which `attention` uses this backend."""
-    os.environ["NANOKEYE_ATTENTION"] = "torch" if backend in DENSE else backend
-    return sdpa_kernel(DENSE[backend]) if backend in DENSE else contextlib.nullcontext()
+    names = {"sm_80": "ours", "flash": "torch", "cudnn": "torch"}
+    os.environ["NANOKEYE_ATTENTION"] = names.get(backend, backend)
+    ours.HOPPER = backend != "sm_80"
+    with sdpa_kernel(DENSE[backend]) if backend in DENSE else contextlib.nullcontext():
+        yield
+    ours.HOPPER = True
 
 
 def product_rate(dtype, device) -> float:
@@ -191,10 +202,10 @@ def times_of(case: Case, backend: str, dtype, device, seconds: float) -> tuple[f
             forward = time_of(lambda: attention(*inputs, segments, case.causal), device, seconds)
         out = attention(*inputs, segments, case.causal)
 
-    def backward():
-        torch.autograd.grad(out, inputs, d_out, retain_graph=True)
+        def backward():
+            torch.autograd.grad(out, inputs, d_out, retain_graph=True)
 
-    return forward, time_of(backward, device, seconds)
+        return forward, time_of(backward, device, seconds)
 
 
 def errors_of(case: Case, backend: str, dtype, device) -> list[float]:
@@ -205,7 +216,7 @@ def errors_of(case: Case, backend: str, dtype, device) -> list[float]:
     for xs, ys, run in ((inputs, found, attention), (exact, wanted, attention_reference)):
         with chosen(backend):
             out = run(*xs, segments, case.causal)
-        ys += [out, *torch.autograd.grad(out, xs, d_out.to(out.dtype))]
+            ys += [out, *torch.autograd.grad(out, xs, d_out.to(out.dtype))]
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted)]
 
 

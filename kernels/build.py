@@ -1,7 +1,7 @@
 """Compiles a source of this folder once, and loads it.
 
     library = load("attention.cpp")         a ctypes library, or None where that cannot be done
-    library = load("attention.cu")          the same by NVIDIA's compiler, for GPUs
+    library = load("attention.cu")          the same by NVIDIA's compiler, for GPUs; hopper*.cu too
 
 The result lies in the user's cache folder, under a name made of all that it depends on: the source,
 its headers, the compiler, and the processor's abilities. It is written aside and renamed, so a
@@ -68,9 +68,14 @@ def cuda_compiler() -> str:
     return path
 
 
-def cuda_flags() -> list[str]:
-    """Machine code for sm_80 and for the GPU that is here, and PTX that later ones translate."""
+def cuda_flags(name: str) -> list[str]:
+    """Machine code for sm_80 and for the GPU that is here, and PTX that later ones translate.
+
+    hopper*.cu: for sm_90a alone, whose instructions no other GPU has.
+    """
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-shared", "-cudart", "static"]
+    if name.startswith("hopper"):
+        return [*flags, "-gencode=arch=compute_90a,code=sm_90a"]
     flags += ["-gencode=arch=compute_80,code=[sm_80,compute_80]"]
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -82,7 +87,7 @@ def cuda_flags() -> list[str]:
 def commands(source: Path) -> tuple[list[list[str]], list[str]]:
     """What makes a.so of the source, and all facts beside the source that it depends on."""
     if source.suffix == ".cu":
-        nvcc, flags = cuda_compiler(), cuda_flags()
+        nvcc, flags = cuda_compiler(), cuda_flags(source.name)
         facts = [nvcc, run(nvcc, "--version"), *flags]
         return [[nvcc, *flags, str(source), "-o", "a.so"]], facts
     cxx = compiler()
@@ -108,6 +113,12 @@ def build(source: Path) -> Path:
     return target
 
 
+def instead(name: str) -> str:
+    if name.startswith("hopper"):
+        return "attention.cu, for any GPU, is"
+    return "PyTorch's operators are"
+
+
 @cache
 def load(name: str) -> ctypes.CDLL | None:
     """The library of a source beside this file, built where need be. None, with a warning: no way.
@@ -117,5 +128,5 @@ def load(name: str) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(build(Path(__file__).with_name(name))))
     except OSError as e:
-        log.warning("kernels/%s is not used, PyTorch's operators are: %s", name, e)
+        log.warning("kernels/%s is not used, %s: %s", name, instead(name), e)
         return None

@@ -1,11 +1,13 @@
 """Our attention kernel as an operator of PyTorch: gradients, torch.compile, autocast, FSDP.
 
-The work is done in attention.cpp, on GPUs in attention.cu (decode.py has decoding); here they get
-addresses and steps, and torch learns what it needs to know of an operator that it cannot look into.
+The work is done in attention.cpp, on GPUs in attention.cu, on Hopper GPUs in hopper.cu and
+hopper_backward.cu (decode.py has decoding); here they get addresses and steps, and torch learns
+what it needs to know of an operator that it cannot look into.
 Deterministic: tasks write to places of their own.
 """
 
 import ctypes
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ DTYPES = {
 CUDA_WIDTHS = (64, 72, 80, 128)  # the head widths that attention.cu is compiled for
 TILE = 128  # rows of a tile in attention.cu
 CUDA_STEP = 2**24  # elements: attention.cu counts within a tile in 32 bits
+HOPPER = True  # whether Hopper's kernels are used where they can be; the benchmark measures both
+NOT_TAKEN = -1  # what they return for steps between rows that they cannot go in
 
 
 def available(device: str = "cpu") -> bool:
@@ -75,18 +79,36 @@ def call_cuda(tensors: list[Tensor], lse: Tensor, delta: Tensor, tiles: Tensor, 
     """attention.cu; tensors: q, k, v, out, and for the backward pass d_out, dq, dk, dv."""
     q, k, *_ = tensors
     tokens, heads, width = q.shape
-    library = load("attention.cu")
+    places = addresses(tensors)
+    lse, delta, list_of_tiles = (ctypes.c_void_p(x.data_ptr()) for x in (lse, delta, tiles))
+    shape = (len(tiles), tokens, heads, k.shape[1], width, int(causal))
+    is_bf16, backward = int(q.dtype == torch.bfloat16), int(len(tensors) > 4)
     with torch.cuda.device(q.device):
-        error = library.attention(
-            addresses(tensors),
-            *(ctypes.c_void_p(x.data_ptr()) for x in (lse, delta, tiles)), len(tiles),
-            tokens, heads, k.shape[1], width, int(causal), int(q.dtype == torch.bfloat16),
-            int(len(tensors) > 4), q.device.index,
-            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
-        )
+        place = (q.device.index, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+        error = NOT_TAKEN
+        library = hopper(q.device.index, bool(backward))
+        if library:
+            error = library.hopper(places, lse, delta, list_of_tiles, *shape, is_bf16, *place)
+        if error == NOT_TAKEN:
+            library = load("attention.cu")
+            error = library.attention(
+                places, lse, delta, list_of_tiles, *shape, is_bf16, backward, *place
+            )
     if error:
-        library.attention_error.restype = ctypes.c_char_p
-        raise RuntimeError(f"attention.cu: {library.attention_error(error).decode()}")
+        library.error_text.restype = ctypes.c_char_p
+        raise RuntimeError(f"attention on a GPU: {library.error_text(error).decode()}")
+
+
+def hopper(device: int, backward: bool) -> ctypes.CDLL | None:
+    """The library of Hopper's kernels for this pass, where it is there and this GPU can run it."""
+    if not HOPPER or capability(device) != (9, 0):
+        return None
+    return load("hopper_backward.cu" if backward else "hopper.cu")
+
+
+@cache
+def capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def whole_rows(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-// What attention.cu and decode.cu share: the GPU's instructions, rows in shared memory, products of
-// a warp, and one step of the online softmax.
+// What the CUDA kernels share: the GPU's instructions, rows in shared memory, products of a warp,
+// and one step of the online softmax. Hopper's kernels take from it how numbers lie in registers,
+// and the softmax.
 //
 // All products are one of two: `rows_by_rows` (Q K^T, dO V^T: both from shared memory, added up
 // over D) and `add_weighted_rows` (P V, dS K: weights from registers, added up over tokens).

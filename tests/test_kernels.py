@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from kernels import Segments, attention, attention_reference, build, cached_attention, decode, ours
 
@@ -286,6 +290,41 @@ def test_torch_knows_the_operator(our_kernel):
         assert attention(q, k, v, segments).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("saves, calls", [(True, 1), (False, 2)])
+def test_selective_checkpointing_may_keep_what_attention_gave(
+    our_kernel, monkeypatch, saves, calls
+):
+    """A policy names the operator; the products around it are computed again, it is not."""
+    q, k, v, segments = draw([5, 70], 4, 2, 8)
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    called = []
+    real = ours.call
+
+    def counted(name, *arguments):
+        called.append(name)
+        real(name, *arguments)
+
+    monkeypatch.setattr(ours, "call", counted)
+
+    def policy(_, operator, *args, **kwargs):
+        if saves and operator == torch.ops.nanokeye.attention.default:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(q, k, v):
+        return (attention(q @ weight, k, v, segments, True) @ weight).square().sum()
+
+    wanted = torch.autograd.grad(block(q, k, v), (q, k, v, weight))
+    called.clear()
+    loss = checkpoint(
+        block, q, k, v, use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )
+    found = torch.autograd.grad(loss, (q, k, v, weight))
+    assert called.count("attention_forward") == calls and called.count("attention_backward") == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
 # -- the choice, and the build ---------------------------------------------------------------------
 
 
@@ -388,11 +427,14 @@ GPU_SHAPES = [
 ]
 
 
-@pytest.fixture
-def our_gpu_kernel(monkeypatch):
+@pytest.fixture(params=["sm_80", "hopper"])
+def our_gpu_kernel(request, monkeypatch):
     monkeypatch.setenv("NANOKEYE_ATTENTION", "ours")
     if not ours.available("cuda"):
         pytest.skip("no nvcc")
+    if request.param == "hopper" and not ours.hopper(torch.cuda.current_device(), False):
+        pytest.skip("not a Hopper GPU")
+    monkeypatch.setattr(ours, "HOPPER", request.param == "hopper")
 
 
 def test_tiles_cover_a_pack_and_the_longest_come_first():
@@ -451,6 +493,43 @@ def test_every_number_from_the_gpu_is_written_and_every_run_gives_the_same(
         torch.use_deterministic_algorithms(False)
     assert all(torch.isfinite(x).all() for x in runs[0])
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("d", ours.CUDA_WIDTHS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_no_number_stays_in_its_segment(our_gpu_kernel, d, causal):
+    """Tiles reach into the next segment, here after 5, 133 and 261 tokens."""
+    lengths = [5, 3, 133, 70, 261, 90]
+    q, k, v, segments = draw(lengths, 4, 2, d, torch.bfloat16, "cuda")
+    clean = torch.ones(sum(lengths), dtype=torch.bool, device="cuda")
+    results = []
+    for poison in (0.0, torch.nan):
+        start = 0
+        with torch.no_grad():
+            for i, n in enumerate(lengths):
+                if i % 2:
+                    clean[start : start + n] = False
+                    for x in (q, k, v):
+                        x[start : start + n] = poison
+                start += n
+        out = attention(q, k, v, segments, causal)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))])
+    for zeros, nans in zip(*results):
+        assert torch.equal(zeros[clean], nans[clean]) and torch.isnan(nans[~clean]).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("causal", [False, True])
+def test_thousands_of_short_segments_and_a_long_one_on_the_gpu(our_gpu_kernel, causal):
+    lengths = [1 + i % 37 for i in range(2000)] + [3000]
+    q, k, v, segments = draw(lengths, 2, 1, 72, torch.bfloat16, "cuda")
+    out = attention(q, k, v, segments, causal)
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    want, exact = in_float64(q, k, v, segments, causal)
+    want_grads = torch.autograd.grad(want, exact, torch.ones_like(want))
+    for found, wanted in zip((out, *grads), (want, *want_grads)):
+        assert relative(found, wanted) < 1e-2
 
 
 @pytest.mark.cuda
