@@ -54,8 +54,9 @@ COMPILED = {"decoder": 0.85, "vit": 1.0}
 CHUNK_COPIES = 2  # fp32 tensors of a chunk's logits: what a kernel reads, and what it writes
 
 # Share of the data sheet's peak where all activations are kept, and where all blocks run again: the
-# forward pass twice, a quarter less. # ours: after other code bases at 8B, to be measured
-MFU = {"text": (0.45, 0.34), "pictures": (0.35, 0.26)}
+# forward pass twice, a quarter less. Measured: 8b's text 46.5 % on one H200 with two fifths of the
+# blocks again; with pictures 40 % there, 31 % on two H100s, 35 % on four (docs/results.md).
+MFU = {"text": (0.52, 0.39), "pictures": (0.44, 0.33)}
 
 # ours: samples to count with.
 DOCUMENT = 2048  # tokens of a text
@@ -388,9 +389,9 @@ bf16, and what torch.compile leaves of it.""".format(
 ASSUMED = """\
 Assumed: AdamW; gradients stay while a step's packs are added up; FSDP2 block by block; the worse of
 two packs, all text or all pictures. MFU {text} of the data sheet for text, {pictures} with
-pictures, where all activations are kept and where all blocks run again: guesses. Texts of 2,048
-tokens; samples of 512, half of them a picture; stage 0 counts the pictures' tokens, 64 words to
-256. Loading, saving and scoring take no time here.""".format(**MFU)
+pictures, where all activations are kept and where all blocks run again, after what one to four cards
+measured. Texts of 2,048 tokens; samples of 512, half of them a picture; stage 0 counts the
+pictures' tokens, 64 words to 256. Loading, saving and scoring take no time here.""".format(**MFU)
 
 
 def line(name: str, cells: list, formula: str = "") -> str:
