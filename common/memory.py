@@ -389,8 +389,8 @@ bf16, and what torch.compile leaves of it.""".format(
 ASSUMED = """\
 Assumed: AdamW; gradients stay while a step's packs are added up; FSDP2 block by block; the worse of
 two packs, all text or all pictures. MFU {text} of the data sheet for text, {pictures} with
-pictures, where all activations are kept and where all blocks run again, after what one to four cards
-measured. Texts of 2,048 tokens; samples of 512, half of them a picture; stage 0 counts the
+pictures, where all activations are kept and where all blocks run again, after what one to four
+cards measured. Texts of 2,048 tokens; samples of 512, half of them a picture; stage 0 counts the
 pictures' tokens, 64 words to 256. Loading, saving and scoring take no time here.""".format(**MFU)
 
 
