@@ -23,7 +23,7 @@ log = logging.getLogger("index")
 # ours: bytes of a set. At most so much is parsed at the start, which takes a few seconds.
 LARGE = 64 * 2**20
 PACKED = 8  # ours: gzip makes JSON so much smaller, about
-BLOCK = 2**24  # bytes that are searched at once
+BLOCK = 2**20  # bytes that are searched at once: they stay in the cache
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanokeye/index")
 
 
@@ -90,23 +90,25 @@ def write_places(source: Path, target: Path):
 
     Nothing is parsed, so that a gigabyte takes a few seconds.
     """
-    offset, number, rest = 0, 1, b""
+    offset, number, data = 0, 1, bytearray()
     with open(source, "rb") as file, open(target, "wb") as out:
         while block := file.read(BLOCK):
-            data = rest + block
+            data += block
+            if b"\n" not in block:
+                continue  # a line may be longer than many blocks
             ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
-            out.write(_rows(data, ends, offset, number).tobytes())
-            done = int(ends[-1]) if len(ends) else 0
-            rest = data[done:]
+            out.write(_rows(data, ends, offset, number))
+            done = int(ends[-1])
+            data = data[done:]
             offset += done
             number += len(ends)
-        if rest:  # a last line without an end
-            out.write(_rows(rest, np.array([len(rest)]), offset, number).tobytes())
+        if data:  # a last line without an end
+            out.write(_rows(data, np.array([len(data)]), offset, number))
 
 
-def _rows(data: bytes, ends: np.ndarray, offset: int, number: int) -> np.ndarray:
+def _rows(data: bytearray, ends: np.ndarray, offset: int, number: int) -> np.ndarray:
     """Places of the lines in data that end there, (n, 3), without the blank ones."""
-    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)]
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
     lengths = ends - starts
     rows = np.stack([offset + starts, lengths, number + np.arange(len(ends))], 1)
     first = np.frombuffer(data, np.uint8)[starts]

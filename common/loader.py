@@ -226,8 +226,11 @@ class Loader:
         packs = self._decoded(self._plans(notes))
         while True:
             loaded = [next(packs) for _ in range(self.packs_per_step // self.world)]
+            slots, bad, costs, tried, decoded = notes.popleft()
+            # Ranks wait for each other in each pack: so they all begin with their most costly one.
+            order = sorted(range(len(loaded)), key=lambda k: -costs[k])
+            loaded = [loaded[k] for k in order]
             batches = [batch for batch, _ in loaded]
-            slots, bad, tried, decoded = notes.popleft()
             undecoded = sum([failed for _, failed in loaded], [])
             self.tried += tried
             self.decoded += decoded
@@ -309,8 +312,9 @@ class Loader:
     def _plans(self, notes):
         """Yields the examples of each of this rank's packs, step after step.
 
-        Before those of a step, its note is put to the others: (slots, failures, number of samples
-        that were laid out, that will be decoded).
+        Each pack is planned when it is asked for: who is ahead by a pack need not have planned
+        another whole step. Before the last of a step, its note is put to the others: (slots,
+        failures, costs of its packs, number of samples that were laid out, that will be decoded).
         """
         ends = np.cumsum(self.state["waiting"])
         slots = {}
@@ -319,18 +323,21 @@ class Loader:
                 start = ends[s] - self.state["waiting"][s]
                 slots[s] = Slot(self.state["drawn"][s], self.state["deferred"][start : ends[s]])
         while True:
-            packs, bad, tried = [], [], 0
+            pack, bad, costs, tried, decoded = None, [], [], 0, 0
             for s, slot in slots.items():
-                pack, failed = self._fill(s, slot)
-                if s % self.world == self.rank:
-                    packs.append(pack)
-                    bad += failed
-                    tried += sum(slot.taken)
+                filled, failed = self._fill(s, slot)
+                if s % self.world != self.rank:
+                    continue
+                if pack is not None:
+                    yield pack
+                pack = filled
+                bad += failed
+                costs.append(slot.work[2])
+                tried += sum(slot.taken)
+                decoded += len(pack)
             written = {s: slot.written() for s, slot in slots.items()}
-            notes.append((written, bad, tried, sum(map(len, packs))))
-            # Ranks wait for each other in each pack: so they all begin with their most costly one.
-            packs.sort(key=lambda pack: -sum(example.cost for example in pack))
-            yield from packs
+            notes.append((written, bad, costs, tried, decoded))
+            yield pack
 
     def _fill(self, s: int, slot: Slot):
         """The next pack of slot s, which moves on -> (its examples, failures)."""
