@@ -25,7 +25,7 @@ def places(path, target):
     return table(target).tolist()
 
 
-@pytest.mark.parametrize("block", [1, 2, 7, 4096])
+@pytest.mark.parametrize("block", [1, 2, 7, 100, 4096])
 def test_places_are_those_of_all_lines_that_are_not_blank(tmp_path, monkeypatch, block):
     monkeypatch.setattr(index, "BLOCK", block)
     rng = random.Random(block)
