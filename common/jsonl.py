@@ -227,7 +227,7 @@ class File:
         elif packed:
             self._unpacked = self._unpack()
         self._is_array = not self._is_tar and self._begins_array()
-        self._kept = made_once(self._plain, "places", self._write_places) if large else None
+        self._kept = made_once(path, "places", self._write_places) if large else None
         self._places = np.zeros((0, 3), np.int64)
 
     @property
