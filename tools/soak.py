@@ -7,7 +7,7 @@ at random moments, also while a checkpoint is being written; after each the same
 Both must have the same losses and weights to the last bit, every step once, and loaders that have
 drawn the same samples. Nor may the memory of the whole run grow, if it is long enough: that of its
 main process and of its loader's workers is looked at all the time (/proc, so on Linux), and a line
-is fitted through it. The first few hundred steps do not count: they meet packs of ever new shapes,
+is fitted through it. The first thousand steps do not count: they meet packs of ever new shapes,
 and fill the allocator. Packs are small, or the 3,000 steps would take hours.
 """
 
@@ -27,7 +27,7 @@ import numpy as np
 from toyworld import make_world
 
 SAME = ("step", "loss", "norm", "lr", "tokens", "visual_tokens", "skipped", "skipped_steps")
-WARM = 500  # ours: steps; the toy's memory is 98 % of its last after 400
+WARM = 1000  # ours: steps; until then the toy fills its allocator and its caches of texts
 BLOCKS = 20  # ours: means of so many parts of the rest are fitted, as neighbours are alike
 LEAK = 2048  # ours: bytes a step that nobody would notice: 2 GB in a million steps
 
