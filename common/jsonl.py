@@ -67,9 +67,9 @@ def data_name(path: Path) -> str:
 def data_files(folder: Path) -> dict[str, Path]:
     """{name: file, or folder of shards} of a folder's data sets, sorted; {} where there is none.
 
-    A folder NAME with .jsonl files or tar shards in it is one set NAME. A .json file that holds no records (a
-    config.json) is passed over, and that is said. ValueError for two sets of one name, a form that
-    is not read (parquet), a link to nothing.
+    A folder NAME with .jsonl files or tar shards in it is one set NAME. A .json file that holds no
+    records (a config.json) is passed over, and that is said. ValueError for two sets of one name, a
+    form that is not read (parquet), a link to nothing.
     """
     files = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -209,8 +209,9 @@ class File:
     """One file of records: how its bytes are read, and where its records stand.
 
     A .tar holds samples, see common/tars.py. Any other is an array where it begins with "[", else
-    each line is an object; what its name says does not matter. What gzip has packed is unpacked into memory, if large into the cache. A line ends
-    at b"\\n" alone, as JSON strings may hold other line separators (U+2028).
+    each line is an object; what its name says does not matter. What gzip has packed is unpacked
+    into memory, if large into the cache. A line ends at b"\\n" alone, as JSON strings may hold
+    other line separators (U+2028).
 
     places: (n, 3) int64, offset, length and number from 1 of each record. Of a large file those of
     all records, found once and kept; else whoever has read it sets them.

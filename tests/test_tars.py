@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from test_clips import write_clip
 from test_data import assistant, image, talk, user
 from test_media import noise
@@ -119,7 +118,8 @@ def test_clips_are_decoded_from_the_tar(tmp_path):
 
 
 @pytest.mark.parametrize("record, expected", [
-    ({"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A"}]},
+    ({"conversations": [
+        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A"}]},
      [{"type": "image", "image": "1.png"}, {"type": "text", "text": "What?"}]),
     ({"query": "What?", "response": "A"},
      [{"type": "image", "image": "1.png"}, {"type": "text", "text": "What?"}]),
