@@ -236,7 +236,7 @@ def _linked(source, root, folder):
         return source
     else:
         with open_media(source, root) as file:
-            if MEMBER.fullmatch(source):
+            if MEMBER.fullmatch(str(source)):
                 return _copy_member(file, source, root, folder)
             # Linked is what was opened, whatever its path leads to by now.
             target = _link_opened(f"/dev/fd/{file.fileno()}", source, root, folder)
