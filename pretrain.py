@@ -222,7 +222,7 @@ def next_token(
         opt.zero_grad(set_to_none=True)
         run.log(
             step, steps, loss=loss, norm=norm, lr=lr, targets=targets,
-            skipped=run.sum(sum(info["skipped"].values())),
+            skipped=run.sum(sum(info["skipped"].values())), **info["shares"],
             **step_work(cfg, batches, vit="vit" in learns, decoder="decoder" in learns),
         )
         save_if_due(run, step + 1, steps, model, opt, info["state"])

@@ -27,7 +27,7 @@ from PIL import Image
 from common.clips import Clip
 from common.forms import CLIP_KEYS
 from common.jsonl import replacing
-from common.media import MediaError, open_media
+from common.media import MEMBER, MediaError, open_media
 from common.pictures import load_picture
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -236,17 +236,35 @@ def _linked(source, root, folder):
         return source
     else:
         with open_media(source, root) as file:
+            if MEMBER.fullmatch(str(source)):
+                return _copy_member(file, source, root, folder)
             # Linked is what was opened, whatever its path leads to by now.
             target = _link_opened(f"/dev/fd/{file.fileno()}", source, root, folder)
     return target.relative_to(folder).as_posix()
 
 
-def _link_opened(opened, source, root, folder):
-    """Links the opened file to where its source's real place, without "..", is below root."""
+def _copy_member(file, source, root, folder) -> str:
+    """Writes a member of a tar as a file of its own -> its path relative to folder."""
+    name = _place(source, root).as_posix().replace("@", "-")  # it is no place in a tar any more
+    target = folder / "media" / name
+    data = file.read()
+    if not target.exists() or target.read_bytes() != data:
+        with replacing(target) as part:
+            part.write_bytes(data)
+    return target.relative_to(folder).as_posix()
+
+
+def _place(source, root) -> Path:
+    """The source's real place, without "..", relative to root."""
     place = (root / source).resolve()
     if not place.is_relative_to(root):  # just now: it was below root when it was opened
         raise MediaError(source, "outside", f"leads out of {root}")
-    target = folder / "media" / place.relative_to(root)
+    return place.relative_to(root)
+
+
+def _link_opened(opened, source, root, folder):
+    """Links the opened file to where its source's real place is below root."""
+    target = folder / "media" / _place(source, root)
     if not target.exists() or not filecmp.cmp(opened, target):
         with replacing(target) as part:
             try:

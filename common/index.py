@@ -2,8 +2,12 @@
 
     places = table(made_once(path, "lines", partial(write_places, path)))   # (n, 3) int64
 
-What is kept lies in a cache folder, under a name that changes with the file. All processes of a
-machine map the same bytes, so they are in memory once. Nothing of a small set comes here.
+What is kept lies in a cache folder: a folder for each file, and in it what was made of its present
+version. All processes of a machine map the same bytes, so they are in memory once. Nothing of a
+small set comes here.
+
+The cache does not grow for ever: what was made of an earlier version goes when a later one is made,
+and what no run has asked for in 30 days goes when the next run starts.
 """
 
 import atexit
@@ -12,7 +16,9 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,7 +29,9 @@ log = logging.getLogger("index")
 # ours: bytes of a set. At most so much is parsed at the start, which takes a few seconds.
 LARGE = 64 * 2**20
 PACKED = 8  # ours: gzip makes JSON so much smaller, about
-BLOCK = 2**24  # bytes that are searched at once
+BLOCK = 2**20  # bytes that are searched at once: they stay in the cache
+DAY = 24 * 3600  # seconds
+KEPT = 30 * DAY  # ours
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanokeye/index")
 
 
@@ -41,12 +49,22 @@ def cache_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            pass
+        forget_unused(folder)
+        return folder
     except OSError as e:
         own = Path(tempfile.mkdtemp(prefix="nanokeye-"))
         atexit.register(shutil.rmtree, own, ignore_errors=True)
         log.warning("%s: %s; large files are indexed anew at every start", folder, e.strerror)
         return own
+
+
+def forget_unused(cache: Path):
+    """Removes what no run has asked for in so long. Who has it mapped still reads it."""
+    for entry in cache.iterdir():
+        with suppress(OSError):  # another process does the same
+            if time.time() - entry.stat().st_mtime > KEPT:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def made_once(path: Path, what: str, make: Callable[[Path], None]) -> Path:
@@ -56,16 +74,18 @@ def made_once(path: Path, what: str, make: Callable[[Path], None]) -> Path:
     there is no room for it.
     """
     real, info = path.resolve(), path.stat()
+    folder = cache_folder(CACHE) / digest(real)
     # ctime too: copies that keep size and mtime are other files
-    facts = real, info.st_size, info.st_mtime_ns, info.st_ctime_ns
-    key = "\0".join(map(str, facts)).encode("utf-8", "surrogateescape")
-    folder = cache_folder(CACHE)
-    made = folder / f"{hashlib.sha256(key).hexdigest()[:24]}.{what}"
+    made = folder / f"{digest(info.st_size, info.st_mtime_ns, info.st_ctime_ns)}.{what}"
+    with suppress(OSError):  # not there, or another user's
+        os.utime(folder)  # it is used
     if made.exists():
         return made
-    handle, part = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    os.close(handle)
+    part = None
     try:
+        folder.mkdir(exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        os.close(handle)
         make(Path(part))
         with open(part, "rb") as file:
             os.fsync(file.fileno())  # or a name may outlive a power cut without its bytes
@@ -73,8 +93,24 @@ def made_once(path: Path, what: str, make: Callable[[Path], None]) -> Path:
     except OSError as e:
         raise ValueError(f"{path}: its {what} in {folder}: {e.strerror or e}") from None
     finally:
-        Path(part).unlink(missing_ok=True)
+        if part:
+            Path(part).unlink(missing_ok=True)
+    forget_earlier(made)
     return made
+
+
+def forget_earlier(made: Path):
+    """Removes what was made of earlier versions of a file, and what killed runs left half made."""
+    for entry in made.parent.iterdir():
+        with suppress(OSError):
+            left = entry.suffix == ".tmp" and time.time() - entry.stat().st_mtime > DAY
+            if left or (entry.suffix == made.suffix and entry != made):
+                entry.unlink()
+
+
+def digest(*facts) -> str:
+    key = "\0".join(map(str, facts)).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(key).hexdigest()[:24]
 
 
 @lru_cache(None)
@@ -90,23 +126,25 @@ def write_places(source: Path, target: Path):
 
     Nothing is parsed, so that a gigabyte takes a few seconds.
     """
-    offset, number, rest = 0, 1, b""
+    offset, number, data = 0, 1, bytearray()
     with open(source, "rb") as file, open(target, "wb") as out:
         while block := file.read(BLOCK):
-            data = rest + block
+            data += block
+            if b"\n" not in block:
+                continue  # a line may be longer than many blocks
             ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
-            out.write(_rows(data, ends, offset, number).tobytes())
-            done = int(ends[-1]) if len(ends) else 0
-            rest = data[done:]
+            out.write(_rows(data, ends, offset, number))
+            done = int(ends[-1])
+            data = data[done:]
             offset += done
             number += len(ends)
-        if rest:  # a last line without an end
-            out.write(_rows(rest, np.array([len(rest)]), offset, number).tobytes())
+        if data:  # a last line without an end
+            out.write(_rows(data, np.array([len(data)]), offset, number))
 
 
-def _rows(data: bytes, ends: np.ndarray, offset: int, number: int) -> np.ndarray:
+def _rows(data: bytearray, ends: np.ndarray, offset: int, number: int) -> np.ndarray:
     """Places of the lines in data that end there, (n, 3), without the blank ones."""
-    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)]
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
     lengths = ends - starts
     rows = np.stack([offset + starts, lengths, number + np.arange(len(ends))], 1)
     first = np.frombuffer(data, np.uint8)[starts]

@@ -1,9 +1,9 @@
-"""Files of a data set: JSON lines or one JSON array, plain or packed by gzip, read by the record.
+"""Files of a data set: JSON lines or a JSON array, plain or packed by gzip, or tars of samples.
 
     lines = Lines("data/train/vqa.jsonl", check_conversation)
     record = lines[3]                # a dict in our form; only this record is read
     print(lines.where(3))            # data/train/vqa.jsonl:4
-    lines = Lines("data/train/web")  # a folder of shards: one set, as if they stood end to end
+    lines = Lines("data/train/web")  # a folder of shards, .jsonl or .tar: one set, end to end
     write_lines("kept.jsonl", (record for record in lines if wanted(record)))
     data_files(Path("data/train"))   # {"vqa": Path("data/train/vqa.jsonl"), ...}
 """
@@ -20,13 +20,14 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from common.forms import FORMS, to_ours
 from common.index import is_large, made_once, table, write_places
+from common.tars import read_sample, spans, with_places
 
 log = logging.getLogger("jsonl")
 
@@ -34,15 +35,16 @@ SUFFIX = re.compile(r"\.jsonl?(\.gz)?$", re.IGNORECASE)
 LINES = re.compile(r"\.jsonl(\.gz)?$", re.IGNORECASE)
 UNREAD = re.compile(r"\.(parquet|arrow|jsonl?\.(?!gz$)\w+)$", re.IGNORECASE)  # data all the same
 SHARD = re.compile(r"\.(jsonl(\.\w+)?|parquet|arrow)$", re.IGNORECASE)  # makes a folder a set
+TAR = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)  # so do many of these
 BLANK = re.compile(r"[ \t\r\n]*")  # JSON's own
 
 GZIP = b"\x1f\x8b"
 PARQUET = (
     "parquet is not read: write it as JSON lines, pictures as files (with pandas: "
-    "read_parquet(..).to_json(.., orient='records', lines=True))"
+    "read_parquet(..).to_json(.., orient='records', lines=True)), or both into tar shards"
 )
 SETTINGS = 2**26  # ours: bytes; no settings are longer
-TAR = "tar shards are not read: unpack them, and write a line of JSON for each sample"
+PACKED = "packed: samples are read from their places in a .tar, so unpack it (gunzip, unzstd)"
 UTF_16 = "UTF-16, not utf-8: save it as UTF-8"
 FOREIGN = {  # how files begin that hold no JSON in UTF-8
     b"PAR1": PARQUET,
@@ -65,9 +67,9 @@ def data_name(path: Path) -> str:
 def data_files(folder: Path) -> dict[str, Path]:
     """{name: file, or folder of shards} of a folder's data sets, sorted; {} where there is none.
 
-    A folder NAME with .jsonl files in it is one set NAME. A .json file that holds no records (a
-    config.json) is passed over, and that is said. ValueError for two sets of one name, a form that
-    is not read (parquet), a link to nothing.
+    A folder NAME with .jsonl files or tar shards in it is one set NAME. A .json file that holds no
+    records (a config.json) is passed over, and that is said. ValueError for two sets of one name, a
+    form that is not read (parquet), a link to nothing.
     """
     files = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -88,16 +90,24 @@ def shards_of(path: Path) -> list[Path]:
     """The files of a set: the file itself, or those of a folder, sorted. ValueError: see above."""
     if not path.is_dir():
         return [path]
-    return [file for file in sorted(path.iterdir()) if not file.is_dir() and _is_data(file)]
+    files = [file for file in sorted(path.iterdir()) if not file.is_dir()]
+    shards = [file for file in files if _is_data(file)]
+    tars = [file for file in files if TAR.search(file.name)]
+    if shards and tars:
+        log.warning("%s: %d tars are passed over beside JSON lines", path, len(tars))
+    for file in () if shards else tars:
+        if not file.name.lower().endswith(".tar"):
+            raise ValueError(f"{file}: {PACKED}")
+    return shards or tars
 
 
 @lru_cache
 def _is_sharded(folder: Path, changed: int) -> bool:
     """Whether a folder holds shards. changed: when; a million pictures are looked at once."""
     names = os.listdir(folder)
-    if names and all(name.lower().endswith(".tar") for name in names):
-        raise ValueError(f"{folder}: {TAR}")
-    return any(SHARD.search(name) for name in names)
+    tars = sum(bool(TAR.search(name)) for name in names)
+    # beside each shard may stand a note about it; beside a thousand pictures, a tar of them
+    return any(SHARD.search(name) for name in names) or 2 * tars >= max(1, len(names))
 
 
 def _is_data(path: Path) -> bool:
@@ -139,9 +149,9 @@ def _holds_records(path: Path, changed: int) -> bool:
 # Bytes -> records
 
 
-def _ours(data: bytes) -> dict:
+def _ours(read: Callable[[], dict]) -> dict:
     try:
-        return to_ours(_parse(data))
+        return to_ours(read())
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -198,9 +208,10 @@ def _elements(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 class File:
     """One file of records: how its bytes are read, and where its records stand.
 
-    It is an array where it begins with "[", else each line is an object; what its name says does
-    not matter. What gzip has packed is unpacked into memory, if large into the cache. A line ends
-    at b"\\n" alone, as JSON strings may hold other line separators (U+2028).
+    A .tar holds samples, see common/tars.py. Any other is an array where it begins with "[", else
+    each line is an object; what its name says does not matter. What gzip has packed is unpacked
+    into memory, if large into the cache. A line ends at b"\\n" alone, as JSON strings may hold
+    other line separators (U+2028).
 
     places: (n, 3) int64, offset, length and number from 1 of each record. Of a large file those of
     all records, found once and kept; else whoever has read it sets them.
@@ -209,14 +220,15 @@ class File:
     def __init__(self, path: Path, large: bool = False):
         self.path = path
         self._plain, self._unpacked = path, None
+        self._is_tar = path.suffix.lower() == ".tar"
         with open(path, "rb") as file:
-            packed = file.read(2) == GZIP
+            packed = file.read(2) == GZIP and not self._is_tar
         if packed and large:
             self._plain = made_once(path, "unpacked", self._unpack)
         elif packed:
             self._unpacked = self._unpack()
-        self._check_begin()
-        self._kept = made_once(self._plain, "places", self._write_places) if large else None
+        self._is_array = not self._is_tar and self._begins_array()
+        self._kept = made_once(path, "places", self._write_places) if large else None
         self._places = np.zeros((0, 3), np.int64)
 
     @property
@@ -241,7 +253,7 @@ class File:
         # Opened for every record: that costs 10 us, and processes share no position in the file.
         return open(self._plain, "rb") if self._unpacked is None else io.BytesIO(self._unpacked)
 
-    def _check_begin(self):
+    def _begins_array(self) -> bool:
         with self.open() as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         for begin, why in FOREIGN.items():
@@ -249,12 +261,17 @@ class File:
                 raise ValueError(f"{self.path}:1: {why}")
         if b"\0" in start:
             raise ValueError(f"{self.path}:1: NUL bytes, as of {UTF_16}")
-        self._is_array = start.startswith(b"[")
+        return start.startswith(b"[")
 
-    def records(self) -> Iterator[tuple[int, int, bytes]]:
-        """(number, offset, bytes) of all records. ValueError where an array breaks."""
+    def records(self) -> Iterator[tuple[tuple, Callable[[], dict]]]:
+        """(place, what reads it) of all records. ValueError where an array or tar breaks."""
+        if self._is_tar:
+            for place in spans(self.path):
+                yield place, partial(self._sample, *place)
+            return
         with self.open() as file:
-            yield from self._array(file) if self._is_array else _lines(file)
+            for number, offset, data in self._array(file) if self._is_array else _lines(file):
+                yield (offset, len(data), number), partial(_parse, data)
 
     def _array(self, file):
         data = file.read()
@@ -269,21 +286,30 @@ class File:
             raise ValueError(f"{self.path}: nested too deeply") from None
 
     def _write_places(self, target: Path):
-        if not self._is_array:
+        if not self._is_array and not self._is_tar:
             write_places(self._plain, target)
             return
         rows = array("q")
-        for number, offset, data in self.records():
-            rows.extend((offset, len(data), number))
+        for place, _ in self.records():
+            rows.extend(place)
         target.write_bytes(rows.tobytes())
 
-    def read(self, i: int) -> bytes:
-        offset, length, _ = self.places[i].tolist()
+    def read(self, i: int) -> dict:
+        """Record i, as it is written. ValueError where it is not readable."""
+        offset, length, number = self.places[i].tolist()
+        if self._is_tar:
+            return self._sample(offset, length, number)
         with self.open() as file:
             file.seek(offset)
-            return file.read(length)
+            return _parse(file.read(length))
+
+    def _sample(self, *place) -> dict:
+        data, media = read_sample(self.path, *place)
+        return with_places(_parse(data), media)
 
     def place(self, number: int) -> str:
+        if self._is_tar:
+            return f"{self.path}: sample {abs(number)}"
         return f"{self.path}: record {number}" if self._is_array else f"{self.path}:{number}"
 
     def where(self, i: int) -> str:
@@ -333,14 +359,14 @@ class Lines(Sequence):
     def _read_all(self, file, check):
         """The places of a file's good records; the others become bad."""
         places = array("q")
-        for number, offset, data in file.records():
+        for place, read in file.records():
             try:
-                record = _ours(data)
+                record = _ours(read)
                 if check:
                     check(record)
-                places.extend((offset, len(data), number))
+                places.extend(place)
             except ValueError as e:
-                self.bad.append((file.place(number), str(e)))
+                self.bad.append((file.place(place[2]), str(e)))
         return places
 
     def _refuse(self, max_bad_share):
@@ -360,7 +386,7 @@ class Lines(Sequence):
     def __getitem__(self, i: int) -> dict:
         file, k = self._find(i)
         try:
-            record = _ours(file.read(k))
+            record = _ours(partial(file.read, k))
         except ValueError as e:
             if self.large:
                 raise
@@ -379,7 +405,7 @@ class Lines(Sequence):
     def as_written(self, i: int) -> dict:
         """Record i in the form that it has in the file."""
         file, k = self._find(i)
-        return _parse(file.read(k))
+        return file.read(k)
 
     def where(self, i: int) -> str:
         """The place of record i for messages: "path:12", of an array "path: record 12", from 1."""

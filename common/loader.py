@@ -117,6 +117,7 @@ class Slot:
     waiting: list  # lines that are in no pack yet, oldest first: Examples, after a resume places
     taken: list[int] = field(default_factory=list)  # lines drawn of each data set, in that step
     work: tuple = (0, 0, 0.0)  # tokens, visual tokens and cost of its pack
+    held: list = field(default_factory=list)  # [samples, tokens] of each data set in its pack
 
     def written(self) -> "Slot":
         """A copy to keep and to send: of what waits the places alone."""
@@ -144,7 +145,8 @@ class Loader:
     batches: this rank's. Where all lines of one are preferences with a "reference", it has
     reference (pairs, 2) besides.
     info: "state"; "step_tokens", "visual_tokens", "flops", as planned; "epoch", passes over each
-    data set; "sets" {name: lines drawn so far}: all these over all ranks. "skipped"
+    data set; "sets" {name: lines drawn so far}; "shares" {"share_of_tokens/NAME": of the step's,
+    "share_of_samples/NAME": ..}, as planned: all these over all ranks. "skipped"
     {reason: count} and "bad" [(what, reason)] are this rank's, so that they add up over ranks.
 
     Under torch.distributed ranks exchange in each step where their slots stand, so that each has
@@ -230,8 +232,11 @@ class Loader:
             while True:
                 self.prepare()
                 loaded, self.coming = self.coming, None
+                slots, bad, costs, tried, decoded = notes.popleft()
+                # Ranks wait for each other in each pack: so all begin with their most costly one.
+                order = sorted(range(len(loaded)), key=lambda k: -costs[k])
+                loaded = [loaded[k] for k in order]
                 batches = [batch for batch, _ in loaded]
-                slots, bad, tried, decoded = notes.popleft()
                 undecoded = sum([failed for _, failed in loaded], [])
                 self.tried += tried
                 self.decoded += decoded
@@ -311,9 +316,21 @@ class Loader:
             "flops": cost,
             "epoch": [n / len(lines) for n, lines in zip(taken, self.files)],
             "sets": dict(sets),
+            "shares": self._shares([slot.held for slot in slots]),
             "skipped": dict(Counter(reason for _, reason in bad)),
             "bad": bad,
         }
+
+    def _shares(self, held: list) -> dict[str, float]:
+        """The share of each name of data sets in a step. held (packs, sets, 2): see Slot."""
+        amounts = np.sum(held, 0)  # (sets, 2)
+        parts = amounts / np.maximum(1, amounts.sum(0))
+        shares = Counter()
+        for (samples, tokens), lines in zip(parts.tolist(), self.files):
+            name = data_name(lines.path)
+            shares[f"share_of_samples/{name}"] += samples
+            shares[f"share_of_tokens/{name}"] += tokens
+        return dict(shares)
 
     # The plan of a slot: a function of the seed and the slot's state alone, never of rank, world,
     # workers or timing. So any number of ranks can go on from a state.
@@ -321,8 +338,9 @@ class Loader:
     def _plans(self, notes):
         """Yields the examples of each of this rank's packs, step after step.
 
-        Before those of a step, its note is put to the others: (slots, failures, number of samples
-        that were laid out, that will be decoded).
+        Each pack is planned when it is asked for: who is ahead by a pack need not have planned
+        another whole step. Before the last of a step, its note is put to the others: (slots,
+        failures, costs of its packs, number of samples that were laid out, that will be decoded).
         """
         ends = np.cumsum(self.state["waiting"])
         slots = {}
@@ -331,18 +349,21 @@ class Loader:
                 start = ends[s] - self.state["waiting"][s]
                 slots[s] = Slot(self.state["drawn"][s], self.state["deferred"][start : ends[s]])
         while True:
-            packs, bad, tried = [], [], 0
+            pack, bad, costs, tried, decoded = None, [], [], 0, 0
             for s, slot in slots.items():
-                pack, failed = self._fill(s, slot)
-                if s % self.world == self.rank:
-                    packs.append(pack)
-                    bad += failed
-                    tried += sum(slot.taken)
+                filled, failed = self._fill(s, slot)
+                if s % self.world != self.rank:
+                    continue
+                if pack is not None:
+                    yield pack
+                pack = filled
+                bad += failed
+                costs.append(slot.work[2])
+                tried += sum(slot.taken)
+                decoded += len(pack)
             written = {s: slot.written() for s, slot in slots.items()}
-            notes.append((written, bad, tried, sum(map(len, packs))))
-            # Ranks wait for each other in each pack: so they all begin with their most costly one.
-            packs.sort(key=lambda pack: -sum(example.cost for example in pack))
-            yield from packs
+            notes.append((written, bad, costs, tried, decoded))
+            yield pack
 
     def _fill(self, s: int, slot: Slot):
         """The next pack of slot s, which moves on -> (its examples, failures)."""
@@ -370,6 +391,11 @@ class Loader:
         pack, slot.waiting = self._choose(lines)
         work = [(example.tokens, example.visual_tokens, example.cost) for example in pack]
         slot.work = tuple(map(sum, zip(*work)))
+        slot.held = [[0, 0] for _ in self.files]
+        for example in pack:
+            held = slot.held[example.place[0]]
+            held[0] += 1
+            held[1] += example.tokens
         return pack, bad
 
     def _lay_out(self, d: int, i: int) -> Example:

@@ -21,6 +21,7 @@ from PIL import Image
 PICTURES = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO"]
 PIXEL_LIMIT = 2**26  # ours: pixels of a picture or frame, 8192x8192; as RGB they take 201 MB
 MAX_PATH = 4096  # characters; Linux opens no longer path
+MEMBER = re.compile(r"(.+\.tar)@(\d{1,18})\+(\d{1,18})/[^/]*\w[^/]*", re.DOTALL | re.IGNORECASE)
 
 
 # Errors
@@ -84,8 +85,9 @@ def check_size(height: int, width: int, pixel_limit: int):
 
 
 def open_media(path: str | Path, root: str | Path | None, allow_outside: bool = False):
-    """Open a data set's file, or a data URL, to read bytes.
+    """Open a data set's file, or a data URL, or "shard.tar@OFFSET+SIZE/name", to read bytes.
 
+    The last is a member of a tar, see common/tars.py: so many bytes from there, whatever the name.
     MediaError for other URLs, for anything whose real place (links followed) is not below root,
     unless allow_outside, and for whatever is not a regular file.
     """
@@ -99,12 +101,20 @@ def open_media(path: str | Path, root: str | Path | None, allow_outside: bool = 
         raise MediaError(name, "missing", detail)
     if re.match(r"concat:|[A-Za-z][A-Za-z0-9+.-]*://", name):
         raise MediaError(name, "outside", "URLs and protocols are not followed")
+    member = MEMBER.fullmatch(name)
     try:
-        fd = _open_inside(name, os.path.realpath(root or "."), allow_outside)
+        path = member[1] if member else name
+        fd = _open_inside(path, os.path.realpath(root or "."), allow_outside)
     except (OSError, ValueError) as e:
         raise MediaError(name, "missing", getattr(e, "strerror", e)) from e
     info = os.fstat(fd)
     regular = stat.S_ISREG(info.st_mode)
+    if regular and member:
+        begin, size = int(member[2]), int(member[3])
+        if 0 < size <= info.st_size - begin:
+            return io.BufferedReader(Part(fd, begin, size))
+        os.close(fd)
+        raise MediaError(name, "truncated" if size else "empty")
     if regular and info.st_size > 0:
         # Without a name, by which FFmpeg would guess what is in it.
         return os.fdopen(fd, "rb")
@@ -112,6 +122,38 @@ def open_media(path: str | Path, root: str | Path | None, allow_outside: bool = 
     if regular:
         raise MediaError(name, "empty")
     raise MediaError(name, "unsupported", "not a regular file")
+
+
+class Part(io.RawIOBase):
+    """Bytes of an open file as a file of their own, which ends where they do. Closes it."""
+
+    def __init__(self, fd: int, begin: int, size: int):
+        self.fd, self.begin, self.size, self.at = fd, begin, size, 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def readinto(self, buffer):
+        most = max(0, min(len(buffer), self.size - self.at))
+        data = os.pread(self.fd, most, self.begin + self.at)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        at = offset + (0, self.at, self.size)[whence]
+        if at < 0:
+            raise OSError(f"seek to {at}")
+        self.at = at
+        return at
+
+    def close(self):
+        if not self.closed:
+            os.close(self.fd)
+        super().close()
 
 
 def _open_inside(name, base, allow_outside):

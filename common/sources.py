@@ -16,7 +16,8 @@ from common.run import MADE_HERE, Run
 
 # ours, in ns: a file that has changed so lately may change again within one tick of its clock
 SETTLED = 2 * 10**9
-LARGE = 2**30  # bytes. ours: of larger files pieces are compared, or a start would take hours
+LARGE = 2**30  # bytes. ours: of larger sets pieces are compared, or a start would take hours
+PIECES = 2**16  # ours: of such a set, 4 kB each, which take a second
 
 
 def renewed(run: Run, files: list[Path], numbers: dict, last: str = "") -> bool:
@@ -57,9 +58,11 @@ def note(run: Run, files: list[Path], numbers: dict) -> list[str]:
     before = json.loads(path.read_text()) if path.exists() else {}
     now = dict(numbers)
     for file in files:
-        for shard in shards_of(file) if file.exists() else ():
+        shards = shards_of(file) if file.exists() else []
+        total = sum(shard.stat().st_size for shard in shards)
+        for shard in shards:
             name = file.name if shard == file else f"{file.name}/{shard.name}"
-            now[name] = look_at(shard, before.get(name, (0, "")))
+            now[name] = look_at(shard, before.get(name, (0, "")), total)
     if not before:
         run.write_json("data/made_from.json", now)
         before = now
@@ -71,25 +74,29 @@ def note(run: Run, files: list[Path], numbers: dict) -> list[str]:
     return changed + note_media(data, roots)
 
 
-def look_at(path: Path, before=(0, "")) -> list:
+def look_at(path: Path, before=(0, ""), total: int = 0) -> list:
     """[time of its last change or 0, hash]; a file is read only if touched since `before`.
 
-    The change time (ctime) moves with every write, and nobody can set it back.
+    The change time (ctime) moves with every write, and nobody can set it back. total: see hash_of.
     """
     changed = path.stat().st_ctime_ns
     if changed == before[0]:
         return before
     settled = time.time_ns() - changed > SETTLED
-    return [changed if settled else 0, hash_of(path)]
+    return [changed if settled else 0, hash_of(path, total)]
 
 
-def hash_of(path: Path) -> str:
-    """sha256 of a file; of a large one, of its size and evenly spread pieces."""
+def hash_of(path: Path, total: int = 0) -> str:
+    """sha256 of a file; of a large set's, of its size and evenly spread pieces.
+
+    total: bytes of the set that it belongs to.
+    """
     size = path.stat().st_size
-    if size < LARGE:
+    total = max(size, total)
+    if total < LARGE:
         return sha256(path)
     digest = hashlib.sha256(str(size).encode())
-    for piece in pieces(path, 2**16):
+    for piece in pieces(path, max(1, PIECES * size // total)):
         digest.update(piece)
     return digest.hexdigest()
 

@@ -295,7 +295,8 @@ class Loop:
             place += 1
             self.events.append("draw")
             skipped = {"missing": 1, "too_long": 2}
-            yield self.BATCHES, {"skipped": skipped, "state": {"place": place}}
+            state = {"place": place}
+            yield self.BATCHES, {"skipped": skipped, "state": state, "shares": {}}
 
     def prepare(self):
         """The next step may be loaded early: nothing changes by it."""

@@ -25,7 +25,7 @@ def places(path, target):
     return table(target).tolist()
 
 
-@pytest.mark.parametrize("block", [1, 2, 7, 4096])
+@pytest.mark.parametrize("block", [1, 2, 7, 100, 4096])
 def test_places_are_those_of_all_lines_that_are_not_blank(tmp_path, monkeypatch, block):
     monkeypatch.setattr(index, "BLOCK", block)
     rng = random.Random(block)
@@ -74,6 +74,10 @@ def test_large_files_hold_what_small_ones_do(tmp_path, data):
     assert len(pickle.dumps(large)) < 1000 and list(again) == RECORDS
 
 
+def kept(tmp_path):
+    return [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
 def test_a_large_file_is_read_through_once(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_bytes(plain(RECORDS))
@@ -83,11 +87,12 @@ def test_a_large_file_is_read_through_once(tmp_path, monkeypatch):
     )
     for _ in range(3):
         assert len(Lines(path, numbered, lazy=True)) == 50
-    assert len(made) == 1 and len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(made) == 1 and len(kept(tmp_path)) == 1
     path.write_bytes(plain(RECORDS[:20]))
     assert list(Lines(path, lazy=True)) == RECORDS[:20] and len(made) == 2
     os.utime(path, ns=(0, 5))  # as large, but touched
     assert len(Lines(path, lazy=True)) == 20 and len(made) == 3
+    assert len(kept(tmp_path)) == 1, "what was made of earlier versions is gone"
 
 
 def test_ranks_share_the_work(tmp_path):
@@ -97,7 +102,7 @@ def test_ranks_share_the_work(tmp_path):
         (folder / f"{k}.jsonl").write_bytes(plain(RECORDS[10 * k : 10 * k + 10]))
     for rank, count in ((0, 3), (1, 5)):
         index_some([folder], rank, 2)
-        assert len(list((tmp_path / "cache").iterdir())) == count
+        assert len(kept(tmp_path)) == count
     lines = Lines(folder, lazy=True)
     assert list(lines) == RECORDS and lines.where(31) == f"{folder}/3.jsonl:3"
 
@@ -125,7 +130,7 @@ def test_a_large_file_that_cannot_be_read_is_one_line(tmp_path, data, why):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=why):
         Lines(path, numbered, lazy=True)
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert not [path for path in kept(tmp_path) if path.suffix == ".tmp"]
 
 
 def test_without_a_place_for_the_index_there_is_one_for_this_run(tmp_path, monkeypatch, caplog):
@@ -144,9 +149,32 @@ def test_no_room_for_the_index_is_one_line(tmp_path):
     def fail(target):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ValueError, match="a.jsonl: its lines in .*cache: No space left on device"):
+    with pytest.raises(ValueError, match="a.jsonl: its lines in .*cache.*: No space left on"):
         made_once(path, "lines", fail)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert kept(tmp_path) == []
+
+
+def test_what_nobody_uses_any_more_is_forgotten(tmp_path):
+    paths = [tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl", tmp_path / "c.jsonl"]
+    for path in paths:
+        path.write_bytes(gzip.compress(plain(RECORDS)) if path.suffix == ".gz" else plain(RECORDS))
+        Lines(path, lazy=True)
+    assert len(kept(tmp_path)) == 4  # of the first also what gzip had packed
+    long_ago = index.time.time() - index.KEPT - 10
+    for folder in (tmp_path / "cache").iterdir():
+        (folder / "left.tmp").write_text("by a run that was killed")
+        for path in (folder / "left.tmp", *folder.iterdir(), folder):
+            os.utime(path, (long_ago, long_ago))
+    Lines(paths[0], lazy=True)  # used again, before the next process starts
+    mapped = Lines(paths[1], lazy=True)
+    os.utime(next(f for f in (tmp_path / "cache").iterdir() if mapped._files[0]._kept.parent == f),
+        (long_ago, long_ago))
+    index.cache_folder.cache_clear()
+    paths[0].write_bytes(gzip.compress(plain(RECORDS[:9])))
+    assert len(Lines(paths[0], lazy=True)) == 9
+    left = kept(tmp_path)
+    assert sorted(path.suffix for path in left) == [".places", ".unpacked"]
+    assert list(mapped) == RECORDS, "it still has its own"
 
 
 def test_what_is_large_counts_all_shards(tmp_path, monkeypatch):

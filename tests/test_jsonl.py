@@ -279,7 +279,7 @@ def test_a_folder_of_shards_is_one_set(tmp_path):
 @pytest.mark.parametrize("names, why", [
     (["0.parquet", "1.parquet"], "0.parquet: parquet is not read"),
     (["0.jsonl", "1.jsonl.zst"], "1.jsonl.zst: not read"),
-    (["0.tar", "1.tar"], "web: tar shards are not read: unpack them"),
+    (["0.tar.gz", "1.tar.gz"], "0.tar.gz: packed: samples are read from their places in a .tar"),
 ])
 def test_a_folder_of_shards_that_are_not_read(tmp_path, names, why):
     (tmp_path / "web").mkdir()

@@ -218,7 +218,7 @@ def alone_and_together(argv):
     for (batches, info), (whole, of_one) in zip(mine, one, strict=True):
         packs = [names(processor, [batch]) for batch in whole]
         assert all(names(processor, [batch]) in packs for batch in batches)
-        for key in ("state", "step_tokens", "flops", "sets", "epoch"):
+        for key in ("state", "step_tokens", "flops", "sets", "shares", "epoch"):
             assert info[key] == of_one[key], key
     assert by_two < 0.7 * laid_out["lines"]  # each rank lays out its own packs' lines alone
     dist.destroy_process_group()
@@ -248,6 +248,33 @@ def test_what_was_drawn_of_each_set_is_said(world, processor):
         assert info["sets"] == {"pictures": pictures, "texts": texts}
         assert info["epoch"] == [pictures / 40, texts / 25]
     assert abs(pictures / (pictures + texts) - 0.75) < 0.1
+
+
+def test_the_share_of_each_set_in_a_step_is_said(world, processor):
+    for batches, info in steps(Loader(world, processor, 400, 2), 6):
+        samples, tokens = Counter(), Counter()
+        for batch in batches:
+            lengths = batch["segments"].diff().tolist()
+            for name, length in zip(names(processor, [batch]), lengths, strict=True):
+                samples[name[0]] += 1
+                tokens[name[0]] += length
+        shares = {}
+        for letter, name in (("P", "pictures"), ("T", "texts")):
+            shares[f"share_of_samples/{name}"] = samples[letter] / samples.total()
+            shares[f"share_of_tokens/{name}"] = tokens[letter] / tokens.total()
+        assert info["shares"] == pytest.approx(shares)
+
+
+def test_a_pack_is_planned_when_it_is_asked_for(world, processor):
+    """Not with all of the next step: with 64 packs of short lines that takes seconds."""
+    loader = Loader(world, processor, 400, 8, workers=1)
+    filled = []
+    fill = loader._fill
+    loader._fill = lambda s, slot: filled.append(s) or fill(s, slot)
+    iterator = iter(loader)
+    next(iterator)
+    assert 8 <= len(filled) <= 8 + 3  # a worker is two packs ahead, and a note waits for one more
+    iterator.close()
 
 
 # Large sets

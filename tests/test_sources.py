@@ -211,6 +211,25 @@ def test_files_are_read_again_only_where_they_were_touched(made, monkeypatch):
         read.clear()
 
 
+def test_of_a_large_set_pieces_are_compared(made, monkeypatch):
+    """However small its files are: thousands of shards are not read at every start."""
+    made.a.unlink()
+    made.a.mkdir()
+    for k in range(3):
+        made.a.joinpath(f"{k}.jsonl").write_bytes(b"%d" % k * 40_000)
+    monkeypatch.setattr(sources, "LARGE", 100_000)
+    monkeypatch.setattr(sources, "PIECES", 12)
+    whole = []
+    monkeypatch.setattr(sources, "sha256", lambda path: whole.append(path) or "")
+    assert made.look() and not made.look()
+    assert set(whole) == {made.b}
+    path = made.a / "1.jsonl"
+    path.write_bytes(b"2" * 40_000)
+    assert made.look()
+    path.write_bytes(b"2" * 40_001)
+    assert made.look()
+
+
 def test_media_of_a_linked_file_stand_beside_what_it_links_to(made):
     source, kept = keep_linked(made, b"red")
     made.a.rename(made.a.parent / "real.jsonl")
