@@ -138,6 +138,39 @@ def hear_no_signal(worker: int):
         signal.signal(number, signal.SIG_IGN)
 
 
+def in_workers(dataset, workers: int, **options):
+    """Iterates over the dataset's items as processes of their own make them."""
+    return iter(
+        torch.utils.data.DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            # fork: they start at once. This process decodes nothing that could hold locks.
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
+            collate_fn=unchanged,
+            worker_init_fn=hear_no_signal,
+            **options,
+        )
+    )
+
+
+@dataclass
+class Planner(torch.utils.data.IterableDataset):
+    """loader.plan(), and an error as its last item: (pack, note, None), .. (None, None, error).
+
+    As an item it comes out of a process as it is.
+    """
+
+    loader: "Loader"
+
+    def __iter__(self):
+        try:
+            for pack, note in self.loader.plan():
+                yield pack, note, None
+        except (Exception, SystemExit) as error:
+            yield None, None, error
+
+
 @dataclass
 class Loader:
     """Iterator without end over (batches, info), one item for each optimizer step.
@@ -257,17 +290,7 @@ class Loader:
         """Packs of examples -> (batch, failures) of each. Workers hold a few packs, not steps."""
         if not self.workers:
             return map(self.decoder.__getitem__, plans)
-        loader = torch.utils.data.DataLoader(
-            self.decoder,
-            batch_size=None,
-            sampler=plans,
-            num_workers=self.workers,
-            # fork: workers start at once. This process decodes nothing that could hold locks.
-            multiprocessing_context="fork" if sys.platform == "linux" else None,
-            collate_fn=unchanged,
-            worker_init_fn=hear_no_signal,
-        )
-        return iter(loader)
+        return in_workers(self.decoder, self.workers, sampler=plans)
 
     def _judge(self, bad, undecoded) -> str | None:
         """Says what failed, in the plan or when decoded; returns why that is too much, if it is."""
@@ -339,8 +362,24 @@ class Loader:
         """Yields the examples of each of this rank's packs, step after step.
 
         Each pack is planned when it is asked for: who is ahead by a pack need not have planned
-        another whole step. Before the last of a step, its note is put to the others: (slots,
-        failures, costs of its packs, number of samples that were laid out, that will be decoded).
+        another whole step. Before the last of a step, its note is put to the others.
+        """
+        planned = Planner(self)
+        if self.workers > 1 and sys.platform == "linux":  # a GPU's host has kernels to launch
+            ahead = max(2, self.packs_per_step // self.world)
+            planned = in_workers(planned, 1, prefetch_factor=ahead)
+        for pack, note, error in planned:
+            if error:
+                raise error
+            if note:
+                notes.append(note)
+            yield pack
+
+    def plan(self):
+        """Yields (examples of a pack, None, or with the last of a step its note).
+
+        A note: (slots, failures, costs of its packs, number of samples that were laid out, that
+        will be decoded).
         """
         ends = np.cumsum(self.state["waiting"])
         slots = {}
@@ -355,15 +394,14 @@ class Loader:
                 if s % self.world != self.rank:
                     continue
                 if pack is not None:
-                    yield pack
+                    yield pack, None
                 pack = filled
                 bad += failed
                 costs.append(slot.work[2])
                 tried += sum(slot.taken)
                 decoded += len(pack)
             written = {s: slot.written() for s, slot in slots.items()}
-            notes.append((written, bad, costs, tried, decoded))
-            yield pack
+            yield pack, (written, bad, costs, tried, decoded)
 
     def _fill(self, s: int, slot: Slot):
         """The next pack of slot s, which moves on -> (its examples, failures)."""

@@ -428,14 +428,18 @@ def test_a_few_failures_among_few_samples_end_nothing(world, processor, tmp_path
     assert all("1.png: missing" in why or "3.png: unsupp" in why for why in loader.failures)
 
 
+@pytest.mark.parametrize("workers", [0, 2])  # with 2, planned in a process of its own
 @pytest.mark.parametrize("max_bad_share", [0.05, 1])
-def test_a_step_that_never_fills_is_an_error(world, processor, tmp_path, max_bad_share):
+def test_a_step_that_never_fills_is_an_error(world, processor, tmp_path, max_bad_share, workers):
     for k in range(0, 40):
         (tmp_path / f"{k}.png").unlink()
     records = [talk(user(image(f"{k}.png"), "x"), assistant("y")) for k in range(40)]
     write(world[0][0], records)
     with pytest.raises(SystemExit, match="100 of 100 samples cannot be used"):
-        steps(Loader(world[:1], processor, 600, 2, max_bad_share=max_bad_share), 1)
+        loader = Loader(
+            world[:1], processor, 600, 2, workers=workers, max_bad_share=max_bad_share
+        )
+        steps(loader, 1)
 
 
 def test_a_pack_that_lost_every_sample_still_runs(world, processor, tmp_path):
