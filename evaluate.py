@@ -3,12 +3,13 @@
     python evaluate.py --init runs/toy/pretrain/model --data data/toy/heldout
     python evaluate.py --init runs/toy/grpo/model --mode think auto_think
     python evaluate.py --board runs/toy
+    python evaluate.py --report runs/toy
     python evaluate.py --benchmark MMStar --file MMStar.tsv --init MODEL --out R.json
     python evaluate.py --benchmark MMStar --file MMStar.tsv --predictions P.jsonl --out R.json
     python evaluate.py --decontaminate data/toy/train --file MMStar.tsv
 
 The second asks in modes that the cold start taught; the third prints the board of all phases that
-are done. The next two give the official table of a published benchmark (common/benchmarks.py): for
+are done; the fourth writes their page again, see common/report.py. The next two give the official table of a published benchmark (common/benchmarks.py): for
 a model, whose answers are kept one by one, so that after a kill the same command goes on; and for
 answers that were made elsewhere, {"index": .., "prediction": ".."} a line. Keye's published numbers
 are those of --mode think. The last one lists lines of training data that share pictures or words
@@ -47,11 +48,13 @@ from common.conversation import (
     MODES, TOOL_MODES, check_conversation, media_items, pictures_of, text_of,
 )
 from common.failures import counted, refuse_many
+from common.gallery import thumbnail
 from common.judge import Judge
-from common.jsonl import Lines, data_files, data_name, replacing
+from common.jsonl import Lines, data_files, data_name, replacing, write_lines
 from common.measures import final_answer
 from common.media import MediaError
 from common.questions import Question, read_questions
+from common.report import write_report
 from common.rewards import REPEATED, Parsed, parse, repetition
 from common.rollout import (
     CHUNK_PATCHES, CHUNK_ROLLOUTS, CLOSE_CALL, Prompt, Response, Rollout, sample_groups, tool_turns,
@@ -85,7 +88,7 @@ class Answer:
 
     question: Question
     numbers: dict  # see judged; None: does not apply
-    example: dict | None  # for the reader, all of the response with what tools showed
+    example: dict  # for the reader, all of the response with what tools showed
     failure: str = ""  # why its media could not be read
 
 
@@ -107,7 +110,9 @@ def evaluate(
     the tasks of HEADLINE that are there. mixed: the mean accuracy of the categories. all: the mean
     numbers (see judged) of all questions. thinking: the share of questions of each difficulty that
     were thought about. failed: questions whose media could not be read, and why; they count as
-    wrong. examples: three answers of each task. And questions (their number), seconds, mode.
+    wrong. examples: three answers of each task. And questions (their number), seconds, mode, and
+    predictions: a flat dict of each answer, its numbers and the reason of a failure, as pandas
+    reads it; "shown" has for each call of tools the pictures that it showed, small, as data URLs.
     """
     begin = time.time()
     if blind and mode in TOOL_MODES:
@@ -141,15 +146,9 @@ def answers_of_all(run, ask_share):
     """The answers of all ranks, in the order of the questions, on all ranks.
 
     ask_share(rank, world) -> all questions, answers to a share. RuntimeError on all where it fails.
-    Examples are long where a model thinks: only those travel that may be shown, which are among
-    the first of a task on their own rank.
     """
     questions, share = run.attempt("scoring", lambda: ask_share(run.rank, run.world))
-    shown = {answer.question.where for answer in first_of_tasks(share)}
-    found = run.merge({
-        a.question.where: (a.numbers, a.example if a.question.where in shown else None, a.failure)
-        for a in share
-    })
+    found = run.merge({a.question.where: (a.numbers, a.example, a.failure) for a in share})
     # Only where ranks read other files is one of them not found: all hear of it.
     return run.attempt("scoring", lambda: [Answer(q, *found[q.where]) for q in questions])
 
@@ -203,6 +202,10 @@ def judged(question: Question, rollout: Rollout) -> Answer:
         "answer": meta["answer"],
         "right": bool(numbers["accuracy"]),
         "where": question.where,
+        "category": question.category,
+        "difficulty": meta.get("difficulty", 1),
+        "mode": mode,
+        "shown": [[thumbnail(i) for i in o.images] for o in rollout.response.observations],
     }
     return Answer(question, numbers, example)
 
@@ -316,6 +319,7 @@ def result_of(answers, mode):
             {"where": a.question.where, "reason": a.failure} for a in answers if a.failure
         ],
         "examples": [answer.example for answer in first_of_tasks(answers)],
+        "predictions": [a.example | a.numbers | {"failure": a.failure} for a in answers],
     }
 
 
@@ -414,7 +418,7 @@ def score_phase(run, heldout: Path, modes: list[str], limit: int, blind: bool = 
     """The held-out score of run.folder/"model" in each mode -> {mode: result}, {} on other ranks.
 
     All ranks ask, each its share. Rank 0 says the board, and leaves a page of answers, samples.md,
-    beside the model. SystemExit after that where many questions could not be asked: this is no
+    and all of them, predictions.jsonl, beside the model. SystemExit after that where many questions could not be asked: this is no
     score to keep. RuntimeError on all ranks where one of them cannot load the model, or ask.
     """
     if not all(run.gather_objects(heldout.is_dir())):
@@ -432,16 +436,19 @@ def score_phase(run, heldout: Path, modes: list[str], limit: int, blind: bool = 
 
 
 def show_scores(run, results, blind):
-    """What rank 0 says and writes of a phase's results -> the same without the examples."""
+    """What rank 0 says and writes of a phase's results -> the same without the answers."""
     page = f"# {run.stage}: answers to held-out questions\n"
+    predictions = []
     for mode in results:
         page += f"\n## {mode}\n\n"
+        predictions += results[mode].pop("predictions")
         for example in results[mode].pop("examples"):
             page += SAMPLE.format_map(example)
         if blind:
             run.say(task_table(results[mode]))
     # backslashreplace: a lone surrogate, which no file in UTF-8 can hold, is written as \ud800
     (run.folder / "samples.md").write_text(page, encoding="utf-8", errors="backslashreplace")
+    write_lines(run.folder / "predictions.jsonl", predictions)
     run.say(board([(f"{run.stage} {mode}", result) for mode, result in results.items()]))
     failures = failures_of(results[mode])  # the same in every mode
     refuse_many(failures, results[mode]["questions"], "held-out questions")
@@ -631,6 +638,8 @@ def arguments():
     what.add_argument("--init", help="folder of a model, ours or official")
     what.add_argument("--board", metavar="RUN", help="print the board of a run's phases, and write "
         "RUN/scoreboard.md")
+    what.add_argument("--report", metavar="RUN", help="write RUN/report.html and RUN/phases.svg, "
+        "which the stages write when they end")
     what.add_argument("--decontaminate", metavar="FOLDER", help="list which training lines share "
         "pictures or words with the questions of --file")
     add = parser.add_argument
@@ -646,6 +655,7 @@ def arguments():
         "true answer of its task; in a mode 192 for small models, else 2048)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--out", help="write {mode: result}, or a benchmark's table and rows, to this JSON file")
+    add("--answers", metavar="JSONL", help="write all answers to held-out questions, a line each")
     add_benchmark_arguments(parser.add_argument_group("published benchmarks"))
     return parser
 
@@ -680,16 +690,16 @@ def check_flags(parser, args):
                 parser.error(f"--{name.replace('_', '-')} {why}")
 
     if args.decontaminate:
-        refuse("out data categories benchmark", "does not go with --decontaminate")
+        refuse("answers out data categories benchmark", "does not go with --decontaminate")
         if not args.file:
             parser.error("--decontaminate needs --file")
         return
     if not args.benchmark:
         refuse(BENCHMARK_FLAGS, "goes with --benchmark NAME")
-        if not args.init and not args.board:
-            parser.error("one of --init, --board, --benchmark and --decontaminate is needed")
+        if not args.init and not args.board and not args.report:
+            parser.error("one of --init, --board, --report, --benchmark, --decontaminate is needed")
         return
-    refuse("board data categories", "does not go with --benchmark")
+    refuse("answers board report data categories", "does not go with --benchmark")
     if not args.file or not (args.init or args.predictions):
         parser.error("--benchmark needs --file, and --init or --predictions")
     if not args.init:
@@ -730,13 +740,18 @@ def main(argv=None):
         Path(args.board, "scoreboard.md").write_text(table + "\n", encoding="utf-8")
         print(table)
         return
+    if args.report:
+        if not Path(args.report).is_dir():
+            raise SystemExit(f"{args.report}: no such folder")
+        print(write_report(Path(args.report)))
+        return
     if args.benchmark or args.decontaminate:
         try:
             return run_benchmark(args) if args.benchmark else decontaminate(args)
         except (OSError, ValueError) as e:
             raise SystemExit(str(e)) from None
-    if args.out:
-        check_out(Path(args.out), args.data)
+    for out in filter(None, [args.out, args.answers]):
+        check_out(Path(out), args.data)
     blind = not args.mode if args.blind is None else args.blind
     model, processor = load(args.init, args.device)
     results = {}
@@ -753,8 +768,11 @@ def main(argv=None):
     failures = failures_of(results[mode])  # the same in every mode
     for failure in failures:
         print(f"failed, counted as wrong: {failure}")
+    predictions = [row for result in results.values() for row in result.pop("predictions")]
     if args.out:
         Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+    if args.answers:
+        write_lines(args.answers, predictions)
     refuse_many(failures, results[mode]["questions"], "questions")
 
 

@@ -225,7 +225,10 @@ def share_cores(args, device: torch.device):
 
 
 # What a run leaves in its folder.
-FILES = ("made.json", "built.json", "metrics.jsonl", "done.json", "score.json", "samples.md")
+FILES = (
+    "made.json", "built.json", "metrics.jsonl", "done.json", "score.json", "samples.md",
+    "predictions.jsonl",
+)
 FOLDERS = ("checkpoint", "data", "model")
 
 

@@ -1,0 +1,421 @@
+"""What a run has learnt so far, as one page: RUN/report.html, and its first figure, RUN/phases.svg.
+
+    write_report(Path("runs/toy"))      after every phase, see Run.score; evaluate.py --report RUN
+
+Read are each phase's score.json and predictions.jsonl, the metrics.jsonl of all stages, round.json
+of the rounds of alignment, and for the gallery the pictures and clips that were asked about. What
+is missing is named on the page. Whatever a model or a data set says is shown as text, never as HTML.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from html import escape
+from pathlib import Path
+
+from common.gallery import gallery_of, missing
+from common.jsonl import replacing
+from common.plots import COLOURS, MODES, chart, sheet
+
+# The phases of a run in order: name for a figure, and what each is for.
+PHASES = {
+    "pretrain": ("pre", "sees: which words belong to which picture"),
+    "sft": ("SFT", "answers what is asked, in the form that is asked for"),
+    "mpo": ("MPO", "prefers the better one of two answers"),
+    "coldstart": ("cold", "thinks, on demand or by its own choice, and looks closer with tools"),
+    "grpo": ("GRPO", "finds out by itself which thoughts lead to the right answer"),
+    "align": ("align", "stops repeating itself, breaking its form and thinking in vain"),
+}
+STAGES = ["pretrain*", "sft", "mpo", "coldstart-modes", "coldstart", "grpo", "align*", "*"]
+# The board's: no phase before reinforcement teaches them, and they are in no mean.
+APART = ("discover", "absent", "present")
+# Charts of a stage: title, and the names in metrics.jsonl that it shows, as far as they are there.
+CURVES = {
+    "loss": ["loss"],
+    "reward": ["reward", "outcome"],
+    "right answers": ["right", "right_*"],
+    "pass rate": ["pass_*", "passed_*"],
+    "auto-think chooses": ["auto_chose_*"],
+    "form": ["format", "consistency", "unfinished", "repetition"],
+    "KL to the start": ["kl"],
+    "entropy": ["entropy"],
+    "tokens of an answer": ["answer_tokens"],
+    "groups dropped": ["dropped_groups"],
+    "margin of rewards": ["margin"],
+    "rate": ["lr"],
+}
+POINTS = 160  # of a curve
+
+
+@dataclass
+class Found:
+    """What a run's folder holds. notes: what is missing, or cannot be read."""
+
+    scores: dict = field(default_factory=dict)  # {phase: {mode: result}}, see evaluate.py
+    answers: dict = field(default_factory=dict)  # {phase: {mode: {where: a line of predictions}}}
+    metrics: dict = field(default_factory=dict)  # {stage: [records]}
+    rounds: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
+
+
+def write_report(folder: Path) -> str:
+    """Writes folder/report.html and folder/phases.svg -> a line that says so."""
+    found = read_run(folder)
+    count, gallery = gallery_of(found.answers)
+    parts = {
+        "title": escape(f"nanoKeye: {folder.resolve().name}"),
+        "colours": COLOURS,
+        "top": top(found),
+        "changes": panels(board_charts(found)) + legend(found) + change_table(found),
+        "scores": score_table(found),
+        "auto": auto_tables(found),
+        "habits": panels(habit_charts(found)),
+        "curves": "".join(curves_of(stage, found.metrics[stage]) for stage in found.metrics)
+        or missing("no stage has a log"),
+        "gallery": gallery,
+    }
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    # in one pass: a model may have written "{scores}"
+    page = re.sub(rf"\{{({'|'.join(parts)})\}}", lambda match: parts[match[1]], template)
+    if found.scores:
+        write(folder / "phases.svg", sheet(board_charts(found), 4, modes_of(found)))
+    write(folder / "report.html", page)
+    size = (folder / "report.html").stat().st_size / 1e6
+    return f"{folder / 'report.html'}: {len(found.scores)} phases, {count} questions, {size:.2f} MB"
+
+
+def write(path, content):
+    with replacing(path) as part:
+        part.write_text(content, encoding="utf-8", errors="backslashreplace")
+
+
+# --------------------------------------------------------------------------------------------------
+# reading
+
+
+def read_run(folder: Path) -> Found:
+    found = Found()
+    for phase in PHASES:
+        found.scores[phase] = read_scores(folder / phase / "score.json", found.notes)
+        if found.scores[phase]:
+            found.answers[phase] = read_answers(folder / phase / "predictions.jsonl", found.notes)
+        else:
+            del found.scores[phase]
+            found.notes.append(f"{phase} has no held-out score yet")
+    for pattern in STAGES:
+        for path in sorted(folder.glob(f"{pattern}/metrics.jsonl")):
+            found.metrics.setdefault(path.parent.name, read_lines(path))
+    rounds = sorted(folder.glob("align-*/round.json"), key=lambda path: (len(str(path)), path))
+    found.rounds = [record for path in rounds for record in read_lines(path, whole=True)]
+    return found
+
+
+def read_scores(path, notes):
+    """{mode: result}; {} where there is none that a board could show."""
+    if not path.exists():
+        return {}
+    [scores] = read_lines(path, whole=True) or [{}]
+    fit = {mode: r for mode, r in scores.items() if isinstance(r, dict) and r.get("categories")}
+    if not fit:
+        notes.append(f"{path.parent.name}/score.json holds no score by category")
+    return fit
+
+
+def read_lines(path, whole=False):
+    """The file's records. A line that a kill has cut is passed over."""
+    content = path.read_text(encoding="utf-8", errors="replace")
+    records = []
+    for line in [content] if whole else content.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if isinstance(record, dict)]
+
+
+def read_answers(path, notes):
+    answers = defaultdict(dict)
+    for row in read_lines(path) if path.exists() else []:
+        answers[row["mode"]][row["where"]] = row
+    if not answers:
+        notes.append(f"{path.parent.name} has kept no answers for the gallery")
+    return answers
+
+
+# --------------------------------------------------------------------------------------------------
+# numbers
+
+
+def mixed(result: dict) -> tuple[float, float]:
+    """Mean accuracy of the categories but APART, and half its 95 % interval; both in %."""
+    known = [c for name, c in result["categories"].items() if name not in APART]
+    half = math.sqrt(sum((c["high"] - c["low"]) ** 2 for c in known)) / 2
+    n = len(known) or 1
+    return 100 * sum(c["accuracy"] for c in known) / n, 100 * half / n
+
+
+def modes_of(found):
+    there = {mode for scores in found.scores.values() for mode in scores}
+    return [mode for mode in MODES if mode in there]
+
+
+def category_names(found):
+    names = {
+        name for scores in found.scores.values() for r in scores.values() for name in r["categories"]
+    }
+    return sorted(names.difference(APART)) + [name for name in APART if name in names]
+
+
+def before(found, phase, mode):
+    """(phase, mode) that a score is compared with: the last one in this mode, else the plain one."""
+    earlier = list(found.scores)[: list(found.scores).index(phase)]
+    for same in (mode, "plain"):
+        for other in reversed(earlier):
+            if same in found.scores[other]:
+                return other, same
+    return None
+
+
+def change(found, old, new, category) -> tuple[float, float]:
+    """By how many points a category's accuracy moved, and half the 95 % interval of that.
+
+    old, new: (phase, mode). Of answers to the same questions only those count that differ (Agresti
+    and Min's interval of paired shares); without answers the two shares' intervals are added.
+    """
+    a, b = (found.scores[phase][mode]["categories"][category] for phase, mode in (old, new))
+    first, second = (
+        {w: r["right"] for w, r in found.answers[phase][mode].items() if r["category"] == category}
+        for phase, mode in (old, new)
+    )
+    difference = 100 * (b["accuracy"] - a["accuracy"])
+    if first.keys() != second.keys() or not len(first) == a["n"] == b["n"]:
+        return difference, 50 * math.hypot(a["high"] - a["low"], b["high"] - b["low"])
+    n = len(first) + 2
+    moved = [second[where] - first[where] for where in first]
+    spread = sum(map(abs, moved)) + 1 - sum(moved) ** 2 / n
+    return difference, 196 * math.sqrt(spread) / n
+
+
+def changes(found, phase, mode) -> tuple[str, dict]:
+    """What a score is compared with, and {category, or "mixed": see change}."""
+    old = before(found, phase, mode)
+    if old is None:
+        return "", {}
+    earlier = found.scores[old[0]][old[1]]["categories"]
+    both = [name for name in found.scores[phase][mode]["categories"] if name in earlier]
+    by_category = {name: change(found, old, (phase, mode), name) for name in both}
+    common = [by_category[name] for name in both if name not in APART]
+    if common:
+        mean = sum(difference for difference, _ in common) / len(common)
+        half = math.sqrt(sum(half**2 for _, half in common)) / len(common)
+        by_category = {"mixed": (mean, half)} | by_category
+    return " ".join(old), by_category
+
+
+# --------------------------------------------------------------------------------------------------
+# figures
+
+
+def by_phase(found, value) -> dict[str, list]:
+    """{mode: points over the phases}. value(result) -> (y, ..), or None.
+
+    A mode's line begins at the plain answers of the phase before its first.
+    """
+    lines = defaultdict(list)
+    for x, (phase, scores) in enumerate(found.scores.items()):
+        for mode in [mode for mode in MODES if mode in scores]:
+            numbers = value(scores[mode])
+            if numbers is None:
+                continue
+            if not lines[mode] and mode != "plain" and lines.get("plain"):
+                lines[mode].append(lines["plain"][-1][:2])
+            lines[mode].append((x, *numbers))
+    return lines
+
+
+def board_charts(found):
+    ticks = [PHASES[phase][0] for phase in found.scores]
+
+    def mean(result):
+        middle, half = mixed(result)
+        return middle, middle - half, middle + half
+
+    def of(category):
+        def numbers(result):
+            c = result["categories"].get(category)
+            return c and tuple(100 * c[name] for name in ("accuracy", "low", "high"))
+
+        return numbers
+
+    shown = {"mixed: mean of all": mean} | {name: of(name) for name in category_names(found)}
+    return [
+        chart(name, by_phase(found, value), ticks, (0, 100)) for name, value in shown.items()
+    ] if found.scores else []
+
+
+def habit_charts(found):
+    """Form, length and repetition by phase; and by round of alignment, of sampled answers."""
+    ticks = [PHASES[phase][0] for phase in found.scores]
+    charts = []
+    for name, key, scale in [
+        ("repetitive, %", "repetitive", 100), ("out of form, %", "format", 100),
+        ("mode obeyed, %", "obeyed", 100), ("tokens of an answer", "tokens", 1),
+    ]:
+        lines = by_phase(found, lambda r: (scale * r["all"][key],) if key in r["all"] else None)
+        most = max([point[1] for line in lines.values() for point in line], default=1)
+        charts.append(chart(name, lines, ticks, (0, max(1, math.ceil(most)))))
+    if not found.scores:
+        charts = []
+    for key in ("repetition", "right", "format") if found.rounds else ():
+        points = [(i, 100 * r[key]) for i, r in enumerate(found.rounds) if key in r]
+        rounds = [str(i + 1) for i in range(len(found.rounds))]
+        most = max([y for _, y in points], default=1)
+        charts.append(chart(f"{key} before round, %", {key: points}, rounds, (0, max(1, most))))
+    return charts
+
+
+def curves_of(stage, records) -> str:
+    """The charts of a stage's log, and what it measured once."""
+    steps = [record for record in records if "step" in record]
+    names = dict.fromkeys(name for record in steps for name in record)
+    charts = []
+    for title, patterns in CURVES.items():
+        keys = [name for pattern in patterns for name in names if fnmatch(name, pattern)]
+        lines = {key: thinned([(r["step"], r.get(key)) for r in steps]) for key in keys}
+        ys = [y for line in lines.values() for _, y in line]
+        if ys:
+            log = title == "loss" and min(ys) > 0 and max(ys) > 20 * min(ys)
+            charts.append(chart(title, lines, log=log, key=len(lines) > 1))
+    once = {key: value for record in records if "step" not in record for key, value in record.items()}
+    said = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in once.items())
+    said = f"<p class=note>{escape(said)}</p>" if once else ""
+    return f"<h3>{escape(stage)}</h3>{said}{panels(charts)}"
+
+
+def thinned(points):
+    """At most POINTS means of neighbours; numbers that are not finite are left out."""
+    points = [(x, y) for x, y in points if isinstance(y, (int, float)) and math.isfinite(y)]
+    size = -(-len(points) // POINTS) or 1
+    chunks = [points[i : i + size] for i in range(0, len(points), size)]
+    return [tuple(sum(column) / len(chunk) for column in zip(*chunk)) for chunk in chunks]
+
+
+def panels(charts):
+    if not charts:
+        return missing("nothing to draw yet")
+    return f"<div class=panels>{''.join(charts)}</div>"
+
+
+def legend(found):
+    return "<div class=key>" + "".join(
+        f'<span><i style="background:var(--{mode})"></i>{mode}</span>' for mode in modes_of(found)
+    ) + "</div>"
+
+
+# --------------------------------------------------------------------------------------------------
+# tables
+
+
+def top(found):
+    parts = []
+    if found.scores:
+        ends = [(phase, *max((mixed(r)[0], m) for m, r in found.scores[phase].items()))
+                for phase in (list(found.scores)[0], list(found.scores)[-1])]
+        said = " to ".join(f"{mean:.1f} % ({phase}, {mode})" for phase, mean, mode in ends)
+        parts.append(f"<p>Right on held-out questions, best mode, mean of the categories: {said}.</p>")
+    if found.notes:
+        notes = "; ".join(found.notes)
+        parts.append(missing(f"Not all is here: {notes}."))
+    return "".join(parts)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Cells are HTML: whole <td> elements, or what stands in one."""
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr></thead><tbody>"]
+    for row in rows:
+        cells = [cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<div class=wide><table><thead>{''.join(lines)}</tbody></table></div>"
+
+
+def moved(difference, half):
+    """A change in points; coloured where its interval is on one side of 0."""
+    kind = "" if abs(difference) <= half else "up" if difference > 0 else "down"
+    return f"<span class='{kind}'>{difference:+.1f}</span> <small>± {half:.1f}</small>"
+
+
+def change_table(found):
+    rows = []
+    for phase, scores in found.scores.items():
+        for mode in [mode for mode in MODES if mode in scores]:
+            old, by_category = changes(found, phase, mode)
+            mean = by_category.pop("mixed", None)
+            sure = [n for n, (d, half) in by_category.items() if abs(d) > half]
+            sure.sort(key=lambda name: -abs(by_category[name][0]))
+            most = ", ".join(f"{escape(n)} {moved(*by_category[n])}" for n in sure)
+            rows.append([
+                f"<b>{phase}</b> {mode}", f"<td class=words>{PHASES[phase][1]}</td>", old or "–",
+                moved(*mean) if mean else f"{mixed(scores[mode])[0]:.1f}",
+                f"<td class=words>{most or ('none for sure' if old else '')}</td>",
+            ])
+    head = ["phase and mode", "what the phase is for", "compared with", "mixed, points",
+            "categories that moved, by more than their interval"]
+    note = ("<p class=note>Points of accuracy ± half the 95 % interval: of the questions whose "
+            "answer changed where all answers were kept, else of the two shares. With many "
+            "categories one in twenty moves by chance alone.</p>")
+    return table(head, rows) + note if rows else ""
+
+
+def share(c: dict) -> str:
+    half = 50 * (c["high"] - c["low"])
+    value = 100 * c["accuracy"]
+    return f'<td class=cell style="--v:{value:.0f}%">{value:.1f} <small>± {half:.1f}</small></td>'
+
+
+def score_table(found):
+    names = category_names(found)
+    common = [name for name in names if name not in APART]
+    apart = [name for name in names if name in APART]
+    rows = []
+    for phase, scores in found.scores.items():
+        for mode in [mode for mode in MODES if mode in scores]:
+            categories = scores[mode]["categories"]
+            cells = {name: share(c) for name, c in categories.items()}
+            middle, half = mixed(scores[mode])
+            rows.append([
+                f"<b>{phase}</b> {mode}", *(cells.get(name, "") for name in common),
+                f"<b>{middle:.1f}</b> <small>± {half:.1f}</small>",
+                *(cells.get(name, "") for name in apart), str(scores[mode].get("questions", "")),
+            ])
+    head = ["phase and mode", *common, "mixed", *apart, "questions"]
+    return table(head, rows) if rows else missing("no phase has a held-out score")
+
+
+def auto_tables(found):
+    """How often auto-think thinks by difficulty, in all phases, and by category, in the last one."""
+    autos = {p: scores["auto_think"] for p, scores in found.scores.items() if "auto_think" in scores}
+    if not autos:
+        return missing("no phase was asked in auto_think yet: the cold start teaches it")
+    levels = sorted(set().union(*(result["thinking"] for result in autos.values())))
+    rows = [
+        [f"difficulty {escape(level)}", *(bar(r["thinking"].get(level)) for r in autos.values())]
+        for level in levels
+    ]
+    first = table(["thinks, % of questions", *autos], rows)
+    phase = list(autos)[-1]
+    scores = found.scores[phase]
+    fixed = [mode for mode in ("no_think", "think", "agentic_think") if mode in scores]
+    rows = []
+    for name, c in sorted(autos[phase]["categories"].items(), key=lambda item: item[1]["thought"]):
+        others = [scores[mode]["categories"].get(name) for mode in fixed]
+        cells = [share(other) if other else "" for other in others]
+        rows.append([escape(name), bar(c["thought"]), share(c), *cells, f"{c['tokens']:.0f}"])
+    head = [phase, "thinks, %", "right: auto_think", *fixed, "auto's tokens"]
+    return f"{first}<p>Beside the modes that are asked for, by category:</p>{table(head, rows)}"
+
+
+def bar(value):
+    return "" if value is None else f'<td class=cell style="--v:{100 * value:.0f}%">{100 * value:.0f}</td>'
