@@ -85,7 +85,8 @@ def chosen_questions(answers) -> list[tuple[str, list]]:
         return -min(sum(rights), len(rights) - sum(rights))
 
     best = [sorted(by_task[task].items(), key=likeness)[:PER_TASK] for task in sorted(by_task)]
-    return [item for turn in zip_longest(*best) for item in turn if item]
+    turns = [sorted(filter(None, turn), key=likeness) for turn in zip_longest(*best)]
+    return [item for turn in turns for item in turn]
 
 
 def choice(name, values, chosen=""):
@@ -115,7 +116,7 @@ def answer_of(phase, row) -> str:
     if row.get("failure"):
         said = missing(row["failure"])
     return (
-        f'<div class="answer{" ok" * bool(row["right"])}" data-phase="{escape(phase)}" '
+        f'<div class="reply{" ok" * bool(row["right"])}" data-phase="{escape(phase)}" '
         f'data-mode="{escape(row["mode"])}" data-verdict="{verdict}"><header>{escape(phase)} · '
         f'{escape(row["mode"])} · <span class=verdict>{verdict}</span></header>{said}</div>'
     )
@@ -164,8 +165,7 @@ def media_of(row: dict, record: dict | None, root: Path | None) -> str:
             picture = animation(item, root) if kind == "video" else thumbnail(
                 load_picture(item["image"], root)
             )
-            caption = f"<figcaption>{kind} {number}</figcaption>"
-            figures.append(f"<figure>{image(picture)}{caption}</figure>")
+            figures.append(f"<figure>{image(picture)}<figcaption>{kind} {number}</figcaption></figure>")
     except (MediaError, OSError, ValueError) as e:
         return missing(f"not shown: {e}")
     return f"<div class=media>{''.join(figures)}</div>"

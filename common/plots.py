@@ -12,7 +12,7 @@ import math
 from html import escape
 
 WIDTH, HEIGHT = 220, 150
-LEFT, RIGHT, TOP, BOTTOM = 38, 12, 24, 22  # margins of a chart
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 24, 22  # margins of a chart
 MODES = ("plain", "no_think", "think", "auto_think", "agentic_think")
 OTHERS = ("no_think", "think", "auto_think", "agentic_think", "plain")  # colours of other lines
 # Okabe and Ito's, which the colour-blind can tell apart, a little darker or lighter.
@@ -55,17 +55,17 @@ def chart(
     points = [point for line in lines.values() for point in line]
     rows = key * -(-len(lines) // 2)  # two names a row
     height = HEIGHT + 13 * rows
-    parts = [text(LEFT - 30, 14, name + " (log)" * log, "name")]
+    parts = [text(6, 14, name + " (log)" * log, "name")]
     if points:
         parts += axes(points, ticks, limits, log)
         for i, (line, drawn) in enumerate(lines.items()):
             place = places(points, ticks, limits, log, shift=2.5 * (i - len(lines) // 2))
-            parts += curve(drawn, place, colour_of(line, i))
+            parts += curve(drawn, place, colour_of(line, lines))
     else:
         parts.append(text(LEFT, HEIGHT / 2, "no number to draw"))
     for i, line in enumerate(lines if key else []):
         x, y = 8 + 106 * (i % 2), HEIGHT + 13 * (i // 2) + 6
-        parts.append(f'<rect x="{x}" y="{y - 6}" width="10" height="4" fill="{colour_of(line, i)}"/>')
+        parts.append(f'<rect x="{x}" y="{y - 6}" width="10" height="4" fill="{colour_of(line, lines)}"/>')
         parts.append(text(x + 14, y, line[:17]))
     box = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
     return f'<svg {box} role="img"><title>{escape(name)}</title>{"".join(parts)}</svg>'
@@ -79,8 +79,11 @@ def drawable(points, log):
     ]
 
 
-def colour_of(line, i):
-    return f"var(--{line if line in MODES else OTHERS[i % len(OTHERS)]})"
+def colour_of(line, lines):
+    """A mode's own, or one that no line of the chart has as its own."""
+    free = [colour for colour in OTHERS if colour not in lines]
+    others = [other for other in lines if other not in MODES]
+    return f"var(--{line if line in MODES else free[others.index(line) % len(free)]})"
 
 
 def text(x, y, words, kind="", anchor="start"):
@@ -126,12 +129,12 @@ def axes(points, ticks, limits, log):
     for y in [low, *middle, high] if high > low else [low]:
         at = bottom - (y - low) / ((high - low) or 1) * (bottom - top)
         parts.append(f'<path class="axis" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(text(LEFT - 4, at + 3, f"{10**y if log else y:.3g}", anchor="end"))
+        parts.append(text(LEFT - 4, at + 3, number(10**y if log else y), anchor="end"))
     for x, tick in enumerate(ticks or []):
         parts.append(text(place(x, low)[0], HEIGHT - 8, tick, anchor="middle"))
     if not ticks:
-        parts.append(text(LEFT, HEIGHT - 8, f"{first:g}"))
-        parts.append(text(WIDTH - RIGHT, HEIGHT - 8, f"step {last:g}", anchor="end"))
+        parts.append(text(LEFT, HEIGHT - 8, f"{first:.0f}"))
+        parts.append(text(WIDTH - RIGHT, HEIGHT - 8, f"step {last:.0f}", anchor="end"))
     return parts
 
 
@@ -158,10 +161,15 @@ def sheet(charts: list[str], columns: int, key: list[str]) -> str:
         x, y = i % columns * (WIDTH + 10), 30 + i // columns * (HEIGHT + 10)
         parts.append(svg.replace("<svg ", f'<svg x="{x}" y="{y}" ', 1))
     for i, line in enumerate(key):
-        parts.append(f'<rect x="{8 + 120 * i}" y="8" width="16" height="5" fill="{colour_of(line, i)}"/>')
+        parts.append(f'<rect x="{8 + 120 * i}" y="8" width="16" height="5" fill="var(--{line})"/>')
         parts.append(text(30 + 120 * i, 15, line, "name"))
     width, height = columns * (WIDTH + 10), 30 + -(-len(charts) // columns) * (HEIGHT + 10)
     # with a page of its own colour: a README may be shown in another one than the system's
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
     back = '<rect width="100%" height="100%" rx="8" fill="var(--page)"/>'
     return f"{head}<style>{COLOURS}</style>{back}{''.join(parts)}</svg>\n"
+
+
+def number(y):
+    """As many digits as the margin has room for."""
+    return f"{y:.0f}" if abs(y) >= 100 else f"{y:.3g}" if abs(y) >= 0.01 else f"{y:.1g}"

@@ -29,14 +29,13 @@ PHASES = {
     "grpo": ("GRPO", "finds out by itself which thoughts lead to the right answer"),
     "align": ("align", "stops repeating itself, breaking its form and thinking in vain"),
 }
-STAGES = ["pretrain*", "sft", "mpo", "coldstart-modes", "coldstart", "grpo", "align*", "*"]
+STAGES = ["pretrain-text", "pretrain*", "sft", "mpo", "coldstart-modes", "coldstart", "grpo", "align*", "*"]
 # The board's: no phase before reinforcement teaches them, and they are in no mean.
 APART = ("discover", "absent", "present")
 # Charts of a stage: title, and the names in metrics.jsonl that it shows, as far as they are there.
 CURVES = {
-    "loss": ["loss"],
     "reward": ["reward", "outcome"],
-    "right answers": ["right", "right_*"],
+    "right": ["right", "right_*"],
     "pass rate": ["pass_*", "passed_*"],
     "auto-think chooses": ["auto_chose_*"],
     "form": ["format", "consistency", "unfinished", "repetition"],
@@ -45,9 +44,9 @@ CURVES = {
     "tokens of an answer": ["answer_tokens"],
     "groups dropped": ["dropped_groups"],
     "margin of rewards": ["margin"],
-    "rate": ["lr"],
 }
-POINTS = 160  # of a curve
+PREFIXES = re.compile("^(right|auto_chose|passed|pass)_")  # the title says it
+SMOOTH = 8  # a point of a curve is the mean of so large a part of it
 
 
 @dataclass
@@ -69,12 +68,11 @@ def write_report(folder: Path) -> str:
         "title": escape(f"nanoKeye: {folder.resolve().name}"),
         "colours": COLOURS,
         "top": top(found),
-        "changes": panels(board_charts(found)) + legend(found) + change_table(found),
+        "changes": legend(found) + panels(board_charts(found)) + change_table(found),
         "scores": score_table(found),
         "auto": auto_tables(found),
         "habits": panels(habit_charts(found)),
-        "curves": "".join(curves_of(stage, found.metrics[stage]) for stage in found.metrics)
-        or missing("no stage has a log"),
+        "curves": curves(found.metrics),
         "gallery": gallery,
     }
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
@@ -250,10 +248,14 @@ def board_charts(found):
 
         return numbers
 
-    shown = {"mixed: mean of all": mean} | {name: of(name) for name in category_names(found)}
-    return [
-        chart(name, by_phase(found, value), ticks, (0, 100)) for name, value in shown.items()
-    ] if found.scores else []
+    if not found.scores:
+        return []
+    means = by_phase(found, mean)
+    ys = [y for line in means.values() for point in line for y in point[1:]]
+    limits = 10 * math.floor(min(ys) / 10), 10 * math.ceil(max(ys) / 10)
+    return [chart("mixed: mean of all", means, ticks, limits)] + [
+        chart(name, by_phase(found, of(name)), ticks, (0, 100)) for name in category_names(found)
+    ]
 
 
 def habit_charts(found):
@@ -277,30 +279,51 @@ def habit_charts(found):
     return charts
 
 
-def curves_of(stage, records) -> str:
-    """The charts of a stage's log, and what it measured once."""
-    steps = [record for record in records if "step" in record]
+def curves(metrics: dict) -> str:
+    """The loss of all stages, then what else those logs hold that hold more."""
+    losses, others = [], []
+    for stage, records in metrics.items():
+        steps = [record for record in records if "step" in record]
+        losses += loss_chart(stage, steps)
+        charts = stage_charts(steps)
+        once = {k: v for record in records if "step" not in record for k, v in record.items()}
+        said = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in once.items())
+        said = f"<p class=note>{escape(said)}</p>" if once else ""
+        if charts or said:
+            others.append(f"<h3>{escape(stage)}</h3>{said}{panels(charts)}")
+    return f"<h3>Loss</h3>{panels(losses)}{''.join(others)}"
+
+
+def loss_chart(stage, steps):
+    line = smooth([(record["step"], record.get("loss")) for record in steps])
+    ys = [y for _, y in line]
+    log = bool(ys) and min(ys) > 0 and max(ys) > 20 * min(ys)
+    return [chart(stage, {"loss": line}, log=log)] if line else []
+
+
+def stage_charts(steps):
     names = dict.fromkeys(name for record in steps for name in record)
     charts = []
     for title, patterns in CURVES.items():
         keys = [name for pattern in patterns for name in names if fnmatch(name, pattern)]
-        lines = {key: thinned([(r["step"], r.get(key)) for r in steps]) for key in keys}
-        ys = [y for line in lines.values() for _, y in line]
-        if ys:
-            log = title == "loss" and min(ys) > 0 and max(ys) > 20 * min(ys)
-            charts.append(chart(title, lines, log=log, key=len(lines) > 1))
-    once = {key: value for record in records if "step" not in record for key, value in record.items()}
-    said = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in once.items())
-    said = f"<p class=note>{escape(said)}</p>" if once else ""
-    return f"<h3>{escape(stage)}</h3>{said}{panels(charts)}"
+        lines = {
+            PREFIXES.sub("", key): smooth([(record["step"], record.get(key)) for record in steps])
+            for key in keys
+        }
+        if any(lines.values()):
+            charts.append(chart(title, lines, key=len(lines) > 1))
+    return charts
 
 
-def thinned(points):
-    """At most POINTS means of neighbours; numbers that are not finite are left out."""
+def smooth(points):
+    """At most a hundred points, each the mean of its neighbours; what is not finite is left out."""
     points = [(x, y) for x, y in points if isinstance(y, (int, float)) and math.isfinite(y)]
-    size = -(-len(points) // POINTS) or 1
-    chunks = [points[i : i + size] for i in range(0, len(points), size)]
-    return [tuple(sum(column) / len(chunk) for column in zip(*chunk)) for chunk in chunks]
+    reach = len(points) // SMOOTH // 2
+    line = []
+    for i in range(0, len(points), -(-len(points) // 100) or 1):
+        near = [y for _, y in points[max(0, i - reach) : i + reach + 1]]
+        line.append((points[i][0], sum(near) / len(near)))
+    return line
 
 
 def panels(charts):
@@ -333,10 +356,11 @@ def top(found):
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Cells are HTML: whole <td> elements, or what stands in one."""
-    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr></thead><tbody>"]
+    """Cells are HTML: whole <td> elements, or what stands in one. A row of one cell is as wide."""
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr></thead><tbody>"]
     for row in rows:
-        cells = [cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row]
+        wide = f" class=head colspan={len(head)}" if len(row) == 1 else ""
+        cells = [cell if cell.startswith("<td") else f"<td{wide}>{cell}</td>" for cell in row]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f"<div class=wide><table><thead>{''.join(lines)}</tbody></table></div>"
 
@@ -350,6 +374,7 @@ def moved(difference, half):
 def change_table(found):
     rows = []
     for phase, scores in found.scores.items():
+        rows.append([f"<b>{phase}</b>: {PHASES[phase][1]}"])
         for mode in [mode for mode in MODES if mode in scores]:
             old, by_category = changes(found, phase, mode)
             mean = by_category.pop("mixed", None)
@@ -357,22 +382,28 @@ def change_table(found):
             sure.sort(key=lambda name: -abs(by_category[name][0]))
             most = ", ".join(f"{escape(n)} {moved(*by_category[n])}" for n in sure)
             rows.append([
-                f"<b>{phase}</b> {mode}", f"<td class=words>{PHASES[phase][1]}</td>", old or "–",
-                moved(*mean) if mean else f"{mixed(scores[mode])[0]:.1f}",
+                mode, old or "the first", moved(*mean) if mean else f"{mixed(scores[mode])[0]:.1f}",
                 f"<td class=words>{most or ('none for sure' if old else '')}</td>",
             ])
-    head = ["phase and mode", "what the phase is for", "compared with", "mixed, points",
-            "categories that moved, by more than their interval"]
+    sure = "<span class=words>categories that moved by more than their interval</span>"
+    head = ["mode", "compared with", "mixed", sure]
     note = ("<p class=note>Points of accuracy ± half the 95 % interval: of the questions whose "
             "answer changed where all answers were kept, else of the two shares. With many "
             "categories one in twenty moves by chance alone.</p>")
     return table(head, rows) + note if rows else ""
 
 
-def share(c: dict) -> str:
+def share(c: dict, beside: str = "") -> str:
+    """A cell: the accuracy of a category, half its interval, and more words."""
     half = 50 * (c["high"] - c["low"])
     value = 100 * c["accuracy"]
-    return f'<td class=cell style="--v:{value:.0f}%">{value:.1f} <small>± {half:.1f}</small></td>'
+    words = f"{value:.1f} <small>± {half:.1f}{beside}</small>"
+    return f'<td class=cell style="--v:{value:.0f}%">{words}</td>'
+
+
+def beside_chance(c):
+    blind = "" if c.get("blind") is None else f", blind {100 * c['blind']:.1f}"
+    return f"{blind}, chance {100 * (c.get('chance') or 0):.1f}"
 
 
 def score_table(found):
@@ -383,14 +414,17 @@ def score_table(found):
     for phase, scores in found.scores.items():
         for mode in [mode for mode in MODES if mode in scores]:
             categories = scores[mode]["categories"]
-            cells = {name: share(c) for name, c in categories.items()}
+            cells = {
+                name: share(c, beside_chance(c) if name in APART else "")
+                for name, c in categories.items()
+            }
             middle, half = mixed(scores[mode])
             rows.append([
                 f"<b>{phase}</b> {mode}", *(cells.get(name, "") for name in common),
                 f"<b>{middle:.1f}</b> <small>± {half:.1f}</small>",
-                *(cells.get(name, "") for name in apart), str(scores[mode].get("questions", "")),
+                *(cells.get(name, "") for name in apart),
             ])
-    head = ["phase and mode", *common, "mixed", *apart, "questions"]
+    head = ["phase and mode", *map(escape, common), "mixed", *apart]
     return table(head, rows) if rows else missing("no phase has a held-out score")
 
 

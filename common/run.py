@@ -12,7 +12,8 @@
 
 One process needs nothing; under `torchrun --nproc_per_node=N` the same code runs on N of them.
 A run lives in OUT/SIZE/STAGE: metrics.jsonl (a line a step), checkpoint/, data/ (what the phase
-made to train on), model/ (the official layout), samples.md and score.json.
+made to train on), model/ (the official layout), samples.md, predictions.jsonl (a line a held-out
+answer) and score.json. OUT/SIZE/report.html shows all stages, see common/report.py.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from tqdm import tqdm
 
 from common.jsonl import replacing
 from common.processes import Peers, join_processes
+from common.report import write_report
 from common.threads import watch_cores
 from kernels import attention_path
 
@@ -431,7 +433,17 @@ class Run(Peers):
                     f"WARNING: {self.stage} is trained and saved, but scoring it failed (above); "
                     "the same command scores it again"
                 )
+        if self.main:
+            self.write_page()
         self.barrier()
+
+    def write_page(self):
+        """The page of all phases so far; one that cannot be written costs nothing else."""
+        try:
+            self.say(write_report(self.folder.parent))
+        except Exception as e:
+            traceback.print_exc()
+            self.say(f"WARNING: no report.html: {type(e).__name__}: {e}")
 
     def write_json(self, name: str, content):
         """A small file of the run's folder, whole or not at all (rank 0)."""
