@@ -12,9 +12,8 @@ The second asks in modes that the cold start taught; the third prints the board 
 are done; the fourth writes their page again, see common/report.py. The next two give the official
 table of a published benchmark (common/benchmarks.py): for a model, whose answers are kept one by
 one, so that after a kill the same command goes on; and for answers that were made elsewhere,
-{"index": .., "prediction": ".."} a line. Keye's published numbers
-are those of --mode think. The last one lists lines of training data that share pictures or words
-with a benchmark's questions.
+{"index": .., "prediction": ".."} a line. Keye's published numbers are those of --mode think. The
+last one lists lines of training data that share pictures or words with a benchmark's questions.
 
 common/questions.py says what a question looks like; its meta may also hold "chance", the
 share that guessing gets right, and "difficulty".
@@ -420,7 +419,8 @@ def score_phase(run, heldout: Path, modes: list[str], limit: int, blind: bool = 
 
     All ranks ask, each its share. Rank 0 says the board, and leaves a page of answers, samples.md,
     and all of them, predictions.jsonl, beside the model. SystemExit after that where many questions
-    could not be asked: this is no score to keep. RuntimeError on all ranks where one of them cannot load the model, or ask.
+    could not be asked: this is no score to keep. RuntimeError on all ranks where one of them cannot
+    load the model, or ask.
     """
     if not all(run.gather_objects(heldout.is_dir())):
         run.say(f"{heldout}: no held-out score")

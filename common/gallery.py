@@ -44,7 +44,7 @@ def gallery_of(answers: dict) -> tuple[int, str]:
     """{phase: {mode: {where: row}}} -> (number of questions, their cards below the filters)."""
     chosen = chosen_questions(answers)
     if not chosen:
-        return 0, missing("no phase has kept answers: predictions.jsonl is written when it is scored")
+        return 0, missing("no phase has kept answers yet: predictions.jsonl comes with its score")
     records = records_at([where for where, _ in chosen])
     cards, size = [], 0
     for where, rows in chosen:
@@ -91,9 +91,11 @@ def chosen_questions(answers) -> list[tuple[str, list]]:
 
 def choice(name, values, chosen=""):
     options = "".join(
-        f'<option value="{escape(v)}"{" selected" * (v == chosen)}>{escape(v)}</option>' for v in values
+        f'<option value="{escape(v)}"{" selected" * (v == chosen)}>{escape(v)}</option>'
+        for v in values
     )
-    return f'<label>{name} <select name="{name}"><option value="">all</option>{options}</select></label>'
+    options = f'<option value="">all</option>{options}'
+    return f'<label>{name} <select name="{name}">{options}</select></label>'
 
 
 def card_of(where, rows, record, root) -> str:
@@ -165,7 +167,8 @@ def media_of(row: dict, record: dict | None, root: Path | None) -> str:
             picture = animation(item, root) if kind == "video" else thumbnail(
                 load_picture(item["image"], root)
             )
-            figures.append(f"<figure>{image(picture)}<figcaption>{kind} {number}</figcaption></figure>")
+            caption = f"<figcaption>{kind} {number}</figcaption>"
+            figures.append(f"<figure>{image(picture)}{caption}</figure>")
     except (MediaError, OSError, ValueError) as e:
         return missing(f"not shown: {e}")
     return f"<div class=media>{''.join(figures)}</div>"

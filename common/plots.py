@@ -65,7 +65,8 @@ def chart(
         parts.append(text(LEFT, HEIGHT / 2, "no number to draw"))
     for i, line in enumerate(lines if key else []):
         x, y = 8 + 106 * (i % 2), HEIGHT + 13 * (i // 2) + 6
-        parts.append(f'<rect x="{x}" y="{y - 6}" width="10" height="4" fill="{colour_of(line, lines)}"/>')
+        fill = colour_of(line, lines)
+        parts.append(f'<rect x="{x}" y="{y - 6}" width="10" height="4" fill="{fill}"/>')
         parts.append(text(x + 14, y, line[:17]))
     box = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
     return f'<svg {box} role="img"><title>{escape(name)}</title>{"".join(parts)}</svg>'
@@ -87,7 +88,8 @@ def colour_of(line, lines):
 
 
 def text(x, y, words, kind="", anchor="start"):
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(words)}</text>'
+    how = f'x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}"'
+    return f"<text {how}>{escape(words)}</text>"
 
 
 def bounds(points, limits, log):
@@ -171,5 +173,7 @@ def sheet(charts: list[str], columns: int, key: list[str]) -> str:
 
 
 def number(y):
-    """As many digits as the margin has room for."""
+    """As many digits as the margin has room for; what is no number as it is."""
+    if not isinstance(y, (int, float)):
+        return str(y)
     return f"{y:.0f}" if abs(y) >= 100 else f"{y:.3g}" if abs(y) >= 0.01 else f"{y:.1g}"

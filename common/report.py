@@ -4,7 +4,7 @@
 
 Read are each phase's score.json and predictions.jsonl, the metrics.jsonl of all stages, round.json
 of the rounds of alignment, and for the gallery the pictures and clips that were asked about. What
-is missing is named on the page. Whatever a model or a data set says is shown as text, never as HTML.
+is missing is named on the page. What a model or a data set says is shown as text, never as HTML.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common.gallery import gallery_of, missing
 from common.jsonl import replacing
-from common.plots import COLOURS, MODES, chart, sheet
+from common.plots import COLOURS, MODES, chart, number, sheet
 
 # The phases of a run in order: name for a figure, and what each is for.
 PHASES = {
@@ -29,9 +29,14 @@ PHASES = {
     "grpo": ("GRPO", "finds out by itself which thoughts lead to the right answer"),
     "align": ("align", "stops repeating itself, breaking its form and thinking in vain"),
 }
-STAGES = ["pretrain-text", "pretrain*", "sft", "mpo", "coldstart-modes", "coldstart", "grpo", "align*", "*"]
+STAGES = "pretrain-text pretrain* sft mpo coldstart-modes coldstart grpo align* *".split()
 # The board's: no phase before reinforcement teaches them, and they are in no mean.
 APART = ("discover", "absent", "present")
+# Of all answers of a phase: title of its chart, and the scale.
+HABITS = {
+    "repetitive": ("repetitive, %", 100), "tokens": ("tokens of an answer", 1),
+    "format": ("out of form, %", 100), "obeyed": ("mode obeyed, %", 100),
+}
 # Charts of a stage: title, and the names in metrics.jsonl that it shows, as far as they are there.
 CURVES = {
     "reward": ["reward", "outcome"],
@@ -46,6 +51,7 @@ CURVES = {
     "margin of rewards": ["margin"],
 }
 PREFIXES = re.compile("^(right|auto_chose|passed|pass)_")  # the title says it
+ANSWER = {"mode", "where", "task", "category", "question", "output", "answer", "right"}
 SMOOTH = 8  # a point of a curve is the mean of so large a part of it
 
 
@@ -71,7 +77,7 @@ def write_report(folder: Path) -> str:
         "changes": legend(found) + panels(board_charts(found)) + change_table(found),
         "scores": score_table(found),
         "auto": auto_tables(found),
-        "habits": panels(habit_charts(found)),
+        "habits": legend(found) + panels(habit_charts(found) + round_charts(found)),
         "curves": curves(found.metrics),
         "gallery": gallery,
     }
@@ -79,7 +85,8 @@ def write_report(folder: Path) -> str:
     # in one pass: a model may have written "{scores}"
     page = re.sub(rf"\{{({'|'.join(parts)})\}}", lambda match: parts[match[1]], template)
     if found.scores:
-        write(folder / "phases.svg", sheet(board_charts(found), 4, modes_of(found)))
+        figure = board_charts(found) + habit_charts(found, ["repetitive", "tokens"])
+        write(folder / "phases.svg", sheet(figure, 4, modes_of(found)))
     write(folder / "report.html", page)
     size = (folder / "report.html").stat().st_size / 1e6
     return f"{folder / 'report.html'}: {len(found.scores)} phases, {count} questions, {size:.2f} MB"
@@ -137,7 +144,8 @@ def read_lines(path, whole=False):
 def read_answers(path, notes):
     answers = defaultdict(dict)
     for row in read_lines(path) if path.exists() else []:
-        answers[row["mode"]][row["where"]] = row
+        if row.keys() >= ANSWER:
+            answers[row["mode"]][row["where"]] = row
     if not answers:
         notes.append(f"{path.parent.name} has kept no answers for the gallery")
     return answers
@@ -162,13 +170,14 @@ def modes_of(found):
 
 def category_names(found):
     names = {
-        name for scores in found.scores.values() for r in scores.values() for name in r["categories"]
+        name
+        for scores in found.scores.values() for r in scores.values() for name in r["categories"]
     }
     return sorted(names.difference(APART)) + [name for name in APART if name in names]
 
 
 def before(found, phase, mode):
-    """(phase, mode) that a score is compared with: the last one in this mode, else the plain one."""
+    """(phase, mode) that a score is compared with: the last in this mode, else the plain one."""
     earlier = list(found.scores)[: list(found.scores).index(phase)]
     for same in (mode, "plain"):
         for other in reversed(earlier):
@@ -197,20 +206,20 @@ def change(found, old, new, category) -> tuple[float, float]:
     return difference, 196 * math.sqrt(spread) / n
 
 
-def changes(found, phase, mode) -> tuple[str, dict]:
-    """What a score is compared with, and {category, or "mixed": see change}."""
+def changes(found, phase, mode) -> tuple[str, tuple | None, dict]:
+    """What a score is compared with, the change of the mean, and {category: see change}."""
     old = before(found, phase, mode)
     if old is None:
-        return "", {}
+        return "", None, {}
     earlier = found.scores[old[0]][old[1]]["categories"]
     both = [name for name in found.scores[phase][mode]["categories"] if name in earlier]
     by_category = {name: change(found, old, (phase, mode), name) for name in both}
     common = [by_category[name] for name in both if name not in APART]
+    mean = None
     if common:
-        mean = sum(difference for difference, _ in common) / len(common)
-        half = math.sqrt(sum(half**2 for _, half in common)) / len(common)
-        by_category = {"mixed": (mean, half)} | by_category
-    return " ".join(old), by_category
+        half = math.sqrt(sum(half**2 for _, half in common))
+        mean = sum(difference for difference, _ in common) / len(common), half / len(common)
+    return " ".join(old), mean, by_category
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,24 +267,31 @@ def board_charts(found):
     ]
 
 
-def habit_charts(found):
-    """Form, length and repetition by phase; and by round of alignment, of sampled answers."""
+def habit_charts(found, habits=tuple(HABITS)):
+    """What is counted of all answers, by phase."""
     ticks = [PHASES[phase][0] for phase in found.scores]
     charts = []
-    for name, key, scale in [
-        ("repetitive, %", "repetitive", 100), ("out of form, %", "format", 100),
-        ("mode obeyed, %", "obeyed", 100), ("tokens of an answer", "tokens", 1),
-    ]:
-        lines = by_phase(found, lambda r: (scale * r["all"][key],) if key in r["all"] else None)
+    for habit in habits if found.scores else ():
+        name, scale = HABITS[habit]
+
+        def numbers(result):
+            value = result.get("all", {}).get(habit)
+            return None if value is None else (scale * value,)
+
+        lines = by_phase(found, numbers)
         most = max([point[1] for line in lines.values() for point in line], default=1)
         charts.append(chart(name, lines, ticks, (0, max(1, math.ceil(most)))))
-    if not found.scores:
-        charts = []
+    return charts
+
+
+def round_charts(found):
+    """What alignment found of sampled answers before each of its rounds."""
+    ticks = [str(i + 1) for i in range(len(found.rounds))]
+    charts = []
     for key in ("repetition", "right", "format") if found.rounds else ():
         points = [(i, 100 * r[key]) for i, r in enumerate(found.rounds) if key in r]
-        rounds = [str(i + 1) for i in range(len(found.rounds))]
         most = max([y for _, y in points], default=1)
-        charts.append(chart(f"{key} before round, %", {key: points}, rounds, (0, max(1, most))))
+        charts.append(chart(f"round: {key}, %", {key: points}, ticks, (0, max(1, math.ceil(most)))))
     return charts
 
 
@@ -287,7 +303,7 @@ def curves(metrics: dict) -> str:
         losses += loss_chart(stage, steps)
         charts = stage_charts(steps)
         once = {k: v for record in records if "step" not in record for k, v in record.items()}
-        said = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in once.items())
+        said = ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in once.items())
         said = f"<p class=note>{escape(said)}</p>" if once else ""
         if charts or said:
             others.append(f"<h3>{escape(stage)}</h3>{said}{panels(charts)}")
@@ -348,7 +364,7 @@ def top(found):
         ends = [(phase, *max((mixed(r)[0], m) for m, r in found.scores[phase].items()))
                 for phase in (list(found.scores)[0], list(found.scores)[-1])]
         said = " to ".join(f"{mean:.1f} % ({phase}, {mode})" for phase, mean, mode in ends)
-        parts.append(f"<p>Right on held-out questions, best mode, mean of the categories: {said}.</p>")
+        parts.append(f"<p>Right on held-out questions, best mode, mean of categories: {said}.</p>")
     if found.notes:
         notes = "; ".join(found.notes)
         parts.append(missing(f"Not all is here: {notes}."))
@@ -376,8 +392,7 @@ def change_table(found):
     for phase, scores in found.scores.items():
         rows.append([f"<b>{phase}</b>: {PHASES[phase][1]}"])
         for mode in [mode for mode in MODES if mode in scores]:
-            old, by_category = changes(found, phase, mode)
-            mean = by_category.pop("mixed", None)
+            old, mean, by_category = changes(found, phase, mode)
             sure = [n for n, (d, half) in by_category.items() if abs(d) > half]
             sure.sort(key=lambda name: -abs(by_category[name][0]))
             most = ", ".join(f"{escape(n)} {moved(*by_category[n])}" for n in sure)
@@ -429,11 +444,11 @@ def score_table(found):
 
 
 def auto_tables(found):
-    """How often auto-think thinks by difficulty, in all phases, and by category, in the last one."""
-    autos = {p: scores["auto_think"] for p, scores in found.scores.items() if "auto_think" in scores}
+    """How often auto-think thinks: by difficulty in all phases, by category in the last one."""
+    autos = {phase: s["auto_think"] for phase, s in found.scores.items() if "auto_think" in s}
     if not autos:
         return missing("no phase was asked in auto_think yet: the cold start teaches it")
-    levels = sorted(set().union(*(result["thinking"] for result in autos.values())))
+    levels = sorted(set().union(*(result.get("thinking", {}) for result in autos.values())))
     rows = [
         [f"difficulty {escape(level)}", *(bar(r["thinking"].get(level)) for r in autos.values())]
         for level in levels
@@ -452,4 +467,6 @@ def auto_tables(found):
 
 
 def bar(value):
-    return "" if value is None else f'<td class=cell style="--v:{100 * value:.0f}%">{100 * value:.0f}</td>'
+    if value is None:
+        return ""
+    return f'<td class=cell style="--v:{100 * value:.0f}%">{100 * value:.0f}</td>'
