@@ -709,7 +709,7 @@ def check_flags(parser, args):
         parser.error("--benchmark takes one --mode")
 
 
-def check_out(out: Path, *read):
+def check_out(out: Path, *read, flag: str = "--out"):
     """SystemExit where results cannot be written, or would be read later: said before all answers.
 
     read: files, and folders of files, that are read.
@@ -718,14 +718,14 @@ def check_out(out: Path, *read):
     for path in map(Path, read):
         is_data = place.parent == path.resolve() and data_name(place) != place.name
         if is_data or place == path.resolve():
-            raise SystemExit(f"--out {out}: in or as {path} it would be read; name another place")
+            raise SystemExit(f"{flag} {out}: in or as {path} it would be read; name another place")
     is_new = not out.exists()
     try:
         open(out, "a").close()
         if is_new:
             out.unlink()
     except OSError as e:
-        raise SystemExit(f"--out {out}: {e.strerror}") from None
+        raise SystemExit(f"{flag} {out}: {e.strerror}") from None
 
 
 def main(argv=None):
@@ -751,8 +751,10 @@ def main(argv=None):
             return run_benchmark(args) if args.benchmark else decontaminate(args)
         except (OSError, ValueError) as e:
             raise SystemExit(str(e)) from None
-    for out in filter(None, [args.out, args.answers]):
-        check_out(Path(out), args.data)
+    if args.out:
+        check_out(Path(args.out), args.data)
+    if args.answers:
+        check_out(Path(args.answers), args.data, flag="--answers")
     blind = not args.mode if args.blind is None else args.blind
     model, processor = load(args.init, args.device)
     results = {}

@@ -977,13 +977,14 @@ def test_command_line(model, processor, world, tmp_path):
     (world / "3.png").unlink()
     out = tmp_path / "m" / "score.json"
     command = [sys.executable, "evaluate.py", "--init", tmp_path / "m", "--data", world]
-    command += ["--limit", "5", "--device", "cpu", "--out", out, "--answers", tmp_path / "a.jsonl"]
+    answers = tmp_path / "m" / "answers.jsonl"
+    command += ["--limit", "5", "--device", "cpu", "--out", out, "--answers", answers]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| colour" in done.stdout and "look.jsonl:4: 3.png: missing" in done.stdout
     colour = json.loads(out.read_text())["plain"]["tasks"]["colour"]
     assert (colour["n"], colour["failed"]) == (5, 1) and colour["blind"] is not None
-    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 9
+    assert len(answers.read_text().splitlines()) == 9
 
 
 def test_a_score_of_too_few_questions_is_an_error_once_it_was_shown(
