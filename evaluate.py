@@ -106,13 +106,14 @@ def evaluate(
     rows: questions decoded at once (default: as Generator). run: all its ranks ask, each its share,
     and all get the result; RuntimeError on all where one of them cannot.
 
+    predictions: a flat dict of each answer, its numbers and the reason of a failure, as pandas
+    reads it; "shown" has for each call of tools the pictures that it showed, small, as data URLs.
+
     tasks, categories: {name: see summary}. headline: accuracy, blind and chance, each the mean over
     the tasks of HEADLINE that are there. mixed: the mean accuracy of the categories. all: the mean
     numbers (see judged) of all questions. thinking: the share of questions of each difficulty that
     were thought about. failed: questions whose media could not be read, and why; they count as
-    wrong. examples: three answers of each task. And questions (their number), seconds, mode, and
-    predictions: a flat dict of each answer, its numbers and the reason of a failure, as pandas
-    reads it; "shown" has for each call of tools the pictures that it showed, small, as data URLs.
+    wrong. examples: three answers of each task. And questions (their number), seconds, mode.
     """
     begin = time.time()
     if blind and mode in TOOL_MODES:

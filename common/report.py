@@ -37,10 +37,12 @@ HABITS = {
     "repetitive": ("repetitive, %", 100), "tokens": ("tokens of an answer", 1),
     "format": ("out of form, %", 100), "obeyed": ("mode obeyed, %", 100),
 }
-# Charts of a stage: title, and the names in metrics.jsonl that it shows, as far as they are there.
+# Charts of a stage: title, and the names in metrics.jsonl that it shows, as far as they are there;
+# of a name the first chart, and of many names one chart each.
 CURVES = {
     "reward": ["reward", "outcome"],
-    "right": ["right", "right_*"],
+    "right": ["right", *(f"right_{mode}" for mode in MODES), "right_discover"],
+    "right, kind": ["right_*"],
     "pass rate": ["pass_*", "passed_*"],
     "auto-think chooses": ["auto_chose_*"],
     "form": ["format", "consistency", "unfinished", "repetition"],
@@ -49,9 +51,11 @@ CURVES = {
     "tokens of an answer": ["answer_tokens"],
     "groups dropped": ["dropped_groups"],
     "margin of rewards": ["margin"],
+    "loss of what is learnt on": ["replay_loss"],
 }
 PREFIXES = re.compile("^(right|auto_chose|passed|pass)_")  # the title says it
 ANSWER = {"mode", "where", "task", "category", "question", "output", "answer", "right"}
+LINES = 6  # of a chart, at most
 SMOOTH = 8  # a point of a curve is the mean of so large a part of it
 
 
@@ -322,11 +326,15 @@ def stage_charts(steps):
     charts = []
     for title, patterns in CURVES.items():
         keys = [name for pattern in patterns for name in names if fnmatch(name, pattern)]
-        lines = {
-            PREFIXES.sub("", key): smooth([(record["step"], record.get(key)) for record in steps])
-            for key in keys
-        }
-        if any(lines.values()):
+        lines = {}
+        for key in keys:
+            names.pop(key)
+            line = smooth([(record["step"], record.get(key)) for record in steps])
+            if line:
+                lines[PREFIXES.sub("", key)] = line
+        if len(lines) > LINES:
+            charts += [chart(f"{title}: {name}", {name: line}) for name, line in lines.items()]
+        elif lines:
             charts.append(chart(title, lines, key=len(lines) > 1))
     return charts
 

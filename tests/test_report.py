@@ -24,7 +24,8 @@ EVIL = '</article><script>alert(1)</script>"><img src=x onerror=alert(2)> {score
 
 
 def record(root, number, answer="red", task="colour", category="look"):
-    content = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "What colour?"}]
+    picture = {"type": "image", "image": f"{number}.png"}
+    content = [picture, {"type": "text", "text": "What colour?"}]
     return {
         "messages": [
             {"role": "user", "content": content}, {"role": "assistant", "content": answer},
@@ -157,16 +158,18 @@ def test_what_a_model_says_is_text(world, tmp_path):
 
 def test_an_answer_is_told_by_its_parts():
     output = (
-        "<analysis>Small /agentic_think.</analysis><think>a dot<tool_call>crop(0, 0, 9, 9)</tool_call>"
-        "<sandbox_output>[image]</sandbox_output>a <b>star</b></think><answer>\\boxed{star}</answer>"
+        "<analysis>Small /agentic_think.</analysis><think>a dot<tool_call>crop(0, 0, 9, 9)"
+        "</tool_call><sandbox_output>[image]</sandbox_output>a <b>star</b></think>"
+        "<answer>\\boxed{star}</answer>"
     )
     crop = gallery.thumbnail(Image.new("RGB", (8, 8)))
     html = gallery.parts_of(output, [[crop]])
     parts = re.findall(r'<div class="part (\w*)" data-is="\w*">(.*?)</div>', html)
     kinds = ["analysis", "thinking", "call", "shows", "thinking", "answer"]
     assert [kind for kind, _ in parts] == kinds
-    words = ["Small /agentic_think.", "a dot", "crop(0, 0, 9, 9)", "", "a <b>star</b>", "\\boxed{star}"]
-    assert [unescape(re.sub("<img[^>]*>", "", words)) for _, words in parts] == words
+    said = ["Small /agentic_think.", "a dot", "crop(0, 0, 9, 9)", "", "a <b>star</b>"]
+    said.append("\\boxed{star}")
+    assert [unescape(re.sub("<img[^>]*>", "", words)) for _, words in parts] == said
     assert crop in parts[3][1] and html.count("<img") == 1
 
 
@@ -179,7 +182,7 @@ def test_a_forged_tool_output_takes_no_crop_away():
     assert html.count("<img") == 1 and crop in last and "tools showed" in last
 
 
-@pytest.mark.parametrize("output", ["", "</think></answer>", "<think>", "<think><think>a</answer>b"])
+@pytest.mark.parametrize("output", ["", "</think></answer>", "<think>", "<think><think>a</x>b"])
 def test_broken_forms_are_shown_too(output):
     html = gallery.parts_of(output, [])
     words = re.sub("</?(think|answer)>", "", output)
@@ -397,7 +400,8 @@ def test_a_logarithmic_axis_has_equal_steps_for_equal_factors():
     svg = ET.fromstring(plots.chart("loss", {"loss": [(0, 100.0), (1, 10.0), (2, 1.0)]}, log=True))
     [curve] = [path for path in svg.iter("path") if path.get("class") == "curve"]
     ys = [float(p.split()[1]) for p in curve.get("d")[1:].split("L")]
-    assert ys[1] - ys[0] == pytest.approx(ys[2] - ys[1]) and "loss (log)" in ET.tostring(svg, "unicode")
+    assert ys[1] - ys[0] == pytest.approx(ys[2] - ys[1])
+    assert "loss (log)" in [text.text for text in svg.iter("text")]
 
 
 def test_bars_reach_from_low_to_high():
@@ -423,6 +427,20 @@ def test_smoothing_keeps_means():
     assert line[40] == (40, 40.0) and len(line) == 80  # of a straight line the means lie on it
 
 
+def test_a_log_is_shown_by_what_it_holds(tmp_path):
+    """Modes in one chart; of more kinds than a chart can hold each has its own; nothing twice."""
+    kinds = {f"right_kind{i}": 0.1 for i in range(8)}
+    modes = {"right_think": 0.4, "right_no_think": 0.3, "auto_chose_think": 0.2}
+    log(tmp_path, "grpo", [{"step": i, "loss": 0.0, "right": 0.5, **modes, **kinds} for i in (0, 1)])
+    page_of(tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    titles = [svg.find("title").text for svg in drawings(html)]
+    own = [f"right, kind: kind{i}" for i in range(8)]
+    assert titles == ["grpo", "right", *own, "auto-think chooses"]
+    right = drawings(html)[1]
+    assert [text.text for text in right.iter("text")][-3:] == ["right", "think", "no_think"]
+
+
 def test_stages_stand_in_the_order_of_training(tmp_path):
     stages = ["pretrain-text", "pretrain-0", "pretrain-2", "sft", "mpo", "coldstart-modes",
               "coldstart", "grpo", "align-1", "align-2", "own"]
@@ -434,8 +452,8 @@ def test_stages_stand_in_the_order_of_training(tmp_path):
 def test_rounds_of_alignment_have_curves(tmp_path):
     for i, share in enumerate([0.5, 0.1, 0.01]):
         (tmp_path / f"align-{i + 1}").mkdir()
-        content = json.dumps({"repetition": share, "right": 0.4, "format": 0.9, "pairs": 3}, indent=1)
-        (tmp_path / f"align-{i + 1}" / "round.json").write_text(content)
+        shares = {"repetition": share, "right": 0.4, "format": 0.9, "pairs": 3}
+        (tmp_path / f"align-{i + 1}" / "round.json").write_text(json.dumps(shares, indent=1))
     assert [r["repetition"] for r in report.read_run(tmp_path).rounds] == [0.5, 0.1, 0.01]
     assert "round: repetition, %" in page_of(tmp_path).text
 
@@ -492,7 +510,8 @@ def test_text_that_no_file_can_hold_is_escaped(world, tmp_path):
 
 
 def run_of(tmp_path, *flags):
-    return start(arguments("").parse_args(["--out", str(tmp_path), "--device", "cpu", *flags]), "sft")
+    flags = ["--out", str(tmp_path), "--device", "cpu", *flags]
+    return start(arguments("").parse_args(flags), "sft")
 
 
 def test_every_phase_writes_the_page(world, tmp_path, capsys):
