@@ -398,7 +398,7 @@ def moved(difference, half):
 def change_table(found):
     rows = []
     for phase, scores in found.scores.items():
-        rows.append([f"<b>{phase}</b>: {PHASES[phase][1]}"])
+        rows.append([f"<div><b>{phase}</b>: {PHASES[phase][1]}</div>"])
         for mode in [mode for mode in MODES if mode in scores]:
             old, mean, by_category = changes(found, phase, mode)
             sure = [n for n, (d, half) in by_category.items() if abs(d) > half]

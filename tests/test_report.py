@@ -431,14 +431,15 @@ def test_a_log_is_shown_by_what_it_holds(tmp_path):
     """Modes in one chart; of more kinds than a chart can hold each has its own; nothing twice."""
     kinds = {f"right_kind{i}": 0.1 for i in range(8)}
     modes = {"right_think": 0.4, "right_no_think": 0.3, "auto_chose_think": 0.2}
-    log(tmp_path, "grpo", [{"step": i, "loss": 0.0, "right": 0.5, **modes, **kinds} for i in (0, 1)])
+    numbers = {"loss": 0.0, "right": 0.5, **modes, **kinds}
+    log(tmp_path, "grpo", [{"step": i, **numbers} for i in (0, 1)])
     page_of(tmp_path)
     html = (tmp_path / "report.html").read_text()
     titles = [svg.find("title").text for svg in drawings(html)]
     own = [f"right, kind: kind{i}" for i in range(8)]
     assert titles == ["grpo", "right", *own, "auto-think chooses"]
     right = drawings(html)[1]
-    assert [text.text for text in right.iter("text")][-3:] == ["right", "think", "no_think"]
+    assert [text.text for text in right.iter("text")][-3:] == ["right", "no_think", "think"]
 
 
 def test_stages_stand_in_the_order_of_training(tmp_path):
