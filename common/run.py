@@ -414,12 +414,13 @@ class Run(Peers):
         """Keeps scorer()'s result in score.json, unless it is there, or --eval-limit is 0.
 
         The model is saved by now, so a failing scorer is reported and the phase still counts:
-        the same command scores again, and trains nothing.
+        the same command scores again, and trains nothing. Then the page of the run is written anew.
         """
         gc.collect()  # the training's tensors would stand beside the model to be scored
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.args.eval_limit and not (self.folder / "score.json").exists():
+        scored = (self.folder / "score.json").exists()
+        if self.args.eval_limit and not scored:
             try:
                 result = scorer()
                 if result:
@@ -433,7 +434,7 @@ class Run(Peers):
                     f"WARNING: {self.stage} is trained and saved, but scoring it failed (above); "
                     "the same command scores it again"
                 )
-        if self.main:
+        if self.main and not scored:
             self.write_page()
         self.barrier()
 

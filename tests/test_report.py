@@ -525,6 +525,17 @@ def test_every_phase_writes_the_page(world, tmp_path, capsys):
     assert "report.html: 1 phases" in capsys.readouterr().err
 
 
+def test_a_phase_that_is_scored_already_writes_nothing(world, tmp_path):
+    run = run_of(tmp_path)
+    for _ in range(2):
+        run.score(lambda: {"plain": 1})
+        (tmp_path / "toy" / "report.html").replace(tmp_path / "page.html")
+        run.score(lambda: 1 / 0)
+        assert not (tmp_path / "toy" / "report.html").exists()
+        (run.folder / "score.json").unlink()
+    run.close()
+
+
 def test_a_page_that_cannot_be_written_costs_nothing_else(tmp_path, capsys):
     (tmp_path / "toy" / "report.html").mkdir(parents=True)
     run = run_of(tmp_path)
