@@ -3,16 +3,17 @@
     python evaluate.py --init runs/toy/pretrain/model --data data/toy/heldout
     python evaluate.py --init runs/toy/grpo/model --mode think auto_think
     python evaluate.py --board runs/toy
+    python evaluate.py --report runs/toy
     python evaluate.py --benchmark MMStar --file MMStar.tsv --init MODEL --out R.json
     python evaluate.py --benchmark MMStar --file MMStar.tsv --predictions P.jsonl --out R.json
     python evaluate.py --decontaminate data/toy/train --file MMStar.tsv
 
 The second asks in modes that the cold start taught; the third prints the board of all phases that
-are done. The next two give the official table of a published benchmark (common/benchmarks.py): for
-a model, whose answers are kept one by one, so that after a kill the same command goes on; and for
-answers that were made elsewhere, {"index": .., "prediction": ".."} a line. Keye's published numbers
-are those of --mode think. The last one lists lines of training data that share pictures or words
-with a benchmark's questions.
+are done; the fourth writes their page again, see common/report.py. The next two give the official
+table of a published benchmark (common/benchmarks.py): for a model, whose answers are kept one by
+one, so that after a kill the same command goes on; and for answers that were made elsewhere,
+{"index": .., "prediction": ".."} a line. Keye's published numbers are those of --mode think. The
+last one lists lines of training data that share pictures or words with a benchmark's questions.
 
 common/questions.py says what a question looks like; its meta may also hold "chance", the
 share that guessing gets right, and "difficulty".
@@ -47,11 +48,13 @@ from common.conversation import (
     MODES, TOOL_MODES, check_conversation, media_items, pictures_of, text_of,
 )
 from common.failures import counted, refuse_many
+from common.gallery import thumbnail
 from common.judge import Judge
-from common.jsonl import Lines, data_files, data_name, replacing
+from common.jsonl import Lines, data_files, data_name, replacing, write_lines
 from common.measures import final_answer
 from common.media import MediaError
 from common.questions import Question, read_questions
+from common.report import write_report
 from common.rewards import REPEATED, Parsed, parse, repetition
 from common.rollout import (
     CHUNK_PATCHES, CHUNK_ROLLOUTS, CLOSE_CALL, Prompt, Response, Rollout, sample_groups, tool_turns,
@@ -85,7 +88,7 @@ class Answer:
 
     question: Question
     numbers: dict  # see judged; None: does not apply
-    example: dict | None  # for the reader, all of the response with what tools showed
+    example: dict  # for the reader, all of the response with what tools showed
     failure: str = ""  # why its media could not be read
 
 
@@ -102,6 +105,9 @@ def evaluate(
     twice the longest true answer of its task in plain mode, in the others as `max_answer` says.
     rows: questions decoded at once (default: as Generator). run: all its ranks ask, each its share,
     and all get the result; RuntimeError on all where one of them cannot.
+
+    predictions: a flat dict of each answer, its numbers and the reason of a failure, as pandas
+    reads it; "shown" has for each call of tools the pictures that it showed, small, as data URLs.
 
     tasks, categories: {name: see summary}. headline: accuracy, blind and chance, each the mean over
     the tasks of HEADLINE that are there. mixed: the mean accuracy of the categories. all: the mean
@@ -141,15 +147,9 @@ def answers_of_all(run, ask_share):
     """The answers of all ranks, in the order of the questions, on all ranks.
 
     ask_share(rank, world) -> all questions, answers to a share. RuntimeError on all where it fails.
-    Examples are long where a model thinks: only those travel that may be shown, which are among
-    the first of a task on their own rank.
     """
     questions, share = run.attempt("scoring", lambda: ask_share(run.rank, run.world))
-    shown = {answer.question.where for answer in first_of_tasks(share)}
-    found = run.merge({
-        a.question.where: (a.numbers, a.example if a.question.where in shown else None, a.failure)
-        for a in share
-    })
+    found = run.merge({a.question.where: (a.numbers, a.example, a.failure) for a in share})
     # Only where ranks read other files is one of them not found: all hear of it.
     return run.attempt("scoring", lambda: [Answer(q, *found[q.where]) for q in questions])
 
@@ -203,6 +203,10 @@ def judged(question: Question, rollout: Rollout) -> Answer:
         "answer": meta["answer"],
         "right": bool(numbers["accuracy"]),
         "where": question.where,
+        "category": question.category,
+        "difficulty": meta.get("difficulty", 1),
+        "mode": mode,
+        "shown": [[thumbnail(i) for i in o.images] for o in rollout.response.observations],
     }
     return Answer(question, numbers, example)
 
@@ -316,6 +320,7 @@ def result_of(answers, mode):
             {"where": a.question.where, "reason": a.failure} for a in answers if a.failure
         ],
         "examples": [answer.example for answer in first_of_tasks(answers)],
+        "predictions": [a.example | a.numbers | {"failure": a.failure} for a in answers],
     }
 
 
@@ -414,8 +419,9 @@ def score_phase(run, heldout: Path, modes: list[str], limit: int, blind: bool = 
     """The held-out score of run.folder/"model" in each mode -> {mode: result}, {} on other ranks.
 
     All ranks ask, each its share. Rank 0 says the board, and leaves a page of answers, samples.md,
-    beside the model. SystemExit after that where many questions could not be asked: this is no
-    score to keep. RuntimeError on all ranks where one of them cannot load the model, or ask.
+    and all of them, predictions.jsonl, beside the model. SystemExit after that where many questions
+    could not be asked: this is no score to keep. RuntimeError on all ranks where one of them cannot
+    load the model, or ask.
     """
     if not all(run.gather_objects(heldout.is_dir())):
         run.say(f"{heldout}: no held-out score")
@@ -432,16 +438,19 @@ def score_phase(run, heldout: Path, modes: list[str], limit: int, blind: bool = 
 
 
 def show_scores(run, results, blind):
-    """What rank 0 says and writes of a phase's results -> the same without the examples."""
+    """What rank 0 says and writes of a phase's results -> the same without the answers."""
     page = f"# {run.stage}: answers to held-out questions\n"
+    predictions = []
     for mode in results:
         page += f"\n## {mode}\n\n"
+        predictions += results[mode].pop("predictions")
         for example in results[mode].pop("examples"):
             page += SAMPLE.format_map(example)
         if blind:
             run.say(task_table(results[mode]))
     # backslashreplace: a lone surrogate, which no file in UTF-8 can hold, is written as \ud800
     (run.folder / "samples.md").write_text(page, encoding="utf-8", errors="backslashreplace")
+    write_lines(run.folder / "predictions.jsonl", predictions)
     run.say(board([(f"{run.stage} {mode}", result) for mode, result in results.items()]))
     failures = failures_of(results[mode])  # the same in every mode
     refuse_many(failures, results[mode]["questions"], "held-out questions")
@@ -631,6 +640,8 @@ def arguments():
     what.add_argument("--init", help="folder of a model, ours or official")
     what.add_argument("--board", metavar="RUN", help="print the board of a run's phases, and write "
         "RUN/scoreboard.md")
+    what.add_argument("--report", metavar="RUN", help="write RUN/report.html and RUN/phases.svg, "
+        "which the stages write when they end")
     what.add_argument("--decontaminate", metavar="FOLDER", help="list which training lines share "
         "pictures or words with the questions of --file")
     add = parser.add_argument
@@ -646,6 +657,7 @@ def arguments():
         "true answer of its task; in a mode 192 for small models, else 2048)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--out", help="write {mode: result}, or a benchmark's table and rows, to this JSON file")
+    add("--answers", metavar="JSONL", help="write all answers to held-out questions, a line each")
     add_benchmark_arguments(parser.add_argument_group("published benchmarks"))
     return parser
 
@@ -680,16 +692,16 @@ def check_flags(parser, args):
                 parser.error(f"--{name.replace('_', '-')} {why}")
 
     if args.decontaminate:
-        refuse("out data categories benchmark", "does not go with --decontaminate")
+        refuse("answers out data categories benchmark", "does not go with --decontaminate")
         if not args.file:
             parser.error("--decontaminate needs --file")
         return
     if not args.benchmark:
         refuse(BENCHMARK_FLAGS, "goes with --benchmark NAME")
-        if not args.init and not args.board:
-            parser.error("one of --init, --board, --benchmark and --decontaminate is needed")
+        if not args.init and not args.board and not args.report:
+            parser.error("one of --init, --board, --report, --benchmark, --decontaminate is needed")
         return
-    refuse("board data categories", "does not go with --benchmark")
+    refuse("answers board report data categories", "does not go with --benchmark")
     if not args.file or not (args.init or args.predictions):
         parser.error("--benchmark needs --file, and --init or --predictions")
     if not args.init:
@@ -698,7 +710,7 @@ def check_flags(parser, args):
         parser.error("--benchmark takes one --mode")
 
 
-def check_out(out: Path, *read):
+def check_out(out: Path, *read, flag: str = "--out"):
     """SystemExit where results cannot be written, or would be read later: said before all answers.
 
     read: files, and folders of files, that are read.
@@ -707,14 +719,14 @@ def check_out(out: Path, *read):
     for path in map(Path, read):
         is_data = place.parent == path.resolve() and data_name(place) != place.name
         if is_data or place == path.resolve():
-            raise SystemExit(f"--out {out}: in or as {path} it would be read; name another place")
+            raise SystemExit(f"{flag} {out}: in or as {path} it would be read; name another place")
     is_new = not out.exists()
     try:
         open(out, "a").close()
         if is_new:
             out.unlink()
     except OSError as e:
-        raise SystemExit(f"--out {out}: {e.strerror}") from None
+        raise SystemExit(f"{flag} {out}: {e.strerror}") from None
 
 
 def main(argv=None):
@@ -730,6 +742,11 @@ def main(argv=None):
         Path(args.board, "scoreboard.md").write_text(table + "\n", encoding="utf-8")
         print(table)
         return
+    if args.report:
+        if not Path(args.report).is_dir():
+            raise SystemExit(f"{args.report}: no such folder")
+        print(write_report(Path(args.report)))
+        return
     if args.benchmark or args.decontaminate:
         try:
             return run_benchmark(args) if args.benchmark else decontaminate(args)
@@ -737,6 +754,8 @@ def main(argv=None):
             raise SystemExit(str(e)) from None
     if args.out:
         check_out(Path(args.out), args.data)
+    if args.answers:
+        check_out(Path(args.answers), args.data, flag="--answers")
     blind = not args.mode if args.blind is None else args.blind
     model, processor = load(args.init, args.device)
     results = {}
@@ -753,8 +772,11 @@ def main(argv=None):
     failures = failures_of(results[mode])  # the same in every mode
     for failure in failures:
         print(f"failed, counted as wrong: {failure}")
+    predictions = [row for result in results.values() for row in result.pop("predictions")]
     if args.out:
         Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+    if args.answers:
+        write_lines(args.answers, predictions)
     refuse_many(failures, results[mode]["questions"], "questions")
 
 

@@ -12,7 +12,8 @@
 
 One process needs nothing; under `torchrun --nproc_per_node=N` the same code runs on N of them.
 A run lives in OUT/SIZE/STAGE: metrics.jsonl (a line a step), checkpoint/, data/ (what the phase
-made to train on), model/ (the official layout), samples.md and score.json.
+made to train on), model/ (the official layout), samples.md, predictions.jsonl (a line a held-out
+answer) and score.json. OUT/SIZE/report.html shows all stages, see common/report.py.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from tqdm import tqdm
 
 from common.jsonl import replacing
 from common.processes import Peers, join_processes
+from common.report import write_report
 from common.threads import watch_cores
 from kernels import attention_path
 
@@ -225,7 +227,10 @@ def share_cores(args, device: torch.device):
 
 
 # What a run leaves in its folder.
-FILES = ("made.json", "built.json", "metrics.jsonl", "done.json", "score.json", "samples.md")
+FILES = (
+    "made.json", "built.json", "metrics.jsonl", "done.json", "score.json", "samples.md",
+    "predictions.jsonl",
+)
 FOLDERS = ("checkpoint", "data", "model")
 
 
@@ -409,12 +414,13 @@ class Run(Peers):
         """Keeps scorer()'s result in score.json, unless it is there, or --eval-limit is 0.
 
         The model is saved by now, so a failing scorer is reported and the phase still counts:
-        the same command scores again, and trains nothing.
+        the same command scores again, and trains nothing. Then the page of the run is written anew.
         """
         gc.collect()  # the training's tensors would stand beside the model to be scored
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.args.eval_limit and not (self.folder / "score.json").exists():
+        scored = (self.folder / "score.json").exists()
+        if self.args.eval_limit and not scored:
             try:
                 result = scorer()
                 if result:
@@ -428,7 +434,17 @@ class Run(Peers):
                     f"WARNING: {self.stage} is trained and saved, but scoring it failed (above); "
                     "the same command scores it again"
                 )
+        if self.main and not scored:
+            self.write_page()
         self.barrier()
+
+    def write_page(self):
+        """The page of all phases so far; one that cannot be written costs nothing else."""
+        try:
+            self.say(write_report(self.folder.parent))
+        except Exception as e:
+            traceback.print_exc()
+            self.say(f"WARNING: no report.html: {type(e).__name__}: {e}")
 
     def write_json(self, name: str, content):
         """A small file of the run's folder, whole or not at all (rank 0)."""

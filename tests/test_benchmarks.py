@@ -1007,7 +1007,7 @@ def test_an_unknown_benchmark_lists_all(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "one of --init, --board, --benchmark"),
+    ([], "one of --init, --board, --report, --benchmark"),
     (["--benchmark", "MMStar", "--file", "x"], "--init or --predictions"),
     (["--benchmark", "MMStar", "--predictions", "x"], "--file"),
     (["--init", "m", "--predictions", "p"], "--predictions goes with --benchmark"),

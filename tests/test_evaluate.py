@@ -624,6 +624,8 @@ def test_tools_run_where_the_mode_has_them(ask, processor, mode):
     assert colour["format"] == (mode != "agentic_think")
     output = result["examples"][0]["output"]
     assert output == "".join(said + shown for said, shown in zip(SAID, SHOWN))
+    [[crop], nothing, number] = result["predictions"][0]["shown"]
+    assert crop.startswith("data:image/webp;base64,") and nothing == number == []
 
 
 @pytest.mark.parametrize("mode", ["think", "no_think"])
@@ -830,6 +832,29 @@ def test_a_phase_is_scored_in_each_mode(run, world, monkeypatch):
     assert page.startswith("# sft: ") and "## plain" in page and "## think" in page
     assert "- [colour] [image]What colour? **red** (truth: red)" in page
     assert "examples" not in results["plain"] and json.dumps(results)
+    assert "predictions" not in results["plain"]
+
+
+def test_a_phase_keeps_all_its_answers(run, world, monkeypatch):
+    """A flat line each, as pandas reads them: what was said, and what is counted of it."""
+    scripted(monkeypatch, lambda prompt: boxed(1) if "/think" in prompt else "red")
+    (world / "1.png").unlink()
+    results = E.score_phase(run, world, ["plain", "think"], 5)
+    lines = (run.folder / "predictions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == sum(result["questions"] for result in results.values()) == 18
+    assert len({tuple(row) for row in rows}) == 1  # the same columns in all of them
+    for mode, result in results.items():
+        for name, numbers in result["tasks"].items():
+            own = [row for row in rows if (row["mode"], row["task"]) == (mode, name)]
+            assert len(own) == numbers["n"]
+            assert sum(row["right"] for row in own) == numbers["accuracy"] * numbers["n"]
+            assert sum(row["tokens"] for row in own) == pytest.approx(numbers["tokens"] * len(own))
+            assert sum(bool(row["failure"]) for row in own) == numbers["failed"]
+    assert len({(row["mode"], row["where"]) for row in rows}) == 18
+    red = next(row for row in rows if row["mode"] == "plain" and row["task"] == "colour")
+    want = {"output": "red", "answer": "red", "right": True, "accuracy": 1, "shown": []}
+    assert {key: red[key] for key in want} == want and red["category"] == "look"
 
 
 def test_a_page_of_answers_holds_any_text(run, world, monkeypatch):
@@ -902,7 +927,7 @@ def test_ranks_share_the_questions_and_find_what_one_process_finds(
         score = json.loads((folder / "score.json").read_text())
         assert score["plain"].pop("seconds") > 0
         scores.append(score)
-        pages.append((folder / "samples.md").read_text())
+        pages.append([(folder / n).read_text() for n in ("samples.md", "predictions.jsonl")])
     assert scores[0] == scores[1] and pages[0] == pages[1]
     assert scores[0]["plain"]["questions"] == 16 and lines_of(scores[0]["plain"]["failed"])
     asked = [json.loads((folder / f"asked-{rank}.json").read_text()) for rank in range(3)]
@@ -952,12 +977,14 @@ def test_command_line(model, processor, world, tmp_path):
     (world / "3.png").unlink()
     out = tmp_path / "m" / "score.json"
     command = [sys.executable, "evaluate.py", "--init", tmp_path / "m", "--data", world]
-    command += ["--limit", "5", "--device", "cpu", "--out", out]
+    answers = tmp_path / "m" / "answers.jsonl"
+    command += ["--limit", "5", "--device", "cpu", "--out", out, "--answers", answers]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| colour" in done.stdout and "look.jsonl:4: 3.png: missing" in done.stdout
     colour = json.loads(out.read_text())["plain"]["tasks"]["colour"]
     assert (colour["n"], colour["failed"]) == (5, 1) and colour["blind"] is not None
+    assert len(answers.read_text().splitlines()) == 9
 
 
 def test_a_score_of_too_few_questions_is_an_error_once_it_was_shown(

@@ -74,7 +74,8 @@ def whole(tmp_path_factory):
 
 def test_every_stage_leaves_model_metrics_and_score(whole):
     folders = {"pretrain", *(f"pretrain-{stage}" for stage in STAGES)}
-    assert {path.name for path in (whole / "toy").iterdir()} == folders
+    pages = {"report.html", "phases.svg"}
+    assert {path.name for path in (whole / "toy").iterdir()} == folders | pages
     for stage in STAGES:
         assert [step for step, tokens in curve(whole, stage, "tokens") if tokens > 0] == [0, 1]
     for name in folders:
