@@ -54,7 +54,8 @@ from common.media import MediaError
 from common.questions import Question, read_questions
 from common.rewards import REPEATED, Parsed, parse, repetition
 from common.rollout import (
-    CHUNK_PATCHES, CHUNK_ROLLOUTS, CLOSE_CALL, Prompt, Response, Rollout, sample_groups, tool_turns,
+    CHUNK_PATCHES, CHUNK_ROLLOUTS, CLOSE_CALL, Prompt, Response, Rollout, add_sandbox_argument,
+    code_ends, sample_groups, tool_turns, use_sandbox,
 )
 from common.run import add_judge_arguments, at_least
 from common.verifiers import grade, score
@@ -506,7 +507,8 @@ def answer(generator, samples, asked, max_tokens, answers, bar):
         return sample
 
     stop = [tokenizer.special[CLOSE_CALL]]
-    generator.sample(samples, max_tokens, 0, 0, 1.0, seed=0, stop=stop, extend=extend)
+    how = dict(stop=stop, ends=code_ends(tokenizer), extend=extend)
+    generator.sample(samples, max_tokens, 0, 0, 1.0, seed=0, **how)
 
 
 def ask_model(args, name: str, rows: list, path: Path):
@@ -530,6 +532,7 @@ def ask_model(args, name: str, rows: list, path: Path):
         "frames": args.frames if BENCHMARKS[name].video else None,
         "shuffle_frames": args.shuffle_frames,
         "max_new_tokens": max_tokens,
+        "sandbox": args.sandbox if mode in TOOL_MODES else None,
     }
     answers = AnswerFile(path, settings, rows)
     if args.blind:
@@ -645,6 +648,7 @@ def arguments():
     add("--max-new-tokens", type=at_least(1), help="of every answer (default: twice the longest "
         "true answer of its task; in a mode 192 for small models, else 2048)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add_sandbox_argument(parser)
     add("--out", help="write {mode: result}, or a benchmark's table and rows, to this JSON file")
     add_benchmark_arguments(parser.add_argument_group("published benchmarks"))
     return parser
@@ -667,7 +671,7 @@ def add_benchmark_arguments(group):
     add_judge_arguments(group)
 
 
-MODEL_FLAGS = "limit mode blind batch max_new_tokens media frames shuffle_frames"
+MODEL_FLAGS = "limit mode blind batch max_new_tokens sandbox media frames shuffle_frames"
 BENCHMARK_FLAGS = "file predictions rules split_think judge judge_model media frames shuffle_frames"
 
 
@@ -721,6 +725,7 @@ def main(argv=None):
     parser = arguments()
     args = parser.parse_args(argv)
     check_flags(parser, args)
+    use_sandbox(args.sandbox)
     sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no run
     if args.board:
         rows = phases(Path(args.board))
