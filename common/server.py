@@ -8,8 +8,8 @@
             {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
             {"type": "text", "text": "How many circles?"}]}])
 
-Pictures ("image_url") and clips ("video_url", which vLLM has added) come as data URLs, or as file://
-below --files. Each request has a thread that reads it, checks it and decodes its pictures: what is
+Pictures ("image_url") and clips ("video_url", as vLLM has it) come as data URLs, or as file:// below
+--files. Each request has a thread that reads it, checks it and decodes its pictures: what is
 wrong with it is said from there, as a Refused. What is right becomes a Job, and waits. One thread
 more owns the model. It takes all jobs that wait and want the same sampling, and decodes them
 together; what their rows write goes back by each job's own queue.
@@ -188,7 +188,8 @@ def request_of(body: bytes) -> dict:
         if key in NEUTRAL and value not in NEUTRAL[key]:
             refuse_parameter(key)
         if key not in (*READ, *NOTES, *NEUTRAL):
-            raise Refused(f"Unrecognized request argument supplied: {key}", key, "unknown_parameter")
+            why = f"Unrecognized request argument supplied: {key}"
+            raise Refused(why, key, "unknown_parameter")
     return request
 
 
