@@ -54,10 +54,10 @@ from common.media import MediaError
 from common.questions import Question, read_questions
 from common.rewards import REPEATED, Parsed, parse, repetition
 from common.rollout import (
-    CHUNK_PATCHES, CHUNK_ROLLOUTS, CLOSE_CALL, Prompt, Response, Rollout, add_sandbox_argument,
-    code_ends, sample_groups, tool_turns, use_sandbox,
+    CHUNK_PATCHES, CHUNK_ROLLOUTS, CLOSE_CALL, Prompt, Response, Rollout, code_ends, sample_groups,
+    tool_turns, use_sandbox,
 )
-from common.run import add_judge_arguments, at_least
+from common.run import add_judge_arguments, add_sandbox_argument, at_least
 from common.verifiers import grade, score
 from data import Processor
 from generate import Generator, load, max_answer

@@ -46,14 +46,8 @@ from torch import Tensor
 
 from common.conversation import MODES, pictures_of
 from common.media import MediaError
-from common.rollout import (
-    CLOSE_CALL,
-    Response,
-    add_sandbox_argument,
-    code_ends,
-    tool_turns,
-    use_sandbox,
-)
+from common.rollout import CLOSE_CALL, Response, code_ends, tool_turns, use_sandbox
+from common.run import add_sandbox_argument
 from common.server import serve
 from data import Processor, pack
 from kernels import to_device

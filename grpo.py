@@ -47,15 +47,7 @@ from common.optim import clip_gradients, schedule, set_lr
 from common.packing import even_packs, sample_of_label
 from common.parallel import whole
 from common.questions import check_heldout, draw_prompts, pool_files, question_pool
-from common.rollout import (
-    Rollout,
-    add_sandbox_argument,
-    failures_of,
-    reward_groups,
-    sample_groups,
-    trajectory,
-    use_sandbox,
-)
+from common.rollout import Rollout, failures_of, reward_groups, sample_groups, trajectory
 from common.run import (
     Run,
     add_judge_arguments,
@@ -414,7 +406,6 @@ def judge_failures(run: Run, judge: Judge | None) -> dict:
 
 def main(args):
     begin = time.time()
-    use_sandbox(args.sandbox)
     folder = data_folder(args)
     plan = plan_of(args, PLAN)
     init = previous_model(args, "coldstart")
@@ -424,8 +415,7 @@ def main(args):
     if args.judge:
         judge = Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", ""))
 
-    how = dict(algo=args.algo, beta=args.beta, sandbox=args.sandbox)
-    run = start_from(args, "grpo", init, pool_files(folder), **how)
+    run = start_from(args, "grpo", init, pool_files(folder), algo=args.algo, beta=args.beta)
     if not run.trained():
         train(run, init, questions, plan, judge)
         run.mark_trained()
@@ -437,6 +427,5 @@ def main(args):
 if __name__ == "__main__":
     parser = add_judge_arguments(arguments(__doc__))
     parser.add_argument("--algo", default="grpo", choices=ALGORITHMS)
-    add_sandbox_argument(parser)
     parser.add_argument("--beta", type=float, default=BETA, help="weight of the KL term; 0: none")
     main(parser.parse_args())

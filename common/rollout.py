@@ -80,12 +80,6 @@ class Rollout:
 _level = "operations"  # of common/sandbox.py: what tool calls may hold in this process
 
 
-def add_sandbox_argument(parser):
-    parser.add_argument("--sandbox", default="operations", choices=list(sandbox.LONGEST),
-        help="what a model's tool calls may hold: six operations on pictures, or Python, which the "
-        "official model writes, in a confined process (default: operations)")
-
-
 def use_sandbox(level: str):
     """What tool calls may hold from now on. SystemExit where Python cannot be confined here."""
     global _level
