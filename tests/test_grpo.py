@@ -14,6 +14,7 @@ from torch import nn
 import generate
 import grpo
 import sft
+from common import rollout
 from common.checkpoint import Progress
 from common.optim import make_optimizer
 from common.parallel import shard, whole
@@ -36,6 +37,7 @@ from miniature import curve, run_small, weights, write_questions
 from model import PRESETS, KeyeVL
 from phases import first_model, kept_process
 from stage import in_processes
+from test_rollout import confined
 
 
 def close(values, expected, tol=1e-5):
@@ -1089,6 +1091,15 @@ def test_the_phase_trains_once_and_is_scored_in_all_modes(phase, questions, star
     assert phase.main() == [], "it is done"
     (phase.folder / "score.json").unlink()
     assert phase.main("--eval-limit", "3") == [("score", questions / "heldout", modes, 3)]
+
+
+@confined
+def test_tools_run_python_where_that_is_asked_for(phase, monkeypatch):
+    monkeypatch.setattr(rollout, "_level", "operations")  # back to it afterwards
+    phase.main("--sandbox", "python")
+    assert rollout._level == "python"
+    with pytest.raises(SystemExit, match="made with sandbox python, not with operations"):
+        phase.main()
 
 
 @pytest.mark.parametrize("flags", [("--algo", "gspo"), ("--beta", "0.5")])
