@@ -158,8 +158,8 @@ class Row:
     seen: set[int] = field(default_factory=set)  # ids that it has read or written
     unsent: list[int] = field(default_factory=list)  # ids whose text is not streamed yet
 
-    def write(self, token, logprob, stops):
-        """A token that the model has just chosen; it ends the response if it is one of `stops`."""
+    def write(self, token, logprob):
+        """A token that the model has just chosen."""
         self.response.ids.append(token)
         self.response.logprobs.append(logprob)
         self.response.sampled.append(True)
@@ -167,7 +167,6 @@ class Row:
         self.next_position += 1
         self.left -= 1
         self.seen.add(token)
-        self.response.finished = token in stops
 
     def read(self, sample):
         """Tokens to go on with. The last id enters the cache together with them."""
@@ -379,7 +378,8 @@ class Generator:
                 ended = []
                 for row, token, logprob in zip(group, ids.tolist(), logprobs.tolist()):
                     # 4. It is written. The row's next step reads it.
-                    row.write(token, logprob, stops)
+                    row.write(token, logprob)
+                    row.response.finished = token in stops
                     last = row.response.finished or row.left <= 0
                     if stream:
                         self.send(row, stream, last)

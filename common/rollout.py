@@ -142,8 +142,11 @@ def marks_of_call(tokenizer, ids) -> tuple[str, str] | None:
     return None if in_call else (OPEN_CODE, CLOSE_CODE)
 
 
-def code_ends(tokenizer) -> Callable:
-    """An `ends` callback for Generator.sample: a row stops behind </code>, where Python is run."""
+def code_ends(tokenizer) -> Callable | None:
+    """An `ends` callback for Generator.sample: a row stops behind </code>. None: no Python is run,
+    and nobody looks for it."""
+    if _level != "python":
+        return None
     return lambda row: marks_of_call(tokenizer, row.response.ids) is not None
 
 

@@ -498,7 +498,7 @@ class Worker:
             if answer.stopped or answer.job.gone:
                 row.left = 0
                 return True
-            return code_ended(row)
+            return code_ended is not None and code_ended(row)
 
         def extend(row):
             sample = tools(row)
