@@ -1093,15 +1093,6 @@ def test_the_phase_trains_once_and_is_scored_in_all_modes(phase, questions, star
     assert phase.main("--eval-limit", "3") == [("score", questions / "heldout", modes, 3)]
 
 
-@confined
-def test_tools_run_python_where_that_is_asked_for(phase, monkeypatch):
-    monkeypatch.setattr(rollout, "_level", "operations")  # back to it afterwards
-    phase.main("--sandbox", "python")
-    assert rollout._level == "python"
-    with pytest.raises(SystemExit, match="made with sandbox python, not with operations"):
-        phase.main()
-
-
 @pytest.mark.parametrize("flags", [("--algo", "gspo"), ("--beta", "0.5")])
 def test_another_loss_for_the_same_run_is_refused(phase, flags):
     phase.main()
@@ -1109,6 +1100,15 @@ def test_another_loss_for_the_same_run_is_refused(phase, flags):
         phase.main(*flags)
     assert phase.events == []
     assert phase.main(*flags, "--fresh")[0][0] == "train"
+
+
+@confined
+def test_tools_run_python_where_that_is_asked_for(phase, monkeypatch):
+    monkeypatch.setattr(rollout, "_level", "operations")  # back to it afterwards
+    phase.main("--sandbox", "python")
+    assert rollout._level == "python"
+    with pytest.raises(SystemExit, match="made with sandbox python, not with operations"):
+        phase.main()
 
 
 def test_another_start_for_the_same_run_is_refused(phase, tmp_path, start_model):
