@@ -224,25 +224,22 @@ class Reader:
         if model != self.name:
             why = f"The model `{str(model)[:200]}` does not exist; here is `{self.name}`"
             raise Refused(why, "model", "model_not_found", HTTPStatus.NOT_FOUND)
-        sampling = self.sampling(request)
+        how = {
+            "sampling": self.sampling(request),
+            "n": number(request, "n", int, 1, CHOICES, 1),
+            "seed": number(request, "seed", int, -(2**63), 2**63 - 1, self.defaults["seed"]),
+            "stop": stops_of(request),
+        }
+        limit = number(request, "max_tokens", int, 1, 10**9)  # the older name
+        limit = number(request, "max_completion_tokens", int, 1, 10**9, limit)
+        # All but the pictures is known to be right before the work of decoding them.
         conversation = {"messages": self.messages(request.get("messages"))}
-        limits = [number(request, f"max_{what}tokens", int, 1, 10**9) for what in
-                  ("completion_", "")]
-        limit = limits[0] or limits[1]
         with self.decoding:
             sample, limit = self.sample(conversation, limit)
-        return Job(
-            sample=sample,
-            pictures=partial(
-                pictures_of, conversation, self.files, pixel_limit=self.processor.pixel_limit
-            ),
-            sampling=sampling,
-            max_tokens=limit,
-            n=number(request, "n", int, 1, CHOICES, 1),
-            seed=number(request, "seed", int, -(2**63), 2**63 - 1, self.defaults["seed"]),
-            stop=stops_of(request),
-            cost=size + sample["patches"].nbytes,
-        )
+        as_loaded = dict(pixel_limit=self.processor.pixel_limit)
+        pictures = partial(pictures_of, conversation, self.files, **as_loaded)
+        cost = size + sample["patches"].nbytes
+        return Job(sample=sample, pictures=pictures, max_tokens=limit, cost=cost, **how)
 
     def sample(self, conversation: dict, limit: int | None) -> tuple[dict, int]:
         """The conversation as a sample, and how many tokens its answer may have."""
