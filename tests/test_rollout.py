@@ -101,7 +101,7 @@ def test_a_call_without_a_picture(talk):
         ("<code>print(1)</code> and <code>print(2)</code> so", ["1", "2"]),
         # in a call its own mark ends it
         (call("<code>\nprint(3)\n</code>\n") + "so", ["3"]),
-        ("no</code> so", ["error: </code> without <code>"]),
+        ("no</code> so", ["error: ‹/code> without ‹code>"]),
         ("<code>1 / 0</code> so", ["error: line 1: ZeroDivisionError: division by zero"]),
     ],
 )
