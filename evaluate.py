@@ -57,9 +57,10 @@ from common.questions import Question, read_questions
 from common.report import write_report
 from common.rewards import REPEATED, Parsed, parse, repetition
 from common.rollout import (
-    CHUNK_PATCHES, CHUNK_ROLLOUTS, CLOSE_CALL, Prompt, Response, Rollout, sample_groups, tool_turns,
+    CHUNK_PATCHES, CHUNK_ROLLOUTS, CLOSE_CALL, Prompt, Response, Rollout, code_ends, sample_groups,
+    tool_turns, use_sandbox,
 )
-from common.run import add_judge_arguments, at_least
+from common.run import add_judge_arguments, add_sandbox_argument, at_least
 from common.verifiers import grade, score
 from data import Processor
 from generate import Generator, load, max_answer
@@ -515,7 +516,8 @@ def answer(generator, samples, asked, max_tokens, answers, bar):
         return sample
 
     stop = [tokenizer.special[CLOSE_CALL]]
-    generator.sample(samples, max_tokens, 0, 0, 1.0, seed=0, stop=stop, extend=extend)
+    how = dict(stop=stop, ends=code_ends(tokenizer), extend=extend)
+    generator.sample(samples, max_tokens, 0, 0, 1.0, seed=0, **how)
 
 
 def ask_model(args, name: str, rows: list, path: Path):
@@ -539,6 +541,7 @@ def ask_model(args, name: str, rows: list, path: Path):
         "frames": args.frames if BENCHMARKS[name].video else None,
         "shuffle_frames": args.shuffle_frames,
         "max_new_tokens": max_tokens,
+        "sandbox": args.sandbox if mode in TOOL_MODES else None,
     }
     answers = AnswerFile(path, settings, rows)
     if args.blind:
@@ -656,6 +659,7 @@ def arguments():
     add("--max-new-tokens", type=at_least(1), help="of every answer (default: twice the longest "
         "true answer of its task; in a mode 192 for small models, else 2048)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add_sandbox_argument(parser)
     add("--out", help="write {mode: result}, or a benchmark's table and rows, to this JSON file")
     add("--answers", metavar="JSONL", help="write all answers to held-out questions, a line each")
     add_benchmark_arguments(parser.add_argument_group("published benchmarks"))
@@ -679,7 +683,7 @@ def add_benchmark_arguments(group):
     add_judge_arguments(group)
 
 
-MODEL_FLAGS = "limit mode blind batch max_new_tokens media frames shuffle_frames"
+MODEL_FLAGS = "limit mode blind batch max_new_tokens sandbox media frames shuffle_frames"
 BENCHMARK_FLAGS = "file predictions rules split_think judge judge_model media frames shuffle_frames"
 
 
@@ -733,6 +737,7 @@ def main(argv=None):
     parser = arguments()
     args = parser.parse_args(argv)
     check_flags(parser, args)
+    use_sandbox(args.sandbox)
     sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no run
     if args.board:
         rows = phases(Path(args.board))

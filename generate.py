@@ -1,8 +1,11 @@
-"""Decoding: how Keye-VL answers, one token at a time. And a command line for a question or a chat.
+"""Decoding: how Keye-VL answers, one token at a time. And a command line: a question, a chat, a
+server.
 
     python generate.py --init runs/toy/pretrain/model --image x.jpg "How many circles?"
     python generate.py --init runs/toy/pretrain/model --video x.mp4      (no question: a chat)
+    python generate.py --init runs/toy/pretrain/model < questions.txt    (a chat, a question a line)
     python generate.py --init runs/toy/align/model --image x.jpg "What shape is it?/agentic_think"
+    python generate.py --init runs/toy/align/model --serve               (http://127.0.0.1:8000)
 
 After the cold start a question may end with /think, /no_think or /agentic_think; without one the
 model chooses. In code, texts come from conversations, or ids from samples:
@@ -24,8 +27,11 @@ tool's reply, or the user's next turn (common/rollout.py).
 """
 
 import argparse
+import os
 import random
+import re
 import sys
+import tempfile
 import time
 import unicodedata
 from collections import Counter, deque
@@ -38,9 +44,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.conversation import pictures_of
+from common.conversation import MODES, pictures_of
 from common.media import MediaError
-from common.rollout import CLOSE_CALL, Response, tool_turns
+from common.rollout import CLOSE_CALL, Response, code_ends, tool_turns, use_sandbox
+from common.run import add_sandbox_argument
+from common.server import serve
 from data import Processor, pack
 from kernels import to_device
 from model import Config, KeyeVL, KVCache, scale_like
@@ -311,6 +319,7 @@ class Generator:
         extend: Callable | None = None,
         stream: Callable | None = None,
         repetition_penalty: float = 1.0,
+        ends: Callable | None = None,
     ) -> list[Response]:
         """Samples of processor(..., generate=True) -> their responses, in order.
 
@@ -322,6 +331,7 @@ class Generator:
         extend(row): called when a row has ended. It goes on behind the sample that this returns
         (processor.extension, or next_turn) while row.left > 0; None ends it.
         stream(i, piece): called with the text of sample i as it comes.
+        ends(row): called behind every token; True ends the row as a stop token does.
         """
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(
@@ -333,7 +343,7 @@ class Generator:
         rows = new_rows(samples, max_new_tokens, seed)
         how = (temperature, top_k, top_p, self.banned, repetition_penalty)
         try:
-            self.run(rows, how, self.stop | set(stop), extend, stream)
+            self.run(rows, how, self.stop | set(stop), extend, stream, ends)
         finally:
             self.graphs = None  # and with them the memory of the cache
         return [row.response for row in rows]
@@ -344,7 +354,7 @@ class Generator:
             return nullcontext()
         return torch.compiler.set_stance("force_eager")
 
-    def run(self, rows, how, stops, extend, stream):
+    def run(self, rows, how, stops, extend, stream, ends):
         """The loop of decoding: step by step until every row has ended. how: of choose."""
         longest = max((len(row.unread["tokens"]) + row.left for row in rows), default=0)
         places = self.places(len(rows), longest)
@@ -373,6 +383,8 @@ class Generator:
                     last = row.response.finished or row.left <= 0
                     if stream:
                         self.send(row, stream, last)
+                    if ends and ends(row):
+                        row.response.finished = last = True
                     # A row that has ended may be given more to read.
                     if last and not self.goes_on(row, extend, cache):
                         ended.append(row)
@@ -545,22 +557,6 @@ def load(folder: str | Path, device="auto", **changes) -> tuple[KeyeVL, Processo
     return generator.model, generator.processor
 
 
-def read_question():
-    """The user's next message from the terminal, as a content list. None: the user has left."""
-    attached = []
-    while True:
-        try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            return None
-        kind, _, path = line.partition(" ")
-        if kind in ("/image", "/video"):
-            kind = kind[1:]
-            attached.append({"type": kind, kind: path.strip()})
-        elif line:
-            return attached + [{"type": "text", "text": line}]
-
-
 def visible(text: str) -> str:
     """What a model or a tool wrote, with control characters spelled out but newline and tab: a
     terminal obeys them, and would hide or rewrite what it shows."""
@@ -571,34 +567,120 @@ def visible(text: str) -> str:
     )
 
 
+# of a terminal: what the model thinks is dim
+DIM = {"<think>": "\x1b[2m<think>", "<analysis>": "\x1b[2m<analysis>"}
+DIM |= {"</think>": "</think>\x1b[0m", "</analysis>": "</analysis>\x1b[0m"}
+
+
+class Screen:
+    """Prints answers as they come."""
+
+    def __init__(self):
+        self.dims = sys.stdout.isatty() and "NO_COLOR" not in os.environ  # see no-color.org
+        self.held = ""  # may be the beginning of a tag
+
+    def write(self, piece):
+        text = visible(piece)
+        if self.dims:
+            text = self.held + text
+            at = max(text.rfind("<"), 0)
+            is_begin = any(tag.startswith(text[at:]) and tag != text[at:] for tag in DIM)
+            text, self.held = (text[:at], text[at:]) if is_begin else (text, "")
+            text = re.sub("|".join(DIM), lambda tag: DIM[tag[0]], text)
+        print(text, end="", flush=True)
+
+    def end(self):
+        print(self.held + ("\x1b[0m" if self.dims else ""), flush=True)
+        self.held = ""
+
+
+SWITCHES = tuple(f"/{mode}" for mode in MODES)
+HELP = f"""\
+one question a line; before it /image PATH and /video PATH, which add to it;
+{", ".join(SWITCHES)}, alone or at its end: how to think from then on, or this once;
+/new forgets all that was said; ctrl-D ends"""
+
+
 class Chat:
-    """A conversation on the terminal. Tools run in it as they do in training."""
+    """A conversation on the terminal, or with lines from a pipe. Tools run as in training."""
 
     def __init__(self, generator, args):
         self.generator = generator
         self.args = args
-        self.pictures = []  # of all turns: tool calls name them by their number
-        self.tools = tool_turns(generator, [lambda: self.pictures])
+        self.screen = Screen()
+        self.typed = sys.stdin is not None and sys.stdin.isatty()
+        self.switch = ""  # behind each question
+        self.over = False  # no more lines
+        self.questions = self.failed = 0
+        self.crops = None  # the folder of what tools have shown
 
-    def answer(self, content):
-        """Answers `content`; without a prompt, what is typed until the terminal ends."""
+    def talk(self, content):
+        """Conversations until the lines end; the first begins with what `content` shows."""
+        if self.typed:
+            print(HELP, file=sys.stderr)
+            try:
+                import readline  # noqa: F401: lines can be edited, and brought back
+            except ImportError:  # not on Windows
+                pass
+        while not self.over:
+            question = self.read_question()
+            if question is not None:
+                content, shown = [], content
+                self.ask(shown + question)
+        if not self.questions:
+            raise SystemExit("no question was given")
+        if self.failed and not self.typed:
+            raise SystemExit(f"{self.failed} lines could not be asked")
+
+    def read_question(self) -> list[dict] | None:
+        """The user's next message as a content list. None: /new was said, or the lines are over."""
+        attached = []
+        while True:
+            try:
+                line = input("> " if self.typed else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                self.over = True
+                return None
+            word, _, path = line.partition(" ")
+            if word in ("/image", "/video"):
+                kind = word[1:]
+                path = os.path.expanduser(path.strip().strip("'\""))
+                attached.append({"type": kind, kind: path})
+            elif line in SWITCHES:
+                self.switch = "" if line == "/auto_think" else line
+            elif line == "/new":
+                return None
+            elif re.fullmatch(r"/\w+", word):
+                self.refuse(f"{word} is none of these:\n{HELP}")
+            elif line:
+                self.questions += 1
+                line += "" if line.endswith(SWITCHES) else self.switch
+                return attached + [{"type": "text", "text": line}]
+
+    def refuse(self, why):
+        self.failed += 1
+        print(why, file=sys.stderr)
+
+    def ask(self, content):
+        """Begins a conversation, which goes on as long as there are questions in a chat."""
         args = self.args
-        if args.prompt is None:
-            how = "one question a line; /image PATH and /video PATH before it add to it"
-            print(f"{how}; ctrl-D ends", file=sys.stderr)
-            question = read_question()
-            if question is None:
-                return
-            content = content + question
         conversation = {"messages": [{"role": "user", "content": content}]}
-        sample = self.generator.processor(conversation, ".", generate=True)
-        self.look_at(content)
+        try:
+            sample = self.generator.processor(conversation, ".", generate=True)
+            self.pictures = self.look_at(content)  # of all turns: calls name them by their number
+        except (MediaError, ValueError) as e:
+            if args.prompt is not None:
+                raise
+            return self.refuse(e)
+        self.tools = tool_turns(self.generator, [lambda: self.pictures])
+        tokenizer = self.generator.processor.tokenizer
 
         begin = time.perf_counter()
         [response] = self.generator.sample(
-            [sample], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
-            [self.generator.processor.tokenizer.special[CLOSE_CALL]], self.extend, self.show,
-            args.repetition_penalty,
+            [sample], args.max_new_tokens or 256, args.temperature, args.top_k, args.top_p,
+            args.seed, [tokenizer.special[CLOSE_CALL]], self.extend,
+            lambda i, piece: self.screen.write(piece), args.repetition_penalty,
+            code_ends(tokenizer),
         )
         if args.prompt is not None:
             seconds = time.perf_counter() - begin
@@ -608,57 +690,84 @@ class Chat:
 
     def look_at(self, content):
         messages = [{"role": "user", "content": content}]
-        self.pictures += pictures_of({"messages": messages}, ".", allow_outside=True)
-
-    def show(self, i, piece):
-        print(visible(piece), end="", flush=True)
+        return pictures_of({"messages": messages}, ".", allow_outside=True)
 
     def extend(self, row):
         """After a tool call its result, after an answer the user's next question."""
         sample = self.tools(row)
         if sample is None:
-            print()
+            self.screen.end()
             return self.next_turn(row) if self.args.prompt is None else None
         seen = row.response.observations[-1]
         said = visible(seen.text) or "no text"
-        print(f"\n[sandbox: {said}, {len(seen.images)} pictures]", flush=True)
+        first = len(self.pictures) - len(seen.images) + 1
+        for number, picture in enumerate(seen.images, first):
+            self.screen.write(f"\n[image({number}): {self.save(picture)}]")
+        self.screen.write(f"\n[sandbox: {said}, {len(seen.images)} pictures]\n")
         return sample
 
+    def save(self, picture):
+        """Writes what a tool has shown to a new file; returns its path."""
+        if self.crops is None:
+            self.crops = Path(self.args.crops or tempfile.mkdtemp(prefix="nanokeye-"))
+            self.crops.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while (self.crops / f"{number}.png").exists():
+            number += 1
+        picture.save(self.crops / f"{number}.png")
+        return self.crops / f"{number}.png"
+
     def next_turn(self, row):
-        row.left = self.args.max_new_tokens
+        row.left = self.args.max_new_tokens or 256
         row.response.observations.clear()  # the next answer has calls of its own
-        while content := read_question():
+        while content := self.read_question():
             try:
                 sample = self.generator.next_turn(row, content, ".")
-                self.look_at(content)
+                self.pictures += self.look_at(content)
                 return sample
-            except MediaError as e:
-                print(e, file=sys.stderr)
+            except (MediaError, ValueError) as e:
+                self.refuse(e)
 
 
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("prompt", nargs="?", help="the question; without one, a chat on the terminal")
+    add("prompt", nargs="?", help="the question; without one, a chat on the terminal, or with the "
+        "lines of a pipe")
     add("--init", required=True, help="folder of a model, ours or official")
     add("--image", action="append", default=[], help="picture to look at; may be repeated")
     add("--video", action="append", default=[], help="clip to look at; may be repeated")
     add("--fps", type=float, help="of clips (default: 2, 1 or 0.5 by the token budget)")
-    add("--max-new-tokens", type=int, default=256)
+    add("--crops", metavar="FOLDER", help="what tools show is saved here (default: a new folder "
+        "among the system's temporary ones)")
+    add("--max-new-tokens", type=int, help="of an answer (default: 256; where a request to a "
+        "server says nothing, by the model's size)")
     add("--temperature", type=float, default=0.6, help="0: always the most likely token")
     add("--top-k", type=int, default=20)
     add("--top-p", type=float, default=0.95)
     add("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repeated words")
     add("--seed", type=int)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add_sandbox_argument(parser)
+    server = parser.add_argument_group("server")
+    add = server.add_argument
+    add("--serve", action="store_true", help="speak OpenAI's chat completions over HTTP, and show "
+        "a page to chat on; what is set above holds where a request says nothing else")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, which "
+        "this machine alone reaches)")
+    add("--port", type=int, default=8000, help="default: %(default)s; 0: any that is free")
+    add("--files", metavar="FOLDER", help="requests may name files below it: file:///FOLDER/a.jpg")
+    add("--allow-remote", action="store_true", help="fetch pictures and clips from the web: then "
+        "whoever can ask can make this machine read any address that it reaches")
     args = parser.parse_args(argv)
-    if args.prompt is None and not sys.stdin.isatty():
-        parser.error("no question was given, and there is no terminal to chat on")
+    if args.serve and (args.prompt is not None or args.image or args.video or args.fps):
+        parser.error("--serve takes questions, pictures and clips from requests alone")
     return args
 
 
 def main(argv: list[str] | None = None):
     args = arguments(argv)
+    use_sandbox(args.sandbox)
     sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no chat
     content = [{"type": "image", "image": path} for path in args.image]
     for path in args.video:
@@ -666,14 +775,23 @@ def main(argv: list[str] | None = None):
         if args.fps:
             clip["fps"] = args.fps
         content.append(clip)
-    if args.prompt is not None:
-        content.append({"type": "text", "text": args.prompt})
     # allow_outside: the user, not a data set, names the files
-    generator = Generator(*load(args.init, args.device, allow_outside=True))
+    generator = Generator(*load(args.init, args.device, allow_outside=not args.serve))
     try:
-        Chat(generator, args).answer(content)
+        if args.serve:
+            max_tokens = args.max_new_tokens or max_answer(generator.model.config)
+            return serve(generator, args, max_tokens)
+        if args.prompt is not None:
+            question = [{"type": "text", "text": args.prompt}]
+            return Chat(generator, args).ask(content + question)
+        if content:  # a file that is not there is known before the first question
+            messages = [{"role": "user", "content": content}]
+            generator.processor({"messages": messages}, ".", generate=True)
+        Chat(generator, args).talk(content)
     except (MediaError, ValueError) as e:  # a picture, options out of their range, an fps of 0
         raise SystemExit(str(e)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

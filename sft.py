@@ -33,7 +33,7 @@ from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.packing import join
 from common.parallel import shard
 from common.questions import Question, check_heldout, files_or_exit, read_or_exit
-from common.rollout import Prompt, Rollout, sample_groups
+from common.rollout import Prompt, Rollout, sample_groups, use_sandbox
 from common.run import MADE_HERE, Run, arguments, data_folder, plan_of, previous_model, start
 from common.sources import note_media, renewed
 from common.verifiers import verify
@@ -220,8 +220,9 @@ def start_from(args, stage: str, init: Path, files=(), numbers=None, last="", **
     files, numbers, last: see renewed; where they have changed, it starts over. facts: what else
     must be the same.
     """
+    use_sandbox(args.sandbox)
     run = start(args, stage)
-    facts |= {"init": init, "weights": fingerprint(init)}
+    facts |= {"init": init, "weights": fingerprint(init), "sandbox": args.sandbox}
     run.made_from(**facts)
     if files and renewed(run, files, numbers or {}, last):
         run.made_from(**facts)

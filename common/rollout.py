@@ -27,6 +27,9 @@ from common.rewards import Reward, rewards, turn_of
 # ours: Keye leaves the marks of code open, and each of these two is one token
 OPEN_CALL = "<tool_call>"
 CLOSE_CALL = "</tool_call>"
+# where Python is run, also the marks that the same team's Thyme writes (arXiv 2508.11630)
+OPEN_CODE = "<code>"
+CLOSE_CODE = "</code>"
 MAX_CALLS = 4  # ours, tool calls of one response
 MAX_SHOWN = 8192  # ours, tokens that a response is shown in all; after them come errors
 # ours: so many rollouts are decoded together. Many, as the last ones of each chunk are written
@@ -74,24 +77,36 @@ class Rollout:
 # --------------------------------------------------------------------------------------------------
 # tool calls
 
+_level = "operations"  # of common/sandbox.py: what tool calls may hold in this process
+
+
+def use_sandbox(level: str):
+    """What tool calls may hold from now on. SystemExit where Python cannot be confined here."""
+    global _level
+    reason = sandbox.refusal() if level == "python" else None
+    if reason:
+        raise SystemExit(f"--sandbox python: {reason}")
+    _level = level
+
 
 def tool_turns(generator, pictures: list[Callable[[], list[Image.Image]] | None]) -> Callable:
     """An `extend` callback for Generator.sample that answers tool calls.
 
     Code between <tool_call> and </tool_call> runs in the sandbox, and what it shows stands behind
-    it before the model goes on. The sampler must stop at </tool_call>.
+    it before the model goes on; so does Python between <code> and </code>. The sampler must stop
+    behind both: by its stop=[id of </tool_call>] and ends=code_ends(tokenizer).
 
     pictures: for each sample a function that gives its pictures at full size, called when the first
     tool call needs them; what tools show is appended to its list. None: a call ends the response.
     """
     tokenizer = generator.processor.tokenizer
-    close = tokenizer.special[CLOSE_CALL]
     # A sample's pictures, always the same list: calls name them by their number in it.
     known = cache(lambda index: pictures[index]())
 
     def extend(row) -> dict | None:
         response = row.response
-        if response.ids[-1] != close:
+        marks = marks_of_call(tokenizer, response.ids)
+        if marks is None:
             return None
         calls = len(response.observations)
         if pictures[row.index] is None or calls > MAX_CALLS or row.left <= 0:
@@ -100,7 +115,7 @@ def tool_turns(generator, pictures: list[Callable[[], list[Image.Image]] | None]
 
         try:
             own = known(row.index)
-            seen = run_call(tokenizer.decode(response.ids), calls, own)
+            seen = run_call(tokenizer.decode(response.ids), marks, calls, own)
         except MediaError as e:  # the file has changed since the prompt was read
             own = []
             seen = sandbox.observe(error=str(e)[:100])
@@ -112,14 +127,38 @@ def tool_turns(generator, pictures: list[Callable[[], list[Image.Image]] | None]
     return extend
 
 
-def run_call(text, calls, pictures):
-    """Runs the call that ends `text`, after so many earlier calls."""
-    _, mark, code = text.removesuffix(CLOSE_CALL).rpartition(OPEN_CALL)
-    if not mark or CLOSE_CALL in code:
-        return sandbox.observe(error=f"{CLOSE_CALL} without {OPEN_CALL}")
+def marks_of_call(tokenizer, ids) -> tuple[str, str] | None:
+    """The marks around the call that the last id has closed; None: it closes none."""
+    if ids[-1] == tokenizer.special[CLOSE_CALL]:
+        return OPEN_CALL, CLOSE_CALL
+    if _level != "python":
+        return None
+    # "</code>" is several tokens, and the last of them may hold more, as a line feed.
+    tail = ids[-len(CLOSE_CODE) :]
+    if CLOSE_CODE not in tokenizer.decode(tail) or CLOSE_CODE in tokenizer.decode(tail[:-1]):
+        return None
+    text = tokenizer.decode(ids)
+    in_call = text.rfind(OPEN_CALL) > text.rfind(CLOSE_CALL)
+    return None if in_call else (OPEN_CODE, CLOSE_CODE)
+
+
+def code_ends(tokenizer) -> Callable | None:
+    """An `ends` callback for Generator.sample: a row stops behind </code>. None: no Python is run,
+    and nobody looks for it."""
+    if _level != "python":
+        return None
+    return lambda row: marks_of_call(tokenizer, row.response.ids) is not None
+
+
+def run_call(text, marks, calls, pictures):
+    """Runs the call that ends `text`, between these marks, after so many earlier calls."""
+    opens, closes = marks
+    _, mark, code = text.rpartition(closes)[0].rpartition(opens)
+    if not mark or closes in code:
+        return sandbox.observe(error=f"{closes} without {opens}")
     if calls == MAX_CALLS:
         return sandbox.observe(error=f"at most {MAX_CALLS} calls")
-    return sandbox.run(code, pictures)
+    return sandbox.run(code, pictures, _level)
 
 
 def shown(processor, seen, start, before):
@@ -143,9 +182,10 @@ def converse(generator, samples: list[dict], pictures: list, max_tokens, **how) 
 
     A response is unfinished where a call ends it.
     """
-    close = generator.processor.tokenizer.special[CLOSE_CALL]
+    tokenizer = generator.processor.tokenizer
+    stops = dict(stop=[tokenizer.special[CLOSE_CALL]], ends=code_ends(tokenizer))
     tools = tool_turns(generator, pictures)
-    return generator.sample(samples, max_tokens, stop=[close], extend=tools, **how)
+    return generator.sample(samples, max_tokens, extend=tools, **stops, **how)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -111,6 +111,13 @@ def arguments(doc: str, eval_limit: int = 40) -> argparse.ArgumentParser:
     add("--gpu-memory", type=at_least(1), metavar="GB", help="as if each card had no more")
     add("--workers", type=at_least(0), help="loading processes (default: 1, on a GPU up to 8)")
     add("--threads", type=at_least(1), help="CPU threads (default: OMP_NUM_THREADS or cores)")
+    return add_sandbox_argument(parser)
+
+
+def add_sandbox_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--sandbox", default="operations", choices=["operations", "python"],
+        help="what tool calls of a model that is asked may hold: six operations on pictures, or "
+        "Python, as the official model writes it, in a confined process (default: operations)")
     return parser
 
 

@@ -1,5 +1,6 @@
 """generate.py: what is sampled, with which probability, from which position; the command line."""
 
+import io
 import os
 import random
 import re
@@ -712,6 +713,61 @@ def test_chat(folder, tmp_path, capsys, monkeypatch, typed):
     assert "none.png: missing" in out.err and out.out.strip()
 
 
+def chat(folder, monkeypatch, lines, *flags):
+    """A chat with these lines in a pipe; returns the prompts that the model has read."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    prompts = scripted(monkeypatch, lambda prompt: "so it is")
+    generate.main(["--init", str(folder), "--device", "cpu", *flags])
+    return prompts
+
+
+def test_questions_from_a_pipe_are_one_chat(folder, tmp_path, capsys, monkeypatch):
+    picture(90, 70).save(tmp_path / "a b.png")
+    lines = f"First?\n\n/image '{tmp_path}/a b.png'\nSecond?\n/new\nThird?"
+    first, third = chat(folder, monkeypatch, lines)  # the second question went on behind the first
+    assert "First?" in first and "Third?" in third and "First?" not in third
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == out[-1] == "so it is" and len(out) >= 3 and "> " not in out
+
+
+def test_a_line_that_cannot_be_asked_is_said_and_counted(folder, capsys, monkeypatch):
+    lines = "/image nowhere.png\nHere?\n/imgae x.png\nThere?\n"
+    with pytest.raises(SystemExit, match="2 lines could not be asked"):
+        chat(folder, monkeypatch, lines)
+    out = capsys.readouterr()
+    assert out.out == "so it is\n"  # to the second question
+    assert "nowhere.png: missing" in out.err and "/imgae is none of these" in out.err
+
+
+def test_switches_hold_until_the_next_one(folder, monkeypatch):
+    lines = ["/think", "A?", "/new", "B?/no_think", "/new", "C?", "/new", "/auto_think", "D?"]
+    prompts = chat(folder, monkeypatch, "\n".join(lines))
+    asked = [re.search(r"\b([A-D]\?\S*?)<", prompt)[1] for prompt in prompts]
+    assert asked == ["A?/think", "B?/no_think", "C?/think", "D?"]
+
+
+def test_thinking_is_dim_on_a_terminal_alone(capsys, monkeypatch):
+    pieces = ["<ana", "lysis>hm</anal", "ysis>a<b <", "think>", "x", "</think>\x1b[31m", "c<thi"]
+
+    def shown():
+        screen = generate.Screen()
+        for piece in pieces:
+            screen.write(piece)
+        screen.end()
+        return capsys.readouterr().out
+
+    plain = "<analysis>hm</analysis>a<b <think>x</think>\\x1b[31mc<thi\n"
+    assert shown() == plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    dim, end = "\x1b[2m", "\x1b[0m"
+    assert shown() == (
+        f"{dim}<analysis>hm</analysis>{end}a<b {dim}<think>x</think>{end}\\x1b[31mc<thi{end}\n"
+    )
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert shown() == plain
+
+
 # --------------------------------------------------------------------------------------------------
 # tools on the command line; test_rollout.py has the rest of them
 
@@ -758,6 +814,27 @@ def test_a_question_with_tool_calls(folder, processor, tmp_path, capsys, monkeyp
     assert shown == [("42", "1"), (error, "0"), ("no text", "1")]
     assert out.out.endswith("[sandbox: no text, 1 pictures]\nit is red\n") and len(prompts) == 1
     assert f"{len(processor.tokenizer.encode(text, added=True)) + 1} written" in out.err
+
+
+def test_what_tools_show_is_saved(folder, tmp_path, capsys, monkeypatch):
+    picture(90, 70).save(tmp_path / "x.png")
+    crops = tmp_path / "new" / "crops"
+    scripted(monkeypatch, lambda prompt: call("crop(0, 0, 500, 500)\nimage(1)\nzoom(2)") + "red")
+    command = ["--init", str(folder), "--image", str(tmp_path / "x.png"), "--device", "cpu"]
+    for _ in range(2):
+        generate.main([*command, "--crops", str(crops), "What?"])
+    out = capsys.readouterr().out
+    named = [(f"image({i})", str(crops / f"{n}.png")) for i, n in ((2, 1), (3, 2), (2, 3), (3, 4))]
+    assert re.findall(r"\[(image\(\d\)): (.*)\]", out) == named  # none was written over
+    sizes = [Image.open(path).size for _, path in named]
+    assert sizes == [(45, 35), (180, 140)] * 2
+
+
+@pytest.mark.parametrize("wrong", [["Hi"], ["--image", "x.png"], ["--video", "x.mp4"]])
+def test_a_server_takes_no_question(folder, wrong, capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--init", str(folder), "--serve", *wrong])
+    assert "--serve takes questions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

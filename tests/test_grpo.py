@@ -14,6 +14,7 @@ from torch import nn
 import generate
 import grpo
 import sft
+from common import rollout
 from common.checkpoint import Progress
 from common.optim import make_optimizer
 from common.parallel import shard, whole
@@ -36,6 +37,7 @@ from miniature import curve, run_small, weights, write_questions
 from model import PRESETS, KeyeVL
 from phases import first_model, kept_process
 from stage import in_processes
+from test_rollout import confined
 
 
 def close(values, expected, tol=1e-5):
@@ -1098,6 +1100,15 @@ def test_another_loss_for_the_same_run_is_refused(phase, flags):
         phase.main(*flags)
     assert phase.events == []
     assert phase.main(*flags, "--fresh")[0][0] == "train"
+
+
+@confined
+def test_tools_run_python_where_that_is_asked_for(phase, monkeypatch):
+    monkeypatch.setattr(rollout, "_level", "operations")  # back to it afterwards
+    phase.main("--sandbox", "python")
+    assert rollout._level == "python"
+    with pytest.raises(SystemExit, match="made with sandbox python, not with operations"):
+        phase.main()
 
 
 def test_another_start_for_the_same_run_is_refused(phase, tmp_path, start_model):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common import rollout
+from common.confined import refusal
 from common.conversation import pictures_of
 from common.media import MediaError
 from common.rollout import (
@@ -22,6 +23,7 @@ from generate import Generator
 from test_generate import ask, call, picture, scripted, whole
 
 CLOSE = "</tool_call>"
+confined = pytest.mark.skipif(refusal() is not None, reason=f"no Python: {refusal()}")
 
 
 @pytest.fixture
@@ -88,6 +90,42 @@ def test_a_call_without_a_picture(talk):
     [response] = talk([call("zoom(2)") + call("2 + 3") + "so 5"], [[]])
     assert texts_of(response) == ["error: line 1: image(1): there are 0", "5"]
     assert [seen.ok for seen in response.observations] == [False, True]
+
+
+@confined
+@pytest.mark.parametrize(
+    "text, seen",
+    [
+        (call("print(type(image).__name__, len(images))") + "so red", ["Image 1"]),
+        ("<think><code>\n```python\nprint(2**70)\n```\n</code>\nso big", [str(2**70)]),
+        ("<code>print(1)</code> and <code>print(2)</code> so", ["1", "2"]),
+        # in a call its own mark ends it
+        (call("<code>\nprint(3)\n</code>\n") + "so", ["3"]),
+        ("no</code> so", ["error: ‹/code> without ‹code>"]),
+        ("<code>1 / 0</code> so", ["error: line 1: ZeroDivisionError: division by zero"]),
+    ],
+)
+def test_python_where_it_was_chosen(talk, processor, monkeypatch, text, seen):
+    monkeypatch.setattr(rollout, "_level", "operations")  # back to it afterwards
+    rollout.use_sandbox("python")
+    [response] = talk([text], [[picture(60, 50)]])
+    assert texts_of(response) == seen and response.finished
+    said = [token for token, own in zip(response.ids, response.sampled) if own]
+    assert processor.tokenizer.decode(said) == f"{text}<|im_end|>"
+
+
+def test_operations_know_no_python(talk):
+    text = "<code>print(1)</code>" + call("print(type(1))") + "so"
+    [response] = talk([text], [[picture(60, 50)]])
+    [error] = texts_of(response)
+    assert error.startswith("error: line 1: type is not known")
+
+
+def test_python_that_cannot_be_confined_is_refused(monkeypatch):
+    monkeypatch.setattr(rollout.sandbox, "refusal", lambda: "no seccomp here")
+    with pytest.raises(SystemExit, match="--sandbox python: no seccomp here"):
+        rollout.use_sandbox("python")
+    rollout.use_sandbox("operations")
 
 
 def test_at_most_so_many_calls(talk, processor, monkeypatch):

@@ -1,0 +1,554 @@
+"""common/server.py: requests become jobs or refusals; jobs are answered in batches; the page."""
+
+import base64
+import http.client
+import http.server
+import io
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from common import rollout, server
+from conftest import ROOT
+from generate import Generator
+from test_generate import call, picture, scripted
+from test_rollout import confined
+
+ARGS = dict(
+    init="toy", host="127.0.0.1", port=0, files=None, allow_remote=False, seed=None,
+    temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.0,
+)
+
+
+@pytest.fixture(scope="module")
+def opened(model, processor, tmp_path_factory):
+    """opened(**args): a server that answers, with a folder of files beside its other arguments."""
+    servers = []
+    files = tmp_path_factory.mktemp("files") / "inside"
+    files.mkdir()
+    picture(90, 70).save(files / "x.png")
+    picture(50, 40).save(files.parent / "outside.png")
+    (files / "link.png").symlink_to(files.parent / "outside.png")
+
+    def use(**changes):
+        args = SimpleNamespace(**ARGS | {"files": str(files)} | changes)
+        made = server.open_server(Generator(model, processor), args, max_tokens=12)
+        servers.append(made)
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        return made
+
+    yield use
+    for one in servers:
+        one.shutdown()
+        one.server_close()
+
+
+@pytest.fixture(scope="module")
+def served(opened):
+    return opened()
+
+
+@pytest.fixture
+def files(served):
+    return served.reader.files
+
+
+def png(image) -> str:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def asks(text="How many circles?", url=None, kind="image_url"):
+    shown = [{"type": kind, kind: {"url": url}}] if url else []
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+
+
+def send(served, body, path="/v1/chat/completions", method="POST", **headers):
+    """-> status, body as JSON or text. body: bytes, or what is sent as JSON."""
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection = http.client.HTTPConnection(*served.server_address, timeout=60)
+    connection.request(method, path, data, headers)
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    is_json = answer.getheader("Content-Type") == "application/json"
+    return answer.status, json.loads(text) if is_json else text
+
+
+def said(served, **request):
+    """The text of a good request's answer."""
+    status, answer = send(served, {"messages": asks(), "seed": 1} | request)
+    assert status == 200, answer
+    return answer["choices"][0]["message"]["content"]
+
+
+def chunks_of(text: str) -> list[dict]:
+    events = text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+
+
+# --------------------------------------------------------------------------------------------------
+# the protocol
+
+
+def test_the_official_client_asks_about_a_picture(served, processor):
+    openai = pytest.importorskip("openai")
+    url = f"{served.url}/v1"
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    [model] = client.models.list().data
+    assert model.id == "toy" and client.models.retrieve("toy").id == "toy"
+
+    image = picture(90, 70)
+    messages = [{"role": "system", "content": "Be brief."}, *asks(url=png(image))]
+    ask = dict(model="toy", messages=messages, seed=3, temperature=0.9, max_tokens=8)
+    whole = client.chat.completions.create(**ask)
+    [choice] = whole.choices
+
+    # what the generator itself says to the same conversation
+    shown = [{"type": "image", "image": image}, {"type": "text", "text": "How many circles?"}]
+    conversation = {"messages": [messages[0], {"role": "user", "content": shown}]}
+    sample = processor(conversation, generate=True)
+    generator = served.worker.generator
+    [response] = generator.sample([sample], 8, temperature=0.9, seed=["3/0"])
+    assert choice.message.content == processor.tokenizer.decode(response.ids, skip_special=True)
+    assert (choice.finish_reason, choice.message.role) == ("length", "assistant")
+    assert whole.usage.prompt_tokens == len(sample["tokens"]) and whole.usage.completion_tokens == 8
+    assert whole.usage.total_tokens == len(sample["tokens"]) + 8
+
+    options = {"include_usage": True}
+    *chunks, last = client.chat.completions.create(**ask, stream=True, stream_options=options)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == choice.message.content and last.usage == whole.usage and last.choices == []
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, "length"]
+
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="toy", messages=[])
+    assert error.value.param == "messages"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt", messages=messages)
+
+
+def test_a_stream_is_the_answer_in_pieces(served):
+    ask = {"messages": asks(), "seed": 5, "n": 2}
+    status, text = send(served, ask | {"stream": True})
+    chunks = chunks_of(text)
+    texts = ["", ""]
+    for chunk in chunks:
+        [choice] = chunk["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+    assert status == 200 and {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1 and "usage" not in chunks[0]
+    _, whole = send(served, ask)
+    assert [choice["message"]["content"] for choice in whole["choices"]] == texts
+    assert texts[0] != texts[1] and whole["usage"]["completion_tokens"] == 24  # two of 12 each
+
+
+@pytest.mark.parametrize(
+    "change, param, code",
+    [
+        ({"messages": None}, "messages", "missing_required_parameter"),
+        ({"messages": []}, "messages", "invalid_type"),
+        ({"messages": "Hi"}, "messages", "invalid_type"),
+        ({"messages": ["Hi"]}, "messages[0]", "invalid_type"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": ["user"], "content": ""}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "invalid_type"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "invalid_type"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "invalid_type"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "messages[0].content[0]", "invalid_value",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},
+            "messages[0].tool_calls", "unsupported_parameter",
+        ),
+        ({"messages": asks() + [{"role": "assistant", "content": "a"}]}, "messages",
+         "invalid_value"),
+        ({"temperature": "hot"}, "temperature", "invalid_type"),
+        ({"temperature": True}, "temperature", "invalid_type"),
+        ({"temperature": 2.5}, "temperature", "invalid_value"),
+        ({"temperature": float("nan")}, "temperature", "invalid_value"),
+        ({"top_p": -1}, "top_p", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": 1.5}, "n", "invalid_type"),
+        ({"max_tokens": -3}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 10**8}, "messages", "context_length_exceeded"),
+        ({"messages": asks("word " * 10_000)}, "messages", "context_length_exceeded"),
+        ({"messages": asks("a" * 2_000_000)}, "messages", "context_length_exceeded"),
+        ({"seed": "a"}, "seed", "invalid_type"),
+        ({"stop": 3}, "stop", "invalid_type"),
+        ({"stop": ["a", ""]}, "stop", "invalid_type"),
+        ({"stop": list("abcde")}, "stop", "invalid_value"),
+        ({"stream": "yes"}, "stream", "invalid_type"),
+        ({"stream_options": {"foo": 1}}, "stream_options.foo", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+        ({"foo": 1}, "foo", "unknown_parameter"),
+        ({"messages": asks(url="data:image/png;base64,@@@")}, "messages", "invalid_base64_image"),
+        ({"messages": asks(url="data:image/png,abc")}, "messages", "invalid_image_format"),
+        ({"messages": asks(url="data:image/png;base64,QUJD")}, "messages", "invalid_image_format"),
+        (
+            {"messages": asks(url=png(Image.new("1", (20_000, 20_000))))},
+            "messages", "image_too_large",
+        ),
+        (
+            {"messages": asks(url="data:video/mp4;base64,QUJD", kind="video_url")},
+            "messages", "invalid_image",
+        ),
+        ({"messages": asks(url="file:///etc/passwd")}, "messages", "invalid_image_url"),
+        ({"messages": asks(url="ftp://a/b.png")}, "messages[0].content[0].image_url.url",
+         "invalid_image_url"),
+        ({"messages": asks(url="http://[a/b.png")}, "messages[0].content[0].image_url.url",
+         "invalid_image_url"),
+        ({"messages": asks(url="x.png")}, "messages[0].content[0].image_url.url",
+         "invalid_image_url"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_the_protocols_form(served, change, param, code):
+    status, answer = send(served, {"messages": asks()} | change)
+    error = answer["error"]
+    assert (status, error["param"], error["code"]) == (400, param, code)
+    assert error["type"] == "invalid_request_error" and 0 < len(error["message"]) < 400
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_the_server_goes_on_behind_bad_requests(served, monkeypatch):
+    monkeypatch.setattr(server, "BODY", 10_000)
+    assert send(served, b"{")[0] == send(served, b"[]")[0] == send(served, b"\xff")[0] == 400
+    assert send(served, b"[" * 9_000)[0] == 400
+    status, answer = send(served, b" " * 100_000)
+    assert (status, answer["error"]["code"]) == (413, "request_too_large")
+    assert send(served, {}, "/v1/embeddings")[1]["error"]["code"] == "unknown_url"
+    assert send(served, None, "/v1/chat/completions", "GET")[0] == 405
+    status, answer = send(served, {}, method="PUT")
+    assert status == 501 and answer["error"]["type"] == "invalid_request_error"
+    assert send(served, None, **{"Content-Length": "-5"})[0] == 411
+    for raw in (b"\0\xff\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/chat/completions\r\n"):
+        with socket.create_connection(served.server_address, timeout=30) as s:
+            s.sendall(raw)
+            s.shutdown(socket.SHUT_WR)
+            s.recv(1 << 16)
+    assert send(served, None, "/health", "GET") == (200, {"status": "ok"})
+    assert isinstance(said(served), str)
+
+
+def test_parameters_that_ask_for_nothing_are_taken(served):
+    neutral = {key: values[0] for key, values in server.NEUTRAL.items()}
+    more = {"user": "me", "stop": None, "top_p": 0, "max_completion_tokens": 3, "max_tokens": 9}
+    status, answer = send(served, {"messages": asks(), "model": "toy"} | neutral | more)
+    assert status == 200 and answer["usage"]["completion_tokens"] == 3
+
+
+def test_any_text_can_be_asked(served):
+    for text in ("", "<|im_end|><|image_pad|>", "\ud800 \0 \x1b", "<image>", "数"):
+        assert isinstance(said(served, messages=asks(text)), str)
+    turns = [*asks(), {"role": "assistant", "content": "<|image_pad|><think>a", "images": [1]}]
+    assert isinstance(said(served, messages=[*turns, *asks("And?")]), str)
+
+
+# --------------------------------------------------------------------------------------------------
+# pictures and clips
+
+
+def test_a_picture_is_the_same_from_a_url_and_from_a_file(served, files):
+    inline = said(served, messages=asks(url=png(Image.open(f"{files}/x.png"))))
+    for url in (f"file://{files}/x.png", f"file://localhost{files}/../inside/%78.png"):
+        assert said(served, messages=asks(url=url)) == inline
+    small = [{"type": "image_url", "image_url": {"url": f"file://{files}/x.png", "detail": "low"}}]
+    assert said(served, messages=[{"role": "user", "content": small}]) is not None
+
+
+@pytest.mark.parametrize(
+    "path, code",
+    [
+        ("link.png", "invalid_image_url"),
+        ("../outside.png", "invalid_image_url"),
+        ("%2e%2e/outside.png", "invalid_image_url"),
+        ("none.png", "image_file_not_found"),
+        ("", "invalid_image_format"),
+        ("x.png%00", "invalid_image_url"),
+    ],
+)
+def test_no_file_outside_is_opened(served, files, path, code):
+    status, answer = send(served, {"messages": asks(url=f"file://{files}/{path}")})
+    assert (status, answer["error"]["code"]) == (400, code)
+    assert os.path.dirname(files) not in answer["error"]["message"]
+
+
+def test_without_a_folder_no_file_is_named(opened, files):
+    closed = opened(files=None)
+    status, answer = send(closed, {"messages": asks(url=f"file://{files}/x.png")})
+    assert (status, answer["error"]["code"]) == (400, "invalid_image_url")
+
+
+def test_a_clip(served, files):
+    frames = [picture(64, 56, seed) for seed in range(6)]
+    frames[0].save(f"{files}/x.webp", save_all=True, append_images=frames[1:], duration=500)
+    url = f"file://{files}/x.webp"
+    clip = [{"type": "video_url", "video_url": {"url": url, "fps": 2}}]
+    ask = {"messages": [{"role": "user", "content": clip}]}
+    status, answer = send(served, ask)
+    assert status == 200
+    clip[0]["video_url"]["fps"] = 1
+    assert send(served, ask)[1]["usage"]["prompt_tokens"] < answer["usage"]["prompt_tokens"]
+    with open(f"{files}/x.webp", "rb") as file:
+        data = base64.b64encode(file.read()).decode()
+    clip[0]["video_url"] = {"url": f"data:video/webp;base64,{data}", "fps": 2}
+    assert send(served, ask)[1]["usage"] == answer["usage"]
+
+
+@pytest.fixture
+def web(files):
+    """A site with x.png, more than may be read, and a way to a file."""
+
+    class Site(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/away":
+                self.send_response(302)
+                self.send_header("Location", f"file://{files}/x.png")
+                return self.end_headers()
+            self.send_response(200 if self.path in ("/x.png", "/long") else 404)
+            self.end_headers()
+            with open(f"{files}/x.png", "rb") as file:
+                self.wfile.write(file.read() if self.path == "/x.png" else b"a" * 200_000)
+
+        def log_message(self, *_):
+            pass
+
+    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{site.server_address[1]}"
+    site.shutdown()
+    site.server_close()
+
+
+def test_the_web_is_read_only_where_that_is_switched_on(served, opened, web, files, monkeypatch):
+    _, answer = send(served, {"messages": asks(url=f"{web}/x.png")})
+    assert answer["error"]["code"] == "invalid_image_url"
+    remote = opened(allow_remote=True)
+    inline = said(served, messages=asks(url=f"file://{files}/x.png"))
+    assert said(remote, messages=asks(url=f"{web}/x.png")) == inline
+    monkeypatch.setattr(server, "BODY", 100_000)
+    for path in ("none", "away", "long"):
+        status, answer = send(remote, {"messages": asks(url=f"{web}/{path}")})
+        assert (status, answer["error"]["code"]) == (400, "failed_to_download_image")
+
+
+# --------------------------------------------------------------------------------------------------
+# batches
+
+
+@pytest.fixture
+def batches(served, monkeypatch):
+    """The sizes of the batches that are decoded."""
+    sizes = []
+    decode = served.worker.decode
+
+    def watched(jobs):
+        sizes.append(len(jobs))
+        decode(jobs)
+
+    monkeypatch.setattr(served.worker, "decode", watched)
+    return sizes
+
+
+def test_fifty_at_once_are_answered_in_batches(served, batches):
+    alone = [said(served, seed=seed) for seed in (0, 1, 49)]
+    batches.clear()
+    with ThreadPoolExecutor(50) as pool:
+        texts = list(pool.map(lambda seed: said(served, seed=seed), range(50)))
+    assert [texts[0], texts[1], texts[49]] == alone  # nobody depends on the others
+    assert sum(batches) == 50 and len(batches) < 25
+
+
+def test_one_batch_is_sampled_in_one_way(served, batches):
+    """Jobs that wait: those that are sampled as the oldest one go first, together."""
+    read = served.worker.read
+    jobs = []
+    with served.worker.changed:  # as long as it is held, none is taken
+        for temperature in (0.5, 1.0, 0.5):
+            request = {"messages": asks(), "temperature": temperature}
+            jobs.append(served.reader.job(request, 0))
+        served.worker.waiting.extend(jobs)
+    read(served.reader, {"messages": asks(), "temperature": 0.5}, 0)
+    for job in jobs:
+        while not isinstance(job.events.get(timeout=60)[1], server.Ended):
+            pass
+    assert batches in ([2, 1, 1], [3, 1], [1, 2, 1], [2, 2])
+
+
+def test_who_has_gone_costs_no_more_tokens(served, monkeypatch):
+    scripted(monkeypatch, lambda prompt: "a b " * 500)
+    ended = []
+    end = server.Answer.end
+
+    def watched(answer, response):
+        ended.append(len(response.ids))
+        end(answer, response)
+
+    monkeypatch.setattr(server.Answer, "end", watched)
+    body = json.dumps({"messages": asks(), "max_tokens": 2000, "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection(served.server_address, timeout=60) as s:
+        s.sendall(head + body)
+        assert s.recv(1 << 10)
+        # closed by a reset, so that the very next piece fails
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert said(served, max_tokens=4).startswith("a b")  # it waits for the row of who has gone
+    assert ended[0] < 1000 and ended[1] == 4
+
+
+def test_a_request_that_breaks_the_model_harms_no_other(served, monkeypatch, batches):
+    sample = Generator.sample
+    bad = 13
+
+    def fragile(self, samples, limits, **how):
+        if bad in limits:
+            raise RuntimeError("out of memory")
+        return sample(self, samples, limits, **how)
+
+    monkeypatch.setattr(Generator, "sample", fragile)
+    with ThreadPoolExecutor(6) as pool:
+        asked = [{"messages": asks(), "max_tokens": n, "seed": 1} for n in (5, bad, 5, 5, bad, 5)]
+        answers = list(pool.map(lambda body: send(served, body), asked))
+    assert [status for status, _ in answers] == [200, 500, 200, 200, 500, 200]
+    assert answers[1][1]["error"]["type"] == "server_error"
+    assert "out of memory" not in json.dumps(answers[1][1])
+
+
+def test_too_much_that_waits_is_refused(served, monkeypatch):
+    monkeypatch.setattr(server, "HELD", 10)
+    waits = SimpleNamespace(cost=5, sampling=())
+    worker = SimpleNamespace(changed=threading.Condition(), waiting=[waits], reading=0)
+    with pytest.raises(server.Refused) as refused:
+        server.Worker.read(worker, served.reader, {"messages": asks()}, 100)
+    assert refused.value.status == 429 and worker.reading == 0 and worker.waiting == [waits]
+
+
+# --------------------------------------------------------------------------------------------------
+# what is written
+
+
+@pytest.mark.parametrize(
+    "stop, text, reason",
+    [
+        ("blue", "red, ", "stop"),
+        (["green", "ed, b"], "r", "stop"),
+        (["blues", "x"], "red, blue", "stop"),  # begun at the end, not whole
+        (["red"], "", "stop"),
+        (None, "red, blue", "stop"),
+    ],
+)
+def test_stop_strings_end_an_answer_and_are_no_part_of_it(served, monkeypatch, stop, text, reason):
+    scripted(monkeypatch, lambda prompt: "red, blue")
+    ask = {"messages": asks(), "stop": stop, "max_tokens": 50}
+    _, whole = send(served, ask)
+    [choice] = whole["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, reason)
+    chunks = chunks_of(send(served, ask | {"stream": True})[1])
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == text
+
+
+def test_tools_run_and_what_they_show_is_sent(served, files, monkeypatch):
+    code = call("crop(0, 0, 500, 500)\nprint(6 * 7)")
+    scripted(monkeypatch, lambda prompt: f"<think>{code}so</think>red")
+    ask = {"messages": asks(url=f"file://{files}/x.png"), "max_tokens": 200, "stop": ["zzz"]}
+    status, whole = send(served, ask)
+    message = whole["choices"][0]["message"]
+    shown = "<sandbox_output>42</sandbox_output>"
+    assert message["content"] == f"<think>{code}{shown}so</think>red"
+    [image] = message["images"]
+    data = base64.b64decode(image["image_url"]["url"].partition(",")[2])
+    assert Image.open(io.BytesIO(data)).size == (45, 35)
+    chunks = chunks_of(send(served, ask | {"stream": True})[1])
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
+    assert [delta["images"] for delta in deltas if "images" in delta] == [[image]]
+    # more calls than are answered: a limit has ended it
+    scripted(monkeypatch, lambda prompt: call("1 + 1") * 9)
+    assert send(served, ask)[1]["choices"][0]["finish_reason"] == "length"
+
+
+@confined
+def test_python_runs_where_that_was_chosen(served, files, monkeypatch):
+    monkeypatch.setattr(rollout, "_level", "python")
+    code = "<code>\n```python\nshow(image.rotate(90, expand=True))\n```\n</code>"
+    scripted(monkeypatch, lambda prompt: f"{code} red")
+    ask = {"messages": asks(url=f"file://{files}/x.png"), "max_tokens": 200}
+    message = send(served, ask)[1]["choices"][0]["message"]
+    assert message["content"] == f"{code}<sandbox_output></sandbox_output> red"
+    assert len(message["images"]) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# the page, and the command line
+
+
+def test_the_page_needs_nothing_else(served):
+    status, page = send(served, None, "/", "GET")
+    assert status == 200 and page == server.PAGE.read_text(encoding="utf-8")
+    assert not re.search(r"https?://|src=\"(?!data:)|<link (?!rel=\"icon\" href=\"data:)", page)
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "[::1]:80"}, 200),
+        ({"Host": "127.0.0.1:1", "Origin": "http://127.0.0.1:1"}, 200),
+        ({"Host": "evil.org"}, 403),  # its name leads here
+        ({"Host": "127.0.0.1:1", "Origin": "http://evil.org"}, 403),
+        ({"Host": "127.0.0.1:1", "Origin": "null"}, 403),
+        ({"Host": "["}, 403),
+    ],
+)
+def test_other_sites_cannot_use_it(served, headers, status):
+    assert send(served, None, "/v1/models", "GET", **headers)[0] == status
+
+
+def test_the_command_line(model, processor, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    processor.save_pretrained(tmp_path / "m")
+    command = [sys.executable, "generate.py", "--init", str(tmp_path / "m"), "--device", "cpu"]
+    command += ["--serve", "--port", "0", "--max-new-tokens", "3"]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        lines = iter(run.stderr.readline, "")
+        url = next(re.search(r"http://(127\.0\.0\.1):(\d+)", line) for line in lines if "API" in line)
+        address = SimpleNamespace(server_address=(url[1], int(url[2])))
+        answer = send(address, {"messages": asks()})[1]
+        assert answer["usage"]["completion_tokens"] == 3
+        assert answer["model"] == str(tmp_path / "m")
+    finally:
+        run.send_signal(signal.SIGINT)
+        assert run.wait(300) == 0
+        run.stderr.close()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"temperature": -1}, "--temperature"),
+        ({"files": "nowhere"}, "--files nowhere"),
+        ({"port": 99999}, "--port 99999"),
+        ({"host": "no.such.host.invalid"}, "--host"),
+    ],
+)
+def test_wrong_arguments_end_it_at_once(model, processor, changes, message):
+    args = SimpleNamespace(**ARGS | changes)
+    with pytest.raises(ValueError, match=message):
+        server.open_server(Generator(model, processor), args, 12)
