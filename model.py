@@ -25,7 +25,7 @@ from torch import Tensor
 from common.facts import DECODER, TOWER, read_facts
 from common.parallel import assign
 from common.weights import KEYE_NAMES, UNUSED, load_weights, read_config, save_weights
-from kernels import Segments, attention, cached_attention, to_device
+from kernels import Segments, attention, cached_attention, decoder_step, to_device
 from vit import ViT, ViTConfig, index_of, recomputed, rotate
 
 # --------------------------------------------------------------------------------------------------
@@ -309,6 +309,14 @@ class Decoder(nn.Module):
                 x = layer(x, rope, segments, attend)
         return self.norm(x)
 
+    def whole_step(self):
+        """kernels/step.py's step with these weights, or None: `forward` in one call, for one text
+        token of each row of a cache."""
+        cfg = self.cfg
+        layers = [list(layer.parameters()) for layer in self.layers]
+        heads, eps = cfg.num_attention_heads, cfg.rms_norm_eps
+        return decoder_step(layers, self.norm.weight, frequencies(cfg), heads, eps)
+
 
 def rope_3d(positions: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
     """positions (3, T): time, row, column -> cos and sin (T, 1, head_dim / 2), fp32.
@@ -317,8 +325,7 @@ def rope_3d(positions: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
     column. Text has the same position on all three axes, where this is plain RoPE.
     """
     device = positions.device
-    exponents = torch.arange(0, cfg.head_dim, 2, device=device) / cfg.head_dim
-    freqs = cfg.rope_theta**-exponents  # (D / 2,)
+    freqs = frequencies(cfg, device)  # (D / 2,)
     # On the device: a CUDA graph of decoding can hold this, but no copy from the host.
     time, row, _ = cfg.mrope_section
     place = torch.arange(len(freqs), device=device)
@@ -326,6 +333,12 @@ def rope_3d(positions: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
     angles = positions[axis] * freqs[:, None]  # (D / 2, T)
     angles = angles.T[:, None]  # (T, 1, D / 2)
     return angles.cos(), angles.sin()
+
+
+def frequencies(cfg: Config, device=None) -> Tensor:
+    """By how much each pair of channels turns from one position to the next: (head_dim / 2,)."""
+    exponents = torch.arange(0, cfg.head_dim, 2, device=device) / cfg.head_dim
+    return cfg.rope_theta**-exponents
 
 
 class Projector(nn.Module):
@@ -486,7 +499,10 @@ class KeyeVL(nn.Module):
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
-        return KVCache(self.config, rows, max_len, weight.device, dtype)
+        cache = KVCache(self.config, rows, max_len, weight.device, dtype)
+        if dtype == torch.float32 and weight.device.type == "cpu":
+            cache.whole_step = self.decoder.whole_step()
+        return cache
 
     def step(self, batch: dict, cache: "KVCache", rows: list[int]) -> Tensor:
         """Hidden states (T, C) of new tokens, with all that the cache holds before them.
@@ -507,8 +523,10 @@ class KeyeVL(nn.Module):
         positions (B,); before (B,): tokens that these rows hold, fewer than `reach`. All stay on
         the device, so that a CUDA graph can hold this; the cache's `lengths` are the caller's care.
         """
-        cache.begin_one(before, reach)
         x = self.decoder.embed_tokens(tokens)
+        if cache.whole_step:
+            return cache.whole_step(x, positions, before, cache.k, cache.v)
+        cache.begin_one(before, reach)
         return self.decoder(x, positions.expand(3, -1), None, cache)
 
     # -- files -------------------------------------------------------------------------------------
@@ -731,6 +749,7 @@ class KVCache:
         self.k = torch.zeros(cfg.num_hidden_layers, *shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.lengths = [0] * rows  # tokens that each row holds
+        self.whole_step = None  # of a small decoder on a CPU: one call for all of its layers
         self.max_len = max_len
 
     def begin(self, rows: list[int], new: list[int]) -> None:

@@ -6,10 +6,11 @@ from kernels.attention import (
     attention_path,
     attention_reference,
     cached_attention,
+    decoder_step,
     to_device,
 )
 
 __all__ = [
     "Segments", "attention", "attention_path", "attention_reference", "cached_attention",
-    "to_device",
+    "decoder_step", "to_device",
 ]

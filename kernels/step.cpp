@@ -1,0 +1,153 @@
+// A step of decoding on a CPU: one new token of each row of the cache, through all layers of a
+// decoder. Of a small model this takes PyTorch's operators, some forty a layer, longer to call than
+// to compute; here it is one call.
+//
+// Activations lie with the channels downwards and the tokens across, (channels, wide): norms, RoPE
+// and SwiGLU are loops over channels, in which each vector holds the same channel of several
+// tokens, and products take the weights as they lie in the model, (out, in). Only attention looks
+// at tokens one by one. A task is a block of tokens: it goes through all layers by itself, so that
+// no thread waits for another, and no token's result depends on its neighbours.
+
+#include "attention.cpp"
+
+constexpr int TOKENS = 64;  // of a task, at most: its activations stay in the second cache
+
+// Weights, each matrix (out, in): the parameters of model.DecoderLayer, in its order.
+struct Layer {
+    float *norm, *q, *k, *v, *o, *q_norm, *k_norm, *mlp_norm, *gate, *up, *down;
+};
+
+// As kernels/step.py lays it out.
+struct Step {
+    const Layer* layers;
+    float *norm, *frequencies;       // the last norm (channels,); of RoPE (width / 2,)
+    float *keys, *values;            // caches (layers, rows, capacity, KV, D)
+    float* x;                        // (tokens, channels): embeddings, then hidden states
+    const int64_t* positions;        // (tokens,)
+    const int32_t* lengths;          // (tokens,): keys before the new ones
+    float eps;
+    int32_t tokens, layer_count, channels, inner, heads, kv_heads, width, rows, capacity;
+};
+
+// out = x / sqrt(mean of x^2 + eps) * weight, token by token: x and out (channels, wide).
+static void normalise(const float* x, const float* weight, int channels, int wide, float eps,
+                      float* out) {
+    for (int j = 0; j < wide; j += VECTOR) {
+        floats sum = {}, scale = {};
+        for (int c = 0; c < channels; c++) sum += load(x + c * wide + j) * load(x + c * wide + j);
+        for (int i = 0; i < VECTOR; i++) scale[i] = 1 / std::sqrt(sum[i] / channels + eps);
+        for (int c = 0; c < channels; c++)
+            store(out + c * wide + j, load(x + c * wide + j) * scale * weight[c]);
+    }
+}
+
+// Turns the pairs (i, i + width / 2) of a head (width, wide); cos and sin (width / 2, wide).
+static void rotate(float* x, const float* cos, const float* sin, int width, int wide) {
+    int half = width / 2 * wide;
+    for (int i = 0; i < half; i += VECTOR) {
+        floats a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+        store(x + i, a * c - b * s);
+        store(x + half + i, b * c + a * s);
+    }
+}
+
+// gate = gate / (1 + e^-gate) * up
+static void swiglu(float* gate, const float* up, int count) {
+    for (int i = 0; i < count; i += VECTOR) {
+        floats x = load(gate + i), minus = -x;
+        floats power = exponential(minus > 87.0f ? floats{} + 87.0f : minus);
+        store(gate + i, x / (1.0f + power) * load(up + i));
+    }
+}
+
+// Tokens first .. first + count through all layers.
+struct Block {
+    const Step& s;
+    int first, count, wide = padded(count);
+    int q_width = s.heads * s.width, kv_width = s.kv_heads * s.width;
+    Scratch memory{size_t(wide) * (2 * s.channels + s.width + 3 * q_width + 4 * kv_width +
+                                   2 * s.inner)};
+    float *x = take(s.channels), *normed = take(s.channels);
+    float *cos = take(s.width / 2), *sin = take(s.width / 2);
+    float *q = take(q_width), *k = take(kv_width), *v = take(kv_width);
+    float *gate = take(s.inner), *up = take(s.inner);
+    float *q_rows = take(q_width), *k_rows = take(kv_width), *v_rows = take(kv_width);
+    float* out_rows = take(q_width);
+
+    float* take(int channels) { return memory.take(size_t(channels) * wide); }
+
+    // to (out, wide) = weight (out, in) from (in, wide), or to += it
+    void multiply(float* weight, float* from, int in, float* to, int out, bool add = false) {
+        product(out, wide, in, {weight, in}, {from, wide}, {to, wide}, add);
+    }
+
+    void run(Scratch& scratch) {
+        float* mine = s.x + (int64_t)first * s.channels;
+        transpose(mine, count, s.channels, s.channels, wide, x);
+        for (int i = 0; i < s.width / 2; i++)
+            for (int b = 0; b < wide; b++) {
+                float angle = b < count ? s.positions[first + b] * s.frequencies[i] : 0;
+                cos[i * wide + b] = std::cos(angle);
+                sin[i * wide + b] = std::sin(angle);
+            }
+        for (int i = 0; i < s.layer_count; i++) {
+            const Layer& layer = s.layers[i];
+            normalise(x, layer.norm, s.channels, wide, s.eps, normed);
+            attend(i, scratch);
+            multiply(layer.o, q, q_width, x, s.channels, true);
+            normalise(x, layer.mlp_norm, s.channels, wide, s.eps, normed);
+            multiply(layer.gate, normed, s.channels, gate, s.inner);
+            multiply(layer.up, normed, s.channels, up, s.inner);
+            swiglu(gate, up, s.inner * wide);
+            multiply(layer.down, gate, s.inner, x, s.channels, true);
+        }
+        normalise(x, s.norm, s.channels, wide, s.eps, normed);
+        transpose(normed, s.channels, count, wide, s.channels, mine);
+    }
+
+    // Keys and values of `normed` enter the cache; q becomes what its tokens see there.
+    void attend(int i, Scratch& scratch) {
+        const Layer& layer = s.layers[i];
+        multiply(layer.q, normed, s.channels, q, q_width);
+        multiply(layer.k, normed, s.channels, k, kv_width);
+        multiply(layer.v, normed, s.channels, v, kv_width);
+        for (int h = 0; h < s.heads + s.kv_heads; h++) {
+            bool is_q = h < s.heads;
+            float* head = (is_q ? q + h * s.width * wide : k + (h - s.heads) * s.width * wide);
+            normalise(head, is_q ? layer.q_norm : layer.k_norm, s.width, wide, s.eps, head);
+            rotate(head, cos, sin, s.width, wide);
+        }
+        transpose(q, q_width, count, wide, q_width, q_rows);  // (count, H, D)
+        transpose(k, kv_width, count, wide, kv_width, k_rows);  // (count, KV, D)
+        transpose(v, kv_width, count, wide, kv_width, v_rows);
+
+        int64_t row = (int64_t)s.capacity * kv_width, start = ((int64_t)i * s.rows + first) * row;
+        for (int b = 0; b < count; b++) {
+            int64_t place = start + b * row + (int64_t)s.lengths[first + b] * kv_width;
+            std::copy_n(k_rows + b * kv_width, kv_width, s.keys + place);
+            std::copy_n(v_rows + b * kv_width, kv_width, s.values + place);
+        }
+        Decode work{q_rows, s.keys + start, s.values + start, s.lengths + first, nullptr, out_rows,
+                    nullptr, nullptr, row, kv_width, count, 1, s.heads, s.kv_heads, count,
+                    s.capacity, 1, s.capacity};
+        for (int n = 0; n < count * s.kv_heads; n++) {
+            scratch.reset();
+            decode_head<float>(work, s.width, n / s.kv_heads, n % s.kv_heads, scratch);
+        }
+        transpose(out_rows, count, q_width, q_width, wide, q);
+    }
+};
+
+// Returns the first token that does not fit into its row of the cache, -1: none.
+extern "C" int decoder_step(const Step* step, int threads) {
+    const Step& s = *step;
+    for (int b = 0; b < s.tokens; b++)
+        if (b >= s.rows || s.lengths[b] < 0 || s.lengths[b] >= s.capacity) return b;
+    int each = std::min(TOKENS, padded((s.tokens + threads - 1) / threads));
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int first = 0; first < s.tokens; first += each) {
+        Scratch scratch(decode_numbers(s.heads / s.kv_heads, s.width));
+        Block{s, first, std::min(each, s.tokens - first)}.run(scratch);
+    }
+    return -1;
+}
