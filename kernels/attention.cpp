@@ -520,15 +520,10 @@ static void decode_head(const Decode& x, int width, int b, int kv_head, Scratch&
     }
 }
 
-// Of scratch for decode_head, where `count` queries of a row share a key head.
-static size_t decode_numbers(size_t count, int width) {
-    size_t columns = padded(count), wide = padded(width);
-    return (2 * count + columns + 2 * KEYS) * wide + (3 + KEYS) * columns;
-}
-
 template <typename T>
 static void decode(const Decode& x, int width, int threads) {
-    size_t numbers = decode_numbers(x.heads / x.kv_heads * x.queries, width);
+    size_t count = x.heads / x.kv_heads * x.queries, columns = padded(count), wide = padded(width);
+    size_t numbers = (2 * count + columns + 2 * KEYS) * wide + (3 + KEYS) * columns;
 #pragma omp parallel num_threads(threads)
     {
         Scratch scratch(numbers);

@@ -10,7 +10,8 @@
 
 #include "attention.cpp"
 
-constexpr int TOKENS = 64;  // of a task, at most: its activations stay in the second cache
+constexpr int TOKENS = 16;  // of a task, at most: its activations stay in the first caches
+constexpr int CHANNELS = 64;  // that attention sums up at once, in registers
 
 // Weights, each matrix (out, in): the parameters of model.DecoderLayer, in its order.
 struct Layer {
@@ -60,19 +61,59 @@ static void swiglu(float* gate, const float* up, int count) {
     }
 }
 
+static float total(floats x) {
+    float sum = 0;
+    for (int i = 0; i < VECTOR; i++) sum += x[i];
+    return sum;
+}
+
+// softmax(q k' / sqrt(D)) v for the queries of one token that share a key head: q and out
+// (group, D), k and v (keys, D) with `step` numbers from key to key; scores: room for
+// (group, padded(keys)).
+static void attend_token(const float* q, int group, int width, const float* k, const float* v,
+                         int64_t step, int keys, float* scores, float* out) {
+    int wide = padded(keys);
+    std::fill_n(scores, group * wide, -INFINITY);
+    for (int i = 0; i < keys; i++)
+        for (int g = 0; g < group; g++) {
+            floats sum = {};
+            for (int d = 0; d < width; d += VECTOR)
+                sum += load(q + g * width + d) * load(k + i * step + d);
+            scores[g * wide + i] = total(sum) / std::sqrt((float)width);
+        }
+    for (int g = 0; g < group; g++, scores += wide, out += width) {
+        float largest = *std::max_element(scores, scores + keys);
+        floats sum = {};
+        for (int i = 0; i < wide; i += VECTOR) {
+            floats weights = exponential(load(scores + i) - largest);
+            store(scores + i, weights);
+            sum += weights;
+        }
+        for (int d = 0; d < width; d += CHANNELS) {
+            floats mean[CHANNELS / VECTOR] = {};
+            for (int i = 0; i < keys; i++)
+                for (int n = 0; n < CHANNELS / VECTOR; n++)
+                    mean[n] += scores[i] * load(v + i * step + d + n * VECTOR);
+            for (int n = 0; n < CHANNELS / VECTOR; n++)
+                store(out + d + n * VECTOR, mean[n] / total(sum));
+        }
+    }
+}
+
 // Tokens first .. first + count through all layers.
 struct Block {
     const Step& s;
     int first, count, wide = padded(count);
     int q_width = s.heads * s.width, kv_width = s.kv_heads * s.width;
+    int group = s.heads / s.kv_heads;  // queries that share a key head
     Scratch memory{size_t(wide) * (2 * s.channels + s.width + 3 * q_width + 4 * kv_width +
-                                   2 * s.inner)};
+                                   2 * s.inner) + size_t(group) * padded(s.capacity)};
     float *x = take(s.channels), *normed = take(s.channels);
-    float *cos = take(s.width / 2), *sin = take(s.width / 2);
+    float *cos = take(s.width), *sin = cos + s.width / 2 * wide;
     float *q = take(q_width), *k = take(kv_width), *v = take(kv_width);
     float *gate = take(s.inner), *up = take(s.inner);
     float *q_rows = take(q_width), *k_rows = take(kv_width), *v_rows = take(kv_width);
-    float* out_rows = take(q_width);
+    float *out_rows = take(q_width), *scores = memory.take(group * padded(s.capacity));
 
     float* take(int channels) { return memory.take(size_t(channels) * wide); }
 
@@ -81,7 +122,7 @@ struct Block {
         product(out, wide, in, {weight, in}, {from, wide}, {to, wide}, add);
     }
 
-    void run(Scratch& scratch) {
+    void run() {
         float* mine = s.x + (int64_t)first * s.channels;
         transpose(mine, count, s.channels, s.channels, wide, x);
         for (int i = 0; i < s.width / 2; i++)
@@ -93,7 +134,7 @@ struct Block {
         for (int i = 0; i < s.layer_count; i++) {
             const Layer& layer = s.layers[i];
             normalise(x, layer.norm, s.channels, wide, s.eps, normed);
-            attend(i, scratch);
+            attend(i);
             multiply(layer.o, q, q_width, x, s.channels, true);
             normalise(x, layer.mlp_norm, s.channels, wide, s.eps, normed);
             multiply(layer.gate, normed, s.channels, gate, s.inner);
@@ -106,14 +147,14 @@ struct Block {
     }
 
     // Keys and values of `normed` enter the cache; q becomes what its tokens see there.
-    void attend(int i, Scratch& scratch) {
+    void attend(int i) {
         const Layer& layer = s.layers[i];
         multiply(layer.q, normed, s.channels, q, q_width);
         multiply(layer.k, normed, s.channels, k, kv_width);
         multiply(layer.v, normed, s.channels, v, kv_width);
         for (int h = 0; h < s.heads + s.kv_heads; h++) {
             bool is_q = h < s.heads;
-            float* head = (is_q ? q + h * s.width * wide : k + (h - s.heads) * s.width * wide);
+            float* head = is_q ? q + h * s.width * wide : k + (h - s.heads) * s.width * wide;
             normalise(head, is_q ? layer.q_norm : layer.k_norm, s.width, wide, s.eps, head);
             rotate(head, cos, sin, s.width, wide);
         }
@@ -121,18 +162,17 @@ struct Block {
         transpose(k, kv_width, count, wide, kv_width, k_rows);  // (count, KV, D)
         transpose(v, kv_width, count, wide, kv_width, v_rows);
 
-        int64_t row = (int64_t)s.capacity * kv_width, start = ((int64_t)i * s.rows + first) * row;
+        int64_t row = (int64_t)s.capacity * kv_width;
         for (int b = 0; b < count; b++) {
-            int64_t place = start + b * row + (int64_t)s.lengths[first + b] * kv_width;
-            std::copy_n(k_rows + b * kv_width, kv_width, s.keys + place);
-            std::copy_n(v_rows + b * kv_width, kv_width, s.values + place);
-        }
-        Decode work{q_rows, s.keys + start, s.values + start, s.lengths + first, nullptr, out_rows,
-                    nullptr, nullptr, row, kv_width, count, 1, s.heads, s.kv_heads, count,
-                    s.capacity, 1, s.capacity};
-        for (int n = 0; n < count * s.kv_heads; n++) {
-            scratch.reset();
-            decode_head<float>(work, s.width, n / s.kv_heads, n % s.kv_heads, scratch);
+            int64_t start = ((int64_t)i * s.rows + first + b) * row;
+            int64_t before = s.lengths[first + b];
+            std::copy_n(k_rows + b * kv_width, kv_width, s.keys + start + before * kv_width);
+            std::copy_n(v_rows + b * kv_width, kv_width, s.values + start + before * kv_width);
+            for (int h = 0; h < s.kv_heads; h++) {
+                int64_t head = start + h * s.width, place = b * q_width + h * group * s.width;
+                attend_token(q_rows + place, group, s.width, s.keys + head, s.values + head,
+                             kv_width, before + 1, scores, out_rows + place);
+            }
         }
         transpose(out_rows, count, q_width, q_width, wide, q);
     }
@@ -145,9 +185,7 @@ extern "C" int decoder_step(const Step* step, int threads) {
         if (b >= s.rows || s.lengths[b] < 0 || s.lengths[b] >= s.capacity) return b;
     int each = std::min(TOKENS, padded((s.tokens + threads - 1) / threads));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int first = 0; first < s.tokens; first += each) {
-        Scratch scratch(decode_numbers(s.heads / s.kv_heads, s.width));
-        Block{s, first, std::min(each, s.tokens - first)}.run(scratch);
-    }
+    for (int first = 0; first < s.tokens; first += each)
+        Block{s, first, std::min(each, s.tokens - first)}.run();
     return -1;
 }

@@ -17,6 +17,7 @@ from kernels.build import load
 
 # ours: PyTorch reads the weights of a wider decoder with all threads, for as long as its calls take
 MAX_CHANNELS = 768
+CHANNELS = 64  # heads must be whole multiples of step.cpp's constant of this name
 NAMES = "norm q k v o q_norm k_norm mlp_norm gate up down".split()
 
 
@@ -44,14 +45,15 @@ def decoder_step(
 ) -> Callable | None:
     """The step of a decoder, or None where step.cpp cannot do it.
 
-    layers: for each its weights in the order of NAMES, matrices (out, in); norm (C,): the last norm;
-    frequencies (D / 2,) of RoPE, fp32.
+    layers: for each its weights in the order of NAMES, matrices (out, in). norm (C,): the last one.
+    frequencies (D / 2,): of RoPE. All fp32.
     """
     weights = [norm, frequencies, *(weight for layer in layers for weight in layer)]
     plain = all(
         x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() for x in weights
     )
-    if not plain or len(norm) > MAX_CHANNELS or load("step.cpp") is None:
+    small = len(norm) <= MAX_CHANNELS and not 2 * len(frequencies) % CHANNELS
+    if not plain or not small or load("step.cpp") is None:
         return None
     for layer in layers:
         check_layer(dict(zip(NAMES, layer, strict=True)), len(norm), heads, 2 * len(frequencies))

@@ -149,6 +149,36 @@ def test_seed(model, processor):
     assert len({*texts, *fresh}) == 9
 
 
+@pytest.mark.parametrize("stride", [2, 5])
+def test_several_tokens_between_two_looks_change_nothing(model, processor, prompts, stride):
+    """Rows end within a walk, wait beside others, enter later and go on."""
+    end = processor.tokenizer.encode("circle square")
+    how = dict(temperature=1.5, top_k=0, top_p=1.0, seed=4, stop=end)
+    found = []
+    for steps in (1, stride):
+        generator = Generator(model, processor, rows=7)
+        generator.stride = steps
+
+        def extend(row):
+            if row.response.extensions or row.index % 2:
+                return None
+            row.left = 12
+            return generator.next_turn(row, "And now?")
+
+        limits = [9 + 4 * (i % 5) for i in range(12)]
+        found.append(generator.sample(prompts * 2, limits, extend=extend, **how))
+    for one, other in zip(*found):
+        assert one.ids == other.ids and one.positions == other.positions
+        assert one.sampled == other.sampled and one.finished == other.finished
+        want = torch.tensor(one.logprobs)
+        torch.testing.assert_close(torch.tensor(other.logprobs), want, atol=1e-5, rtol=0)
+    assert len({len(response.ids) for response in found[0]}) > 3
+    # a penalty and a reader need each token before the next
+    pieces = []
+    generator.generate([ask("Hi")], max_new_tokens=6, seed=1, stream=lambda i, p: pieces.append(p))
+    assert len(pieces) > 1
+
+
 def watched_steps(model, monkeypatch):
     """A list that fills with (rows, tokens) of each step of the model."""
     steps = []
