@@ -25,7 +25,16 @@ from torch import Tensor
 from common.facts import DECODER, TOWER, read_facts
 from common.parallel import assign
 from common.weights import KEYE_NAMES, UNUSED, load_weights, read_config, save_weights
-from kernels import Segments, attention, cached_attention, decoder_step, to_device
+from kernels import (
+    Segments,
+    attention,
+    cached_attention,
+    decoder_step,
+    enter_heads,
+    few_kernels,
+    swiglu,
+    to_device,
+)
 from vit import ViT, ViTConfig, index_of, recomputed, rotate
 
 # --------------------------------------------------------------------------------------------------
@@ -310,12 +319,39 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def whole_step(self):
-        """kernels/step.py's step with these weights, or None: `forward` in one call, for one text
-        token of each row of a cache."""
+        """A faster `forward` for one text token of each row of a cache, or None: a function of
+        x (B, C), positions (B,), tokens before (B,), and the cache's keys and values.
+
+        A small decoder's layers are one call on a CPU (kernels/step.py); on a GPU a layer's small
+        operations are two (kernels/layer.py).
+        """
         cfg = self.cfg
+        weight = self.norm.weight
+        if few_kernels(weight, cfg.head_dim):
+            return self.step_of_few_kernels
         layers = [list(layer.parameters()) for layer in self.layers]
         heads, eps = cfg.num_attention_heads, cfg.rms_norm_eps
-        return decoder_step(layers, self.norm.weight, frequencies(cfg), heads, eps)
+        return decoder_step(layers, weight, frequencies(cfg, weight.device), heads, eps)
+
+    def step_of_few_kernels(self, x, positions, before, keys, values):
+        rope = [x.contiguous() for x in rope_3d(positions.expand(3, -1), self.cfg)]
+        places = torch.arange(len(x), device=x.device) * keys.shape[2] + before
+        lengths = before.int()
+        for layer, k_cache, v_cache in zip(self.layers, keys, values):
+            attn, mlp = layer.self_attn, layer.mlp
+            h = layer.input_layernorm(x)
+            q, k, v = (
+                project(h).unflatten(1, (-1, attn.head_dim))
+                for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+            )
+            norms = attn.q_norm.weight, attn.k_norm.weight
+            cache = k_cache, v_cache
+            q = enter_heads(q, k, v, norms, rope, places, cache, attn.q_norm.eps)
+            out = cached_attention(q[:, None], k_cache, v_cache, lengths)  # (B, 1, H, D)
+            x = x + attn.o_proj(out.flatten(1))
+            h = layer.post_attention_layernorm(x)
+            x = x + mlp.down_proj(swiglu(mlp.gate_proj(h), mlp.up_proj(h)))
+        return self.norm(x)
 
 
 def rope_3d(positions: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
@@ -500,7 +536,7 @@ class KeyeVL(nn.Module):
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
         cache = KVCache(self.config, rows, max_len, weight.device, dtype)
-        if dtype == torch.float32 and weight.device.type == "cpu":
+        if dtype == weight.dtype:
             cache.whole_step = self.decoder.whole_step()
         return cache
 

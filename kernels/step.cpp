@@ -2,7 +2,7 @@
 // decoder. Of a small model this takes PyTorch's operators, some forty a layer, longer to call than
 // to compute; here it is one call.
 //
-// Activations lie with the channels downwards and the tokens across, (channels, wide): norms, RoPE
+// Activations lie with the channels downwards and the tokens across, (channels, TOKENS): norms, RoPE
 // and SwiGLU are loops over channels, in which each vector holds the same channel of several
 // tokens, and products take the weights as they lie in the model, (out, in). Only attention looks
 // at tokens one by one. A task is a block of tokens: it goes through all layers by itself, so that
@@ -10,7 +10,9 @@
 
 #include "attention.cpp"
 
-constexpr int TOKENS = 16;  // of a task, at most: its activations stay in the first caches
+// Tokens of a task. Where there are fewer, zeros fill it up: so all go through the same
+// instructions, and a token's result has the same bits among any others.
+constexpr int TOKENS = 2 * VECTOR;
 constexpr int CHANNELS = 64;  // that attention sums up at once, in registers
 
 // Weights, each matrix (out, in): the parameters of model.DecoderLayer, in its order.
@@ -30,21 +32,20 @@ struct Step {
     int32_t tokens, layer_count, channels, inner, heads, kv_heads, width, rows, capacity;
 };
 
-// out = x / sqrt(mean of x^2 + eps) * weight, token by token: x and out (channels, wide).
-static void normalise(const float* x, const float* weight, int channels, int wide, float eps,
-                      float* out) {
-    for (int j = 0; j < wide; j += VECTOR) {
+// out = x / sqrt(mean of x^2 + eps) * weight, token by token: x and out (channels, TOKENS).
+static void normalise(const float* x, const float* weight, int channels, float eps, float* out) {
+    for (int j = 0; j < TOKENS; j += VECTOR, x += VECTOR, out += VECTOR) {
         floats sum = {}, scale = {};
-        for (int c = 0; c < channels; c++) sum += load(x + c * wide + j) * load(x + c * wide + j);
+        for (int c = 0; c < channels; c++) sum += load(x + c * TOKENS) * load(x + c * TOKENS);
         for (int i = 0; i < VECTOR; i++) scale[i] = 1 / std::sqrt(sum[i] / channels + eps);
         for (int c = 0; c < channels; c++)
-            store(out + c * wide + j, load(x + c * wide + j) * scale * weight[c]);
+            store(out + c * TOKENS, load(x + c * TOKENS) * scale * weight[c]);
     }
 }
 
-// Turns the pairs (i, i + width / 2) of a head (width, wide); cos and sin (width / 2, wide).
-static void rotate(float* x, const float* cos, const float* sin, int width, int wide) {
-    int half = width / 2 * wide;
+// Turns the pairs (i, i + width / 2) of a head (width, TOKENS); cos and sin (width / 2, TOKENS).
+static void rotate(float* x, const float* cos, const float* sin, int width) {
+    int half = width / 2 * TOKENS;
     for (int i = 0; i < half; i += VECTOR) {
         floats a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
         store(x + i, a * c - b * s);
@@ -103,47 +104,47 @@ static void attend_token(const float* q, int group, int width, const float* k, c
 // Tokens first .. first + count through all layers.
 struct Block {
     const Step& s;
-    int first, count, wide = padded(count);
+    int first, count;
     int q_width = s.heads * s.width, kv_width = s.kv_heads * s.width;
     int group = s.heads / s.kv_heads;  // queries that share a key head
-    Scratch memory{size_t(wide) * (2 * s.channels + s.width + 3 * q_width + 4 * kv_width +
+    Scratch memory{size_t(TOKENS) * (2 * s.channels + s.width + 3 * q_width + 4 * kv_width +
                                    2 * s.inner) + size_t(group) * padded(s.capacity)};
     float *x = take(s.channels), *normed = take(s.channels);
-    float *cos = take(s.width), *sin = cos + s.width / 2 * wide;
+    float *cos = take(s.width), *sin = cos + s.width / 2 * TOKENS;
     float *q = take(q_width), *k = take(kv_width), *v = take(kv_width);
     float *gate = take(s.inner), *up = take(s.inner);
     float *q_rows = take(q_width), *k_rows = take(kv_width), *v_rows = take(kv_width);
     float *out_rows = take(q_width), *scores = memory.take(group * padded(s.capacity));
 
-    float* take(int channels) { return memory.take(size_t(channels) * wide); }
+    float* take(int channels) { return memory.take(size_t(channels) * TOKENS); }
 
-    // to (out, wide) = weight (out, in) from (in, wide), or to += it
+    // to (out, TOKENS) = weight (out, in) from (in, TOKENS), or to += it
     void multiply(float* weight, float* from, int in, float* to, int out, bool add = false) {
-        product(out, wide, in, {weight, in}, {from, wide}, {to, wide}, add);
+        product(out, TOKENS, in, {weight, in}, {from, TOKENS}, {to, TOKENS}, add);
     }
 
     void run() {
         float* mine = s.x + (int64_t)first * s.channels;
-        transpose(mine, count, s.channels, s.channels, wide, x);
+        transpose(mine, count, s.channels, s.channels, TOKENS, x);
         for (int i = 0; i < s.width / 2; i++)
-            for (int b = 0; b < wide; b++) {
+            for (int b = 0; b < TOKENS; b++) {
                 float angle = b < count ? s.positions[first + b] * s.frequencies[i] : 0;
-                cos[i * wide + b] = std::cos(angle);
-                sin[i * wide + b] = std::sin(angle);
+                cos[i * TOKENS + b] = std::cos(angle);
+                sin[i * TOKENS + b] = std::sin(angle);
             }
         for (int i = 0; i < s.layer_count; i++) {
             const Layer& layer = s.layers[i];
-            normalise(x, layer.norm, s.channels, wide, s.eps, normed);
+            normalise(x, layer.norm, s.channels, s.eps, normed);
             attend(i);
             multiply(layer.o, q, q_width, x, s.channels, true);
-            normalise(x, layer.mlp_norm, s.channels, wide, s.eps, normed);
+            normalise(x, layer.mlp_norm, s.channels, s.eps, normed);
             multiply(layer.gate, normed, s.channels, gate, s.inner);
             multiply(layer.up, normed, s.channels, up, s.inner);
-            swiglu(gate, up, s.inner * wide);
+            swiglu(gate, up, s.inner * TOKENS);
             multiply(layer.down, gate, s.inner, x, s.channels, true);
         }
-        normalise(x, s.norm, s.channels, wide, s.eps, normed);
-        transpose(normed, s.channels, count, wide, s.channels, mine);
+        normalise(x, s.norm, s.channels, s.eps, normed);
+        transpose(normed, s.channels, count, TOKENS, s.channels, mine);
     }
 
     // Keys and values of `normed` enter the cache; q becomes what its tokens see there.
@@ -154,13 +155,13 @@ struct Block {
         multiply(layer.v, normed, s.channels, v, kv_width);
         for (int h = 0; h < s.heads + s.kv_heads; h++) {
             bool is_q = h < s.heads;
-            float* head = is_q ? q + h * s.width * wide : k + (h - s.heads) * s.width * wide;
-            normalise(head, is_q ? layer.q_norm : layer.k_norm, s.width, wide, s.eps, head);
-            rotate(head, cos, sin, s.width, wide);
+            float* head = is_q ? q + h * s.width * TOKENS : k + (h - s.heads) * s.width * TOKENS;
+            normalise(head, is_q ? layer.q_norm : layer.k_norm, s.width, s.eps, head);
+            rotate(head, cos, sin, s.width);
         }
-        transpose(q, q_width, count, wide, q_width, q_rows);  // (count, H, D)
-        transpose(k, kv_width, count, wide, kv_width, k_rows);  // (count, KV, D)
-        transpose(v, kv_width, count, wide, kv_width, v_rows);
+        transpose(q, q_width, count, TOKENS, q_width, q_rows);  // (count, H, D)
+        transpose(k, kv_width, count, TOKENS, kv_width, k_rows);  // (count, KV, D)
+        transpose(v, kv_width, count, TOKENS, kv_width, v_rows);
 
         int64_t row = (int64_t)s.capacity * kv_width;
         for (int b = 0; b < count; b++) {
@@ -174,7 +175,7 @@ struct Block {
                              kv_width, before + 1, scores, out_rows + place);
             }
         }
-        transpose(out_rows, count, q_width, q_width, wide, q);
+        transpose(out_rows, count, q_width, q_width, TOKENS, q);
     }
 };
 
@@ -183,9 +184,8 @@ extern "C" int decoder_step(const Step* step, int threads) {
     const Step& s = *step;
     for (int b = 0; b < s.tokens; b++)
         if (b >= s.rows || s.lengths[b] < 0 || s.lengths[b] >= s.capacity) return b;
-    int each = std::min(TOKENS, padded((s.tokens + threads - 1) / threads));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int first = 0; first < s.tokens; first += each)
-        Block{s, first, std::min(each, s.tokens - first)}.run();
+    for (int first = 0; first < s.tokens; first += TOKENS)
+        Block{s, first, std::min(TOKENS, s.tokens - first)}.run();
     return -1;
 }
