@@ -164,16 +164,24 @@ class Row:
             self.drawn.append(self.rng.random())
         return self.drawn[:n]
 
-    def write(self, token, logprob):
-        """A token that the model has just chosen."""
-        self.drawn = self.drawn[1:]
-        self.response.ids.append(token)
-        self.response.logprobs.append(logprob)
-        self.response.sampled.append(True)
-        self.response.positions.append([self.next_position] * 3)
-        self.next_position += 1
-        self.left -= 1
-        self.seen.add(token)
+    def write(self, tokens, logprobs, stops) -> int:
+        """Tokens that the model has just chosen, up to the row's end. Returns how many these are.
+        stops: ids that end a response."""
+        response = self.response
+        response.finished = not stops.isdisjoint(tokens)
+        if response.finished:
+            end = next(i for i, token in enumerate(tokens) if token in stops)
+            tokens, logprobs = tokens[: end + 1], logprobs[: end + 1]
+        n = len(tokens)
+        response.ids += tokens
+        response.logprobs += logprobs
+        response.sampled += [True] * n
+        start, self.next_position = self.next_position, self.next_position + n
+        response.positions += [[place] * 3 for place in range(start, start + n)]
+        self.left -= n
+        self.seen.update(tokens)
+        self.drawn = self.drawn[n:]
+        return n
 
     def read(self, sample):
         """Tokens to go on with. The last id enters the cache together with them."""
@@ -376,31 +384,19 @@ class Generator:
             # 1. Who moves next: rows with a prompt to read (prefill), else all by a token (decode).
             while group := schedule.next_group():
                 decodes = not group[0].unread
-                if decodes and blind:
-                    # 2. and 3. Several tokens for each row, on the device.
-                    ids, logprobs = self.walk(group, cache, how)  # (steps, B) each
-                else:
-                    # 2. Their new tokens pass through the model: what may follow each row.
-                    logits = self.step(group, cache)  # (B, V)
-
-                    # 3. One token for each row, from the row's own random numbers.
-                    draws = [draw for row in group for draw in row.draws(1)]
-                    ids, logprobs = choose(logits, draws, *how, [row.seen for row in group])
-                    ids, logprobs = ids[None], logprobs[None]  # (1, B) each
+                # 2. and 3. What they have to read goes through the model, and gives new tokens.
+                move = self.walk if decodes and blind else self.one_token
+                ids, logprobs = move(group, cache, how)  # (steps, B) each
 
                 ended = []
                 for row, *new in zip(group, ids.T.tolist(), logprobs.T.tolist()):
-                    # 4. It is written, up to the row's end. Its next step reads the last id.
-                    for n, (token, logprob) in enumerate(zip(*new), 1):
-                        row.write(token, logprob)
-                        row.response.finished = token in stops
-                        last = row.response.finished or row.left <= 0
-                        if stream:
-                            self.send(row, stream, last)
-                        if last:
-                            break
+                    # 4. They are written, up to the row's end. Its next step reads the last id.
+                    n = row.write(*new, stops)
                     if decodes:
                         cache.lengths[row.slot] += n
+                    last = row.response.finished or row.left <= 0
+                    if stream:
+                        self.send(row, stream, last)
                     # A row that has ended may be given more to read.
                     if last and not self.goes_on(row, extend, cache):
                         ended.append(row)
@@ -411,6 +407,16 @@ class Generator:
                     if last != place:
                         cache.copy(last, place)
                     cache.lengths[last] = 0
+
+    def one_token(self, rows: list[Row], cache: KVCache, how: tuple) -> tuple[Tensor, Tensor]:
+        """A token for each of the rows: ids and logprobs (1, B)."""
+        # 2. Their new tokens pass through the model, which says what may follow each row.
+        logits = self.step(rows, cache)  # (B, V)
+
+        # 3. One token for each row, from the row's own random numbers.
+        draws = [draw for row in rows for draw in row.draws(1)]
+        ids, logprobs = choose(logits, draws, *how, [row.seen for row in rows])
+        return ids[None], logprobs[None]
 
     def step(self, rows: list[Row], cache: KVCache) -> Tensor:
         """Runs the rows' new tokens; logits (B, V) fp32 of what follows each row's last one."""
@@ -472,8 +478,7 @@ class Generator:
             [row.draws(steps) for row in rows], dtype=torch.float64
         ).T
         now = torch.zeros(1, dtype=torch.long)  # which of the steps comes next
-        ids = torch.zeros(self.stride, size, dtype=torch.long)
-        logprobs = torch.zeros(self.stride, size)
+        ids, logprobs = torch.zeros_like(draws, dtype=torch.long), torch.zeros(draws.shape)
 
         def run(inputs, draws, now, ids, logprobs):
             hidden = self.model.step_one(*inputs, cache, self.reach(n, cache, steps))

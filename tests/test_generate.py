@@ -598,6 +598,7 @@ def test_graphs_change_nothing(processor, prompts, monkeypatch):
     for graphs in (False, True):
         generator = Generator(model, processor, rows=7, graphs=graphs)
         generator.bf16 = False
+        generator.stride = 8 if graphs else 1
 
         def extend(row):
             if row.response.extensions or row.index % 4:
@@ -613,7 +614,7 @@ def test_graphs_change_nothing(processor, prompts, monkeypatch):
         assert plain.ids == one.ids and plain.positions == one.positions
         want = torch.tensor(plain.logprobs)
         torch.testing.assert_close(torch.tensor(one.logprobs), want, atol=1e-4, rtol=0)
-    assert len(set(map(id, replays))) >= 3  # graphs for different numbers of rows
+    assert len(set(map(id, replays))) >= 2  # graphs for different numbers of rows
 
 
 @pytest.mark.cuda
