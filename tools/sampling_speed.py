@@ -3,10 +3,11 @@
     python -m tools.sampling_speed                                toy, one CPU thread
     python -m tools.sampling_speed --size 8b --batch 1 32 64      on a GPU, in bf16
 
-A line for each number of rows and each way to choose: tokens/s of decoding, that is without the
-time that reading the prompts and one token take, for both; their ratio; the share of ids that are
-the same; on a GPU the share of the bandwidth roofline. Rounds of both alternate, and medians count:
-compare figures of one run only. Weights are random and never meet a file. Needs transformers.
+A line for each number of rows and each way to choose: tokens/s of decoding, taken from the second
+half of the answers, so without reading the prompts and capturing graphs; in brackets those of the
+whole call; the ratios; the share of ids that are the same; on a GPU the share of the bandwidth
+roofline. Rounds of both alternate, and medians count: compare figures of one run only. Weights are
+random and never meet a file. Needs transformers.
 """
 
 import argparse
@@ -57,8 +58,8 @@ def ours(model: KeyeVL, prompts: torch.Tensor, way: dict):
     return sample
 
 
-def theirs(model: KeyeVL, prompts: torch.Tensor, way: dict):
-    """The same with Qwen3ForCausalLM, PyTorch's attention and its cache, on the same weights."""
+def peer_of(model: KeyeVL):
+    """Hugging Face's Qwen3ForCausalLM on the same weights, not on copies of them."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     cfg = model.config
@@ -71,10 +72,15 @@ def theirs(model: KeyeVL, prompts: torch.Tensor, way: dict):
     config.eos_token_id = config.bos_token_id = None
     weight = model.head_weight
     with weight.device:
-        peer = Qwen3ForCausalLM(config).to(weight.dtype).eval()
+        peer = Qwen3ForCausalLM._from_config(config, dtype=weight.dtype).eval()
     weights = {f"model.{k}": v for k, v in model.decoder.state_dict().items()}
     peer.load_state_dict(weights | {"lm_head.weight": weight}, assign=True)
-    prompts = prompts.to(weight.device)
+    return peer
+
+
+def theirs(peer, prompts: torch.Tensor, way: dict):
+    """The same by its generate, with PyTorch's attention and its default cache."""
+    prompts = prompts.to(peer.device)
     how = dict(attention_mask=torch.ones_like(prompts), pad_token_id=0, **way)
 
     def sample(n):
@@ -90,17 +96,21 @@ def seconds(sample, n: int) -> tuple[float, list]:
     return time.perf_counter() - begin, ids
 
 
-def compare(samplers: list, new: int, rounds: int) -> tuple[list[float], list]:
-    """Median seconds of decoding new - 1 tokens a row for each sampler, in turns; and their ids."""
-    times = [[] for _ in samplers]
-    for i in range(rounds + 1):
+def compare(samplers: list, new: int, rounds: int) -> tuple[list, list, list]:
+    """In turns. Median seconds of a token in the second half of `new`, and of one over the whole
+    call, for each sampler; and their ids."""
+    late, whole = [[] for _ in samplers], [[] for _ in samplers]
+    for _ in range(rounds + 1):
         ids = []
-        for taken, sample in zip(times, samplers):
-            one, _ = seconds(sample, 1)
-            all_, said = seconds(sample, new)
-            taken.append(all_ - one)
+        for i, sample in enumerate(samplers):
+            half, _ = seconds(sample, new // 2)
+            taken, said = seconds(sample, new)
+            late[i].append((taken - half) / (new - new // 2))
+            whole[i].append(taken / new)
             ids.append(said)
-    return [sorted(taken[1:])[rounds // 2] for taken in times], ids  # the first one warms up
+    # the first round warms up
+    late, whole = ([sorted(taken[1:])[rounds // 2] for taken in way] for way in (late, whole))
+    return late, whole, ids
 
 
 def bytes_of_step(cfg: Config, model: KeyeVL, rows: int, length: int) -> int:
@@ -134,27 +144,28 @@ def main():
     name = torch.cuda.get_device_name() if cuda else "one CPU thread"
     print(f"{name}, torch {torch.__version__}: {args}")
 
+    peer = None if args.alone else peer_of(model)
     for rows in args.batch:
         prompts = torch.randint(0, 900, (rows, args.prompt))  # of no control tokens
         for way in args.ways:
             how, peers_how = WAYS[way]
             samplers = [ours(model, prompts, how)]
-            if not args.alone:
-                samplers.append(theirs(model, prompts, peers_how))
-            times, ids = compare(samplers, args.new, args.rounds)
-            rates = [rows * (args.new - 1) / taken for taken in times]
-            line = f"{way:8} {rows:4} rows: ours {rates[0]:8,.0f} tok/s"
-            if not args.alone:
-                line += f", Hugging Face {rates[1]:8,.0f}, {rates[0] / rates[1]:5.2f} times"
-            if not args.alone and way == "greedy":
+            if peer:
+                samplers.append(theirs(peer, prompts, peers_how))
+            late, whole, ids = compare(samplers, args.new, args.rounds)
+            line = f"{way:8} {rows:4} rows: "
+            line += f"ours {rows / late[0]:8,.0f} ({rows / whole[0]:,.0f}) tok/s"
+            if peer:
+                line += f", Hugging Face {rows / late[1]:8,.0f} ({rows / whole[1]:,.0f})"
+                line += f", {late[1] / late[0]:.2f} ({whole[1] / whole[0]:.2f}) times"
+            if peer and way == "greedy":
                 pairs = [a == b for x, y in zip(*ids) for a, b in zip(x, y)]
                 line += f", {sum(pairs) / len(pairs):.1%} of ids the same"
             if cuda:
-                steps = rates[0] / rows
-                need = bytes_of_step(cfg, model, rows, args.prompt + args.new // 2)
+                need = bytes_of_step(cfg, model, rows, args.prompt + args.new * 3 // 4)
                 peak = next((b for card, b in BANDWIDTH.items() if card in name), None)
-                line += f", {need * steps / 1e12:.2f} TB/s"
-                line += f" = {need * steps / peak:.0%} of the roofline" if peak else ""
+                line += f", {need / late[0] / 1e12:.2f} TB/s"
+                line += f" = {need / late[0] / peak:.0%} of the roofline" if peak else ""
             print(line, flush=True)
 
 
