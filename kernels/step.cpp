@@ -63,9 +63,11 @@ static void swiglu(float* gate, const float* up, int count) {
 }
 
 static float total(floats x) {
-    float sum = 0;
-    for (int i = 0; i < VECTOR; i++) sum += x[i];
-    return sum;
+    float sums[VECTOR];
+    store(sums, x);
+    for (int half = VECTOR / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+    return sums[0];
 }
 
 // softmax(q k' / sqrt(D)) v for the queries of one token that share a key head: q and out
@@ -74,14 +76,20 @@ static float total(floats x) {
 static void attend_token(const float* q, int group, int width, const float* k, const float* v,
                          int64_t step, int keys, float* scores, float* out) {
     int wide = padded(keys);
+    float scale = 1 / std::sqrt((float)width);
     std::fill_n(scores, group * wide, -INFINITY);
-    for (int i = 0; i < keys; i++)
+    for (int i = 0; i < keys; i++) {
+        for (int d = 0; d < width; d += 16) {  // a cache line: what is read next is asked for now
+            __builtin_prefetch(k + (i + 8) * step + d);
+            __builtin_prefetch(v + i * step + d);
+        }
         for (int g = 0; g < group; g++) {
             floats sum = {};
             for (int d = 0; d < width; d += VECTOR)
                 sum += load(q + g * width + d) * load(k + i * step + d);
-            scores[g * wide + i] = total(sum) / std::sqrt((float)width);
+            scores[g * wide + i] = total(sum) * scale;
         }
+    }
     for (int g = 0; g < group; g++, scores += wide, out += width) {
         float largest = *std::max_element(scores, scores + keys);
         floats sum = {};
