@@ -14,7 +14,8 @@ model chooses. In code, texts come from conversations, or ids from samples:
 Prefill: all tokens of a prompt go through the model at once, as in training, and leave their keys
 and values in a cache. Copy: rows that were asked the same, as a group's are, get theirs from the
 one that has read it. Decode: from then on one token at a time goes through the model, reads the
-cache, adds its own keys and values, and the logits at its place give the next token.
+cache, adds its own keys and values, and the logits at its place give the next token. On a GPU
+several such steps follow one another, as a CUDA graph, before the host looks at what was written.
 
 Conversations of any lengths are decoded together. Prompts enter packed, without padding. The rows
 that are decoded are always the first ones of the cache: when one ends, the last one takes its

@@ -28,7 +28,8 @@ class Heads(ctypes.Structure):
 
 def available(weight: Tensor, width: int) -> bool:
     """Whether weights of this kind, with heads of this width, find their kernels here."""
-    known = weight.is_cuda and weight.dtype in DTYPES and width in WIDTHS
+    whole = type(weight) in (Tensor, torch.nn.Parameter)  # no shard of FSDP's
+    known = whole and weight.is_cuda and weight.dtype in DTYPES and width in WIDTHS
     return known and load("layer.cu") is not None
 
 

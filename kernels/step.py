@@ -48,12 +48,9 @@ def decoder_step(
     layers: for each its weights in the order of NAMES, matrices (out, in). norm (C,): the last one.
     frequencies (D / 2,): of RoPE. All fp32.
     """
-    weights = [norm, frequencies, *(weight for layer in layers for weight in layer)]
-    plain = all(
-        x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() for x in weights
-    )
     small = len(norm) <= MAX_CHANNELS and not 2 * len(frequencies) % CHANNELS
-    if not plain or not small or load("step.cpp") is None:
+    weights = [norm, frequencies, *(weight for layer in layers for weight in layer)]
+    if not small or not all(map(plain, weights)) or load("step.cpp") is None:
         return None
     for layer in layers:
         check_layer(dict(zip(NAMES, layer, strict=True)), len(norm), heads, 2 * len(frequencies))
@@ -67,6 +64,8 @@ def decoder_step(
         positions (B,) of the tokens. ValueError where a row is full."""
         x = x.contiguous()
         lengths, positions = lengths.int().contiguous(), positions.long().contiguous()
+        if not all(map(plain, (x, k, v))) or k.shape != v.shape:
+            raise ValueError("decoder step: x, k and v must be fp32 on a CPU, k and v contiguous")
         _, rows, capacity, kv_heads, width = k.shape
         work = Step(
             addresses, *(t.data_ptr() for t in (norm, frequencies, k, v, x, positions, lengths)),
@@ -81,6 +80,11 @@ def decoder_step(
         return x
 
     return step
+
+
+def plain(x: Tensor) -> bool:
+    whole = type(x) in (Tensor, torch.nn.Parameter)  # no shard of FSDP's
+    return whole and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
 
 
 def check_layer(layer: dict, channels: int, heads: int, width: int):

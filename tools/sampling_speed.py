@@ -125,7 +125,7 @@ def bytes_of_step(cfg: Config, model: KeyeVL, rows: int, length: int) -> int:
     return weight.element_size() * (numbers + cache)
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--size", default="toy", choices=PRESETS)
@@ -136,7 +136,23 @@ def main():
     add("--ways", nargs="+", default=["greedy", "rollout"], choices=WAYS)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--alone", action="store_true", help="ours without Hugging Face's")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def result(way: str, rows: int, late: list, whole: list, ids: list) -> str:
+    """A line's beginning: ours, and where it ran too, Hugging Face's."""
+    line = f"{way:8} {rows:4} rows: ours {rows / late[0]:8,.0f} ({rows / whole[0]:,.0f}) tok/s"
+    if len(late) > 1:
+        line += f", Hugging Face {rows / late[1]:8,.0f} ({rows / whole[1]:,.0f})"
+        line += f", {late[1] / late[0]:.2f} ({whole[1] / whole[0]:.2f}) times"
+    if len(late) > 1 and way == "greedy":
+        pairs = [a == b for x, y in zip(*ids) for a, b in zip(x, y)]
+        line += f", {sum(pairs) / len(pairs):.1%} of ids the same"
+    return line
+
+
+def main():
+    args = arguments()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     cuda = args.device == "cuda"
@@ -145,7 +161,7 @@ def main():
     model = KeyeVL.empty(cfg, dtype, args.device).init_weights().eval().requires_grad_(False)
     name = torch.cuda.get_device_name() if cuda else "one CPU thread"
     print(f"{name}, torch {torch.__version__}: {args}")
-
+    peak = next((speed for card, speed in BANDWIDTH.items() if card in name), None)
     peer = None if args.alone else peer_of(model)
     for rows in args.batch:
         prompts = torch.randint(0, 900, (rows, args.prompt))  # of no control tokens
@@ -155,17 +171,9 @@ def main():
             if peer:
                 samplers.append(theirs(peer, prompts, peers_how))
             late, whole, ids = compare(samplers, args.new, args.rounds)
-            line = f"{way:8} {rows:4} rows: "
-            line += f"ours {rows / late[0]:8,.0f} ({rows / whole[0]:,.0f}) tok/s"
-            if peer:
-                line += f", Hugging Face {rows / late[1]:8,.0f} ({rows / whole[1]:,.0f})"
-                line += f", {late[1] / late[0]:.2f} ({whole[1] / whole[0]:.2f}) times"
-            if peer and way == "greedy":
-                pairs = [a == b for x, y in zip(*ids) for a, b in zip(x, y)]
-                line += f", {sum(pairs) / len(pairs):.1%} of ids the same"
+            line = result(way, rows, late, whole, ids)
             if cuda:
                 need = bytes_of_step(cfg, model, rows, args.prompt + args.new * 3 // 4)
-                peak = next((b for card, b in BANDWIDTH.items() if card in name), None)
                 line += f", {need / late[0] / 1e12:.2f} TB/s"
                 line += f" = {need / late[0] / peak:.0%} of the roofline" if peak else ""
             print(line, flush=True)
