@@ -17,7 +17,8 @@ model chooses. In code, texts come from conversations, or ids from samples:
 Prefill: all tokens of a prompt go through the model at once, as in training, and leave their keys
 and values in a cache. Copy: rows that were asked the same, as a group's are, get theirs from the
 one that has read it. Decode: from then on one token at a time goes through the model, reads the
-cache, adds its own keys and values, and the logits at its place give the next token.
+cache, adds its own keys and values, and the logits at its place give the next token. On a GPU
+several such steps follow one another, as a CUDA graph, before the host looks at what was written.
 
 Conversations of any lengths are decoded together. Prompts enter packed, without padding. The rows
 that are decoded are always the first ones of the cache: when one ends, the last one takes its
@@ -68,6 +69,9 @@ CACHE_BYTES = 16 << 30  # ours, of keys and values: 8B's take 144 KiB a token
 GROWTH = 256
 # ours: a graph takes as long to capture as some steps to run; a few rows are soon fewer still
 STEPS_BEFORE_GRAPH = 8
+# ours: so many tokens of each row between two looks of the host at what was written. A look costs a
+# small model a step; a row that ends before the next one has taken some steps for nothing.
+STRIDE = 8
 
 
 def max_answer(cfg: Config) -> int:
@@ -81,7 +85,7 @@ def max_answer(cfg: Config) -> int:
 
 def choose(
     logits: Tensor,
-    draws: list,
+    draws: list | Tensor,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -97,11 +101,13 @@ def choose(
     again (at temperature 0: that of 1). banned (n,): ids that are never taken. seen: for each row
     the ids that repetition_penalty makes less likely.
     """
-    logp = (logits / (temperature or 1)).log_softmax(-1)  # (B, V)
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    logp = logits.log_softmax(-1)  # (B, V)
     allowed = logp
     if repetition_penalty != 1:
-        allowed = penalised(logits, seen, repetition_penalty) / (temperature or 1)
-    allowed = allowed.index_fill(1, banned, float("-inf"))
+        allowed = penalised(logits, seen, repetition_penalty)
+    allowed = allowed.index_fill_(1, banned, float("-inf"))  # of which no logprob is ever read
     if temperature == 0:
         ids = allowed.argmax(-1)
     else:
@@ -109,7 +115,7 @@ def choose(
     return ids, logp.gather(1, ids[:, None])[:, 0]
 
 
-def drawn(logits: Tensor, draws: list, top_k: int, top_p: float) -> Tensor:
+def drawn(logits: Tensor, draws: list | Tensor, top_k: int, top_p: float) -> Tensor:
     """Ids (B,) of softmax(logits (B, V)), truncated as choose says, at B draws in [0, 1)."""
     # Truncation needs the tokens sorted. Without it their order does not matter.
     vocab = logits.shape[1]
@@ -126,8 +132,10 @@ def drawn(logits: Tensor, draws: list, top_k: int, top_p: float) -> Tensor:
         cdf = (p * (before < top_p * cdf[:, -1:])).cumsum(-1, dtype=torch.float64)
 
     # Inverse of the distribution function: the first token at which it exceeds the draw.
-    u = to_device(torch.tensor(draws, dtype=torch.float64), cdf.device)[:, None]  # (B, 1)
-    ids = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=k - 1)  # (B, 1)
+    if not isinstance(draws, Tensor):
+        draws = to_device(torch.tensor(draws, dtype=torch.float64), cdf.device)
+    u = draws[:, None] * cdf[:, -1:]  # (B, 1)
+    ids = torch.searchsorted(cdf, u, right=True).clamp(max=k - 1)  # (B, 1)
     return (ids if order is None else order.gather(1, ids))[:, 0]
 
 
@@ -156,17 +164,33 @@ class Row:
     next_position: int = 0  # of the token after the last one, equal on all three axes
     slot: int = -1  # its row of the cache
     seen: set[int] = field(default_factory=set)  # ids that it has read or written
+    drawn: list[float] = field(default_factory=list)  # random numbers for its next tokens
     unsent: list[int] = field(default_factory=list)  # ids whose text is not streamed yet
 
-    def write(self, token, logprob):
-        """A token that the model has just chosen."""
-        self.response.ids.append(token)
-        self.response.logprobs.append(logprob)
-        self.response.sampled.append(True)
-        self.response.positions.append([self.next_position] * 3)
-        self.next_position += 1
-        self.left -= 1
-        self.seen.add(token)
+    def draws(self, n):
+        """The random numbers of its next n tokens. Which ones does not depend on n."""
+        while len(self.drawn) < n:
+            self.drawn.append(self.rng.random())
+        return self.drawn[:n]
+
+    def write(self, tokens, logprobs, stops) -> int:
+        """Tokens that the model has just chosen, up to the row's end. Returns how many these are.
+        stops: ids that end a response."""
+        response = self.response
+        response.finished = not stops.isdisjoint(tokens)
+        if response.finished:
+            end = next(i for i, token in enumerate(tokens) if token in stops)
+            tokens, logprobs = tokens[: end + 1], logprobs[: end + 1]
+        n = len(tokens)
+        response.ids += tokens
+        response.logprobs += logprobs
+        response.sampled += [True] * n
+        start, self.next_position = self.next_position, self.next_position + n
+        response.positions += [[place] * 3 for place in range(start, start + n)]
+        self.left -= n
+        self.seen.update(tokens)
+        self.drawn = self.drawn[n:]
+        return n
 
     def read(self, sample):
         """Tokens to go on with. The last id enters the cache together with them."""
@@ -280,6 +304,7 @@ class Generator:
         self.rows = rows or (512 if weight.is_cuda else 64)
         self.pack_tokens = pack_tokens
         self.use_graphs = graphs and weight.is_cuda
+        self.stride = STRIDE if weight.is_cuda else 1  # a CPU has nothing to wait for
         self.stop = {special[name] for name in STOP}
 
         # Never sampled: marks of prompts, and rows of the table that stand for no token.
@@ -356,6 +381,8 @@ class Generator:
 
     def run(self, rows, how, stops, extend, stream, ends):
         """The loop of decoding: step by step until every row has ended. how: of choose."""
+        # whether nobody needs a token before those that follow it
+        blind = self.stride > 1 and not stream and how[-1] == 1
         longest = max((len(row.unread["tokens"]) + row.left for row in rows), default=0)
         places = self.places(len(rows), longest)
         schedule = Schedule(rows, places, self.pack_tokens)
@@ -363,23 +390,21 @@ class Generator:
         autocast = torch.autocast("cuda", torch.bfloat16) if self.bf16 else nullcontext()
         with self.without_compilation(), autocast:
             cache = self.model.new_cache(places, longest)
-            self.graphs = Graphs()
+            self.graphs = Graphs(self.device, self.use_graphs)
 
             # 1. Who moves next: rows with a prompt to read (prefill), else all by a token (decode).
             while group := schedule.next_group():
-                # 2. Their new tokens pass through the model, which says what may follow each row.
-                logits = self.step(group, cache)  # (B, V)
-
-                # 3. One token for each row, from the row's own random numbers.
-                draws = [row.rng.random() for row in group]
-                seen = [row.seen for row in group]
-                ids, logprobs = choose(logits, draws, *how, seen)  # (B,) each
+                decodes = not group[0].unread
+                # 2. and 3. What they have to read goes through the model, and gives new tokens.
+                move = self.walk if decodes and blind else self.one_token
+                ids, logprobs = move(group, cache, how)  # (steps, B) each
 
                 ended = []
-                for row, token, logprob in zip(group, ids.tolist(), logprobs.tolist()):
-                    # 4. It is written. The row's next step reads it.
-                    row.write(token, logprob)
-                    row.response.finished = token in stops
+                for row, *new in zip(group, ids.T.tolist(), logprobs.T.tolist()):
+                    # 4. They are written, up to the row's end. Its next step reads the last id.
+                    n = row.write(*new, stops)
+                    if decodes:
+                        cache.lengths[row.slot] += n
                     last = row.response.finished or row.left <= 0
                     if stream:
                         self.send(row, stream, last)
@@ -395,6 +420,16 @@ class Generator:
                     if last != place:
                         cache.copy(last, place)
                     cache.lengths[last] = 0
+
+    def one_token(self, rows: list[Row], cache: KVCache, how: tuple) -> tuple[Tensor, Tensor]:
+        """A token for each of the rows: ids and logprobs (1, B)."""
+        # 2. Their new tokens pass through the model, which says what may follow each row.
+        logits = self.step(rows, cache)  # (B, V)
+
+        # 3. One token for each row, from the row's own random numbers.
+        draws = [draw for row in rows for draw in row.draws(1)]
+        ids, logprobs = choose(logits, draws, *how, [row.seen for row in rows])
+        return ids[None], logprobs[None]
 
     def step(self, rows: list[Row], cache: KVCache) -> Tensor:
         """Runs the rows' new tokens; logits (B, V) fp32 of what follows each row's last one."""
@@ -434,26 +469,63 @@ class Generator:
         turn: they pass a token of no meaning, and what they read overwrites it. Logits as step's.
         """
         n = rows[-1].slot + 1
+        inputs = self.last_ids(rows, cache)  # (3, B)
+
+        def run(inputs):
+            hidden = self.model.step_one(*inputs, cache, self.reach(n, cache))
+            return self.model.head(hidden).float()
+
+        logits = self.graphs.run(run, [inputs])
+        return logits[:n] if n == len(rows) else logits[[row.slot for row in rows]]
+
+    def walk(self, rows: list[Row], cache: KVCache, how: tuple) -> tuple[Tensor, Tensor]:
+        """As decode and choose, several times: each id goes through the model as soon as it is
+        chosen. Ids and logprobs (steps, B) of the rows, on the host; a row's end is not looked for.
+        """
+        n = rows[-1].slot + 1
+        steps = min(self.stride, *(row.left for row in rows))
+        inputs = self.last_ids(rows, cache)  # (3, B)
+        size = inputs.shape[1]
+        draws = torch.zeros(self.stride, size, dtype=torch.float64)
+        draws[:steps, [row.slot for row in rows]] = torch.tensor(
+            [row.draws(steps) for row in rows], dtype=torch.float64
+        ).T
+        now = torch.zeros(1, dtype=torch.long)  # which of the steps comes next
+        ids, logprobs = torch.zeros_like(draws, dtype=torch.long), torch.zeros(draws.shape)
+
+        def run(inputs, draws, now, ids, logprobs):
+            hidden = self.model.step_one(*inputs, cache, self.reach(n, cache, steps))
+            logits = self.model.head(hidden).float()
+            chosen, logp = choose(logits, draws.index_select(0, now)[0], *how)
+            ids.index_copy_(0, now, chosen[None])
+            logprobs.index_copy_(0, now, logp[None])
+            now += 1
+            inputs += 1  # positions, and tokens that the cache holds
+            inputs[0] = chosen
+            inputs[2].clamp_(max=cache.max_len - 1)  # a row that waits must not run into the next
+            return ids, logprobs
+
+        found = self.graphs.run(run, [inputs, draws, now, ids, logprobs], steps)
+        slots = [row.slot for row in rows]
+        return tuple(x.cpu()[:steps, slots] for x in found)
+
+    def last_ids(self, rows, cache):
+        """Of the first rows of the cache, up to the last of these or some further ones: the last
+        id, its position, and how many tokens the cache holds: (3, B)."""
+        n = rows[-1].slot + 1
         size = min(1 << (n - 1).bit_length(), len(cache.lengths)) if self.use_graphs else n
         tokens = [0] * size
         positions = [0] * size
         for row in rows:
             tokens[row.slot] = row.response.ids[-1]
             positions[row.slot] = row.next_position - 1
-        inputs = torch.tensor([tokens, positions, cache.lengths[:size]])  # (3, B)
+        return torch.tensor([tokens, positions, cache.lengths[:size]])
 
-        def run(inputs):
-            # A graph is good for any length. Without one, no place is looked at that none holds.
-            reach = cache.max_len if self.use_graphs else max(cache.lengths[:n]) + 1
-            return self.model.head(self.model.step_one(*inputs, cache, reach)).float()
-
-        if self.use_graphs:
-            logits = self.graphs.run(run, inputs, self.device)
-        else:
-            logits = run(to_device(inputs, self.device))
-        for row in rows:
-            cache.lengths[row.slot] += 1
-        return logits[:n] if n == len(rows) else logits[[row.slot for row in rows]]
+    def reach(self, n, cache, steps=1):
+        """Places of the cache's first n rows that so many steps look at. A graph is good for any
+        length. Without one, no place is looked at that none holds."""
+        longest = max(cache.lengths[:n]) + steps
+        return cache.max_len if self.use_graphs else min(longest, cache.max_len)
 
     def goes_on(self, row, extend, cache):
         """Whether the row that has ended goes on; the cache grows by what it may then lack."""
@@ -464,7 +536,7 @@ class Generator:
         lacking = cache.lengths[row.slot] + len(row.unread["tokens"]) + row.left - cache.max_len
         if lacking > 0:
             cache.grow(max(lacking, GROWTH, cache.max_len // 4))
-            self.graphs = Graphs()  # the old ones know the old cache
+            self.graphs = Graphs(self.device, self.use_graphs)  # the old ones know the old cache
         return True
 
     def next_turn(self, row: Row, content: str | list, root: str | Path | None = None) -> dict:
@@ -513,28 +585,37 @@ class Graphs:
     """Steps of decoding as CUDA graphs, one for each number of rows. Launched from Python one by
     one, a step's some thousand kernels take longer than they run."""
 
-    def __init__(self):
+    def __init__(self, device, used: bool = True):
+        self.device = device
+        self.used = used
         self.steps = Counter()  # taken with so many rows
         self.graphs = {}
         self.pool = None  # memory that all graphs share: only one runs at a time
 
-    def run(self, step: Callable, inputs: Tensor, device) -> Tensor:
-        """step(inputs (3, B) on the device) -> logits (B, V), valid until the next step."""
-        size = inputs.shape[1]
-        self.steps[size] += 1
-        if self.steps[size] <= STEPS_BEFORE_GRAPH:  # what is set up at a first run must be by now
-            return step(to_device(inputs, device))
+    def run(self, step: Callable, inputs: list[Tensor], times: int = 1):
+        """What step(*inputs) returns at the last of so many times, valid until the next run. The
+        inputs (..., B) come from the host; a step may change them for the next."""
+        size = inputs[0].shape[-1]
+        self.steps[size] += times
+        # What is set up at a first run must be before a graph is.
+        if not self.used or self.steps[size] <= STEPS_BEFORE_GRAPH:
+            inputs = [to_device(x, self.device) for x in inputs]
+            for _ in range(times):
+                found = step(*inputs)
+            return found
         if size not in self.graphs:
-            static = to_device(inputs, device)
+            static = [to_device(x, self.device) for x in inputs]
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                logits = step(static)
+                found = step(*static)
             self.pool = graph.pool()
-            self.graphs[size] = graph, static, logits
-        graph, static, logits = self.graphs[size]
-        static.copy_(inputs.pin_memory(), non_blocking=True)
-        graph.replay()
-        return logits
+            self.graphs[size] = graph, static, found
+        graph, static, found = self.graphs[size]
+        for held, new in zip(static, inputs):
+            held.copy_(new.pin_memory(), non_blocking=True)
+        for _ in range(times):
+            graph.replay()
+        return found
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,7 +25,16 @@ from torch import Tensor
 from common.facts import DECODER, TOWER, read_facts
 from common.parallel import assign
 from common.weights import KEYE_NAMES, UNUSED, load_weights, read_config, save_weights
-from kernels import Segments, attention, cached_attention, to_device
+from kernels import (
+    Segments,
+    attention,
+    cached_attention,
+    decoder_step,
+    enter_heads,
+    few_kernels,
+    swiglu,
+    to_device,
+)
 from vit import ViT, ViTConfig, index_of, recomputed, rotate
 
 # --------------------------------------------------------------------------------------------------
@@ -309,6 +318,41 @@ class Decoder(nn.Module):
                 x = layer(x, rope, segments, attend)
         return self.norm(x)
 
+    def whole_step(self):
+        """A faster `forward` for one text token of each row of a cache, or None: a function of
+        x (B, C), positions (B,), tokens before (B,), and the cache's keys and values.
+
+        A small decoder's layers are one call on a CPU (kernels/step.py); on a GPU a layer's small
+        operations are two (kernels/layer.py).
+        """
+        cfg = self.cfg
+        weight = self.norm.weight
+        if few_kernels(weight, cfg.head_dim):
+            return self.step_of_few_kernels
+        layers = [list(layer.parameters()) for layer in self.layers]
+        heads, eps = cfg.num_attention_heads, cfg.rms_norm_eps
+        return decoder_step(layers, weight, frequencies(cfg, weight.device), heads, eps)
+
+    def step_of_few_kernels(self, x, positions, before, keys, values):
+        rope = [x.contiguous() for x in rope_3d(positions.expand(3, -1), self.cfg)]
+        places = torch.arange(len(x), device=x.device) * keys.shape[2] + before
+        lengths = before.int()
+        for layer, k_cache, v_cache in zip(self.layers, keys, values):
+            attn, mlp = layer.self_attn, layer.mlp
+            h = layer.input_layernorm(x)
+            q, k, v = (
+                project(h).unflatten(1, (-1, attn.head_dim))
+                for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+            )
+            norms = attn.q_norm.weight, attn.k_norm.weight
+            cache = k_cache, v_cache
+            q = enter_heads(q, k, v, norms, rope, places, cache, attn.q_norm.eps)
+            out = cached_attention(q[:, None], k_cache, v_cache, lengths)  # (B, 1, H, D)
+            x = x + attn.o_proj(out.flatten(1))
+            h = layer.post_attention_layernorm(x)
+            x = x + mlp.down_proj(swiglu(mlp.gate_proj(h), mlp.up_proj(h)))
+        return self.norm(x)
+
 
 def rope_3d(positions: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
     """positions (3, T): time, row, column -> cos and sin (T, 1, head_dim / 2), fp32.
@@ -317,8 +361,7 @@ def rope_3d(positions: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
     column. Text has the same position on all three axes, where this is plain RoPE.
     """
     device = positions.device
-    exponents = torch.arange(0, cfg.head_dim, 2, device=device) / cfg.head_dim
-    freqs = cfg.rope_theta**-exponents  # (D / 2,)
+    freqs = frequencies(cfg, device)  # (D / 2,)
     # On the device: a CUDA graph of decoding can hold this, but no copy from the host.
     time, row, _ = cfg.mrope_section
     place = torch.arange(len(freqs), device=device)
@@ -326,6 +369,12 @@ def rope_3d(positions: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
     angles = positions[axis] * freqs[:, None]  # (D / 2, T)
     angles = angles.T[:, None]  # (T, 1, D / 2)
     return angles.cos(), angles.sin()
+
+
+def frequencies(cfg: Config, device=None) -> Tensor:
+    """By how much each pair of channels turns from one position to the next: (head_dim / 2,)."""
+    exponents = torch.arange(0, cfg.head_dim, 2, device=device) / cfg.head_dim
+    return cfg.rope_theta**-exponents
 
 
 class Projector(nn.Module):
@@ -486,7 +535,10 @@ class KeyeVL(nn.Module):
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
-        return KVCache(self.config, rows, max_len, weight.device, dtype)
+        cache = KVCache(self.config, rows, max_len, weight.device, dtype)
+        if dtype == weight.dtype:
+            cache.whole_step = self.decoder.whole_step()
+        return cache
 
     def step(self, batch: dict, cache: "KVCache", rows: list[int]) -> Tensor:
         """Hidden states (T, C) of new tokens, with all that the cache holds before them.
@@ -507,8 +559,10 @@ class KeyeVL(nn.Module):
         positions (B,); before (B,): tokens that these rows hold, fewer than `reach`. All stay on
         the device, so that a CUDA graph can hold this; the cache's `lengths` are the caller's care.
         """
-        cache.begin_one(before, reach)
         x = self.decoder.embed_tokens(tokens)
+        if cache.whole_step:
+            return cache.whole_step(x, positions, before, cache.k, cache.v)
+        cache.begin_one(before, reach)
         return self.decoder(x, positions.expand(3, -1), None, cache)
 
     # -- files -------------------------------------------------------------------------------------
@@ -737,6 +791,7 @@ class KVCache:
         self.k = torch.zeros(cfg.num_hidden_layers, *shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.lengths = [0] * rows  # tokens that each row holds
+        self.whole_step = None  # of a small decoder on a CPU: one call for all of its layers
         self.max_len = max_len
 
     def begin(self, rows: list[int], new: list[int]) -> None:

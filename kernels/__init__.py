@@ -6,10 +6,13 @@ from kernels.attention import (
     attention_path,
     attention_reference,
     cached_attention,
+    decoder_step,
+    few_kernels,
     to_device,
 )
+from kernels.layer import enter_heads, swiglu
 
 __all__ = [
     "Segments", "attention", "attention_path", "attention_reference", "cached_attention",
-    "to_device",
+    "decoder_step", "enter_heads", "few_kernels", "swiglu", "to_device",
 ]

@@ -16,6 +16,7 @@ reference forces one.
 import contextlib
 import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +25,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import decode, ours
+from kernels import decode, layer, ours, step
 
 try:  # flash attention over cumulative lengths, CUDA only
     from torch.nn.attention.varlen import varlen_attn
@@ -260,6 +261,16 @@ def cached_attention(
     with backends:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return rearrange(out, "b kv (g q) d -> b q (kv g) d", q=new)
+
+
+def decoder_step(layers: list[list[Tensor]], *how) -> Callable | None:
+    """A whole step of decoding in one call (kernels/step.py), or None: the layers one by one."""
+    return step.decoder_step(layers, *how) if _forced() in ("", "ours") else None
+
+
+def few_kernels(weight: Tensor, width: int) -> bool:
+    """Whether kernels/layer.py is used where weights are of this kind, and heads of this width."""
+    return _forced() in ("", "ours") and layer.available(weight, width)
 
 
 def attention_path(device: torch.device, dtype: torch.dtype) -> str:

@@ -100,7 +100,8 @@ def commands(source: Path) -> tuple[list[list[str]], list[str]]:
 def build(source: Path) -> Path:
     """The compiled library. OSError where there is no compiler, or it fails."""
     steps, facts = commands(source.absolute())
-    headers = sorted(source.parent.glob("*.cuh")) if source.suffix == ".cu" else []
+    # what the source may include
+    headers = sorted(source.parent.glob("*.cuh" if source.suffix == ".cu" else "*.cpp"))
     facts = [*(file.read_text() for file in [source, *headers]), *facts]
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     target = cache_folder() / f"{source.stem}-{name}.so"

@@ -150,6 +150,36 @@ def test_seed(model, processor):
     assert len({*texts, *fresh}) == 9
 
 
+@pytest.mark.parametrize("stride", [2, 5])
+def test_several_tokens_between_two_looks_change_nothing(model, processor, prompts, stride):
+    """Rows end within a walk, wait beside others, enter later and go on."""
+    end = processor.tokenizer.encode("circle square")
+    how = dict(temperature=1.5, top_k=0, top_p=1.0, seed=4, stop=end)
+    found = []
+    for steps in (1, stride):
+        generator = Generator(model, processor, rows=7)
+        generator.stride = steps
+
+        def extend(row):
+            if row.response.extensions or row.index % 2:
+                return None
+            row.left = 12
+            return generator.next_turn(row, "And now?")
+
+        limits = [9 + 4 * (i % 5) for i in range(12)]
+        found.append(generator.sample(prompts * 2, limits, extend=extend, **how))
+    for one, other in zip(*found):
+        assert one.ids == other.ids and one.positions == other.positions
+        assert one.sampled == other.sampled and one.finished == other.finished
+        want = torch.tensor(one.logprobs)
+        torch.testing.assert_close(torch.tensor(other.logprobs), want, atol=1e-5, rtol=0)
+    assert len({len(response.ids) for response in found[0]}) > 3
+    # a penalty and a reader need each token before the next
+    pieces = []
+    generator.generate([ask("Hi")], max_new_tokens=6, seed=1, stream=lambda i, p: pieces.append(p))
+    assert len(pieces) > 1
+
+
 def watched_steps(model, monkeypatch):
     """A list that fills with (rows, tokens) of each step of the model."""
     steps = []
@@ -569,6 +599,7 @@ def test_graphs_change_nothing(processor, prompts, monkeypatch):
     for graphs in (False, True):
         generator = Generator(model, processor, rows=7, graphs=graphs)
         generator.bf16 = False
+        generator.stride = 8 if graphs else 1
 
         def extend(row):
             if row.response.extensions or row.index % 4:
@@ -584,7 +615,7 @@ def test_graphs_change_nothing(processor, prompts, monkeypatch):
         assert plain.ids == one.ids and plain.positions == one.positions
         want = torch.tensor(plain.logprobs)
         torch.testing.assert_close(torch.tensor(one.logprobs), want, atol=1e-4, rtol=0)
-    assert len(set(map(id, replays))) >= 3  # graphs for different numbers of rows
+    assert len(set(map(id, replays))) >= 2  # graphs for different numbers of rows
 
 
 @pytest.mark.cuda
