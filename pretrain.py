@@ -95,7 +95,7 @@ EVERYTHING = ("vit", "projector", "decoder")
 LEARNS = {"text": ("decoder",), "1": ("projector",), "2": EVERYTHING, "3": EVERYTHING}
 
 POST_TRAINING = {  # files that later phases read
-    "questions", "instruct", "think", "no_think", "agentic", "clips", "preferences",
+    "questions", "instruct", "think", "no_think", "agentic", "clips", "preferences", "discover",
 }
 MIX = {  # weights of the files in --data's train folder, by samples drawn
     "text": {"text": 1},
