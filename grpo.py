@@ -56,7 +56,6 @@ from common.questions import (
     pool_files,
     question_pool,
 )
-from common.rewards import total
 from common.rollout import Prompt, Rollout, failures_of, reward_groups, sample_groups, trajectory
 from common.run import (
     Run,
@@ -175,7 +174,9 @@ def charge_length(groups: list[list[Rollout]], max_tokens: int):
         for rollout in group:
             reward = rollout.reward
             if rollout.prompt.mode == "auto_think" and reward.total is not None:
-                reward.total -= LENGTH_COST * sum(rollout.response.sampled) / max_tokens
+                cost = LENGTH_COST * sum(rollout.response.sampled) / max_tokens
+                reward.length -= cost
+                reward.total -= cost
 
 
 def teaches(group: list[Rollout]) -> bool:
@@ -185,7 +186,7 @@ def teaches(group: list[Rollout]) -> bool:
     alone would decide, by a token or two that the division by std makes as large as any difference.
     """
     scored = [rollout.reward for rollout in group if rollout.reward.total is not None]
-    earned = [total(reward) - reward.length for reward in scored]
+    earned = [reward.total - reward.length for reward in scored]
     return bool(earned) and max(earned) - min(earned) > 1e-6  # of rounding
 
 
@@ -343,7 +344,7 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
 
 
 def question_pools(folder: Path) -> list[list[Question]]:
-    """What is asked: the pool of all post-training, and discover.jsonl, as far as they are there."""
+    """The pool of all post-training, and discover.jsonl, as far as they are there."""
     pools = [names for names in (POOL, (DISCOVER,)) if pool_files(folder, names)]
     return [question_pool(folder, names) for names in pools or [(*POOL, DISCOVER)]]
 

@@ -1017,8 +1017,8 @@ def discovered(question, scene):
         return " ".join(sorted(names, key=lambda name: shapes.count(SINGULAR[name])))
     if q := re.fullmatch(r"Which (shape|colour) is there most often\?", question):
         values = [thing[q[1] == "shape"] for thing in things]
-        return only(v for v in set(values) if all(values.count(v) > values.count(w)
-                                                  for w in set(values) - {v}))
+        most = max(map(values.count, values))
+        return only(value for value in set(values) if values.count(value) == most)
     if question == "How many colours are there?":
         return len({colour for colour, _ in things})
     if q := re.search(r"with (\d) more", question):
@@ -1121,7 +1121,7 @@ def denied(question):
 def is_possible(reply, question):
     """Whether an answer is of the kind that is asked for."""
     kinds = {"What colour": COLOUR_NAMES, "What shape": SHAPES, "Where is": PLACES}
-    return only(values for start, values in kinds.items() if question.startswith(start)).count(reply)
+    return reply in only(kinds[start] for start in kinds if question.startswith(start))
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -1163,11 +1163,13 @@ def test_pairs_about_captions_forms_and_ends_agree_with_the_pixels(world):
                 assert true in rejected.lower() and chosen != rejected
             elif task == "stops":
                 assert rejected in [" ".join([chosen] * k) for k in (2, 3, 4)]
-                is_caption = question == "Describe the picture."
-                assert described(chosen) == scene if is_caption else chosen == answer(question, scene)
+                if question == "Describe the picture.":
+                    assert described(chosen) == scene
+                else:
+                    assert chosen == answer(question, scene)
     assert longer["stops"][True] == 0  # a loop is longer
-    for task in ("invented", "form", "absent", "present"):
-        assert min(longer[task][True], longer[task][False]) > 0 or task in ("absent", "present")
+    for task in ("invented", "form"):
+        assert min(longer[task].values()) > 0.2 * longer[task].total()
 
 
 def test_premises_are_asked_alone_where_both_answers_can_be_seen(world):

@@ -136,7 +136,7 @@ CHANCE = {"plus": 0.2, "ranking": round(1 / 6, 4)}
 def discover_unit(u: Unit):
     want = in_turn(u.task, u.index)
     if u.task == "backwards":
-        name, item = motion_clip(u, BACKWARDS[want])
+        name, item = motion_clip(u, BACKWARDS[want], cheap=True)
         text = f"Which way does the {name} move when the clip is played backwards?"
         u.line("discover", [item], [ask(u.task, text, want, difficulty=2)])
         return
