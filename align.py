@@ -5,9 +5,10 @@
     python align.py --phase iterate                         toy, from runs/toy/grpo/model (4.2.3)
     torchrun --nproc_per_node=8 align.py --phase mpo --size 8b --data mydata --pairs mine.jsonl
 
-In: preferences, {"messages": [..], "chosen": .., "rejected": ..} a line. Without --pairs the model
-answers train/questions.jsonl and instruct.jsonl several times: the true answer is chosen, the worst
-of its own wrong ones rejected (Keye's self-improvement pairs).
+In: preferences, {"messages": [..], "chosen": .., "rejected": ..} a line. Without --pairs those of
+train/preferences.jsonl, and the model answers train/questions.jsonl and instruct.jsonl several
+times: the true answer is chosen, the worst of its own wrong ones rejected (Keye's self-improvement
+pairs). Those of heldout/preferences.jsonl, if there are some, are compared before and after.
 Out: runs/SIZE/mpo/model or runs/SIZE/align/model; the pairs, beside it in data/.
 
 MPO (arXiv 2411.10442) is 0.8 DPO + 0.2 BCO + 1.0 SFT. With r = beta (log p(answer) -
@@ -54,6 +55,7 @@ from common.media import MediaError
 from common.optim import clip_gradients, schedule, set_lr
 from common.packing import even_packs, sum_per_sample
 from common.questions import (
+    PAIRS,
     Question,
     check_heldout,
     draw_prompts,
@@ -188,7 +190,11 @@ def own_sources(folder: Path) -> list[Path]:
 
 
 def own_pairs(run: Run, init: Path, folder: Path, plan: dict) -> list[Pair]:
-    """The true answer and the worst of the model's wrong ones, for each question it gets wrong."""
+    """The true answer and the worst of the model's wrong ones, for each question it gets wrong.
+
+    Among them the pairs of preferences.jsonl.
+    """
+    written = [pair for path in pool_files(folder, (PAIRS,)) for pair in given_pairs(path)]
     pairs = []
     rights = []
     for path in own_sources(folder):
@@ -208,9 +214,13 @@ def own_pairs(run: Run, init: Path, folder: Path, plan: dict) -> list[Pair]:
                     "task": question.task,
                 }
                 pairs.append(Pair(record, question.root, question.where))
-    if not rights:
+    if not rights and not written:
         raise SystemExit(f"MPO needs --pairs, or questions or instruct.jsonl in {folder / 'train'}")
-    run.say(f"{mean(rights):.0%} of the answers are right; {len(pairs)} pairs")
+    if rights:
+        run.say(f"{mean(rights):.0%} of the answers are right; {len(pairs)} pairs")
+    if written:
+        run.say(f"{len(written)} pairs of {PAIRS}.jsonl")
+    pairs += written
     random.Random(run.args.seed).shuffle(pairs)
     return pairs
 
@@ -253,19 +263,30 @@ def pair_logprobs(run: Run, model, processor: Processor, pairs: list[Pair]) -> d
 
 
 def prepare(run: Run, model_folder: Path, pairs: list[Pair], out: Path):
-    """Writes out/train.jsonl and out/held.jsonl: pairs with "reference", and their media.
+    """Writes out/train.jsonl and out/held.jsonl: see referenced."""
+    if not pairs:
+        raise SystemExit("no pair: every answer scores the same")
+    records = referenced(run, model_folder, pairs, out)
+    on_main(run, f"cannot write {out}", write_pairs, records, out)
+
+
+def prepare_heldout(run: Run, model_folder: Path, path: Path, out: Path):
+    """Writes out/pairs.jsonl, the pairs of a file to measure alone: see referenced."""
+    records = referenced(run, model_folder, given_pairs(path), out)
+    on_main(run, f"cannot write {out}", write_lines, out / "pairs.jsonl", records)
+
+
+def referenced(run: Run, model_folder: Path, pairs: list[Pair], out: Path) -> list[dict]:
+    """The pairs' records with "reference"; their media are linked below out.
 
     reference: log-probabilities of chosen and rejected under the model in model_folder.
     """
-    if not pairs:
-        raise SystemExit("no pair: every answer scores the same")
     model = frozen(run, model_folder)
     processor = Processor.from_pretrained(model_folder)
     records = []
     for i, logprobs in sorted(pair_logprobs(run, model, processor, pairs).items()):
         records.append((pairs[i].record | {"reference": logprobs}, pairs[i].root))
-    records = linked(run, records, out)
-    on_main(run, f"cannot write {out}", write_pairs, records, out)
+    return linked(run, records, out)
 
 
 def write_pairs(records: list[dict], out: Path):
@@ -277,18 +298,36 @@ def write_pairs(records: list[dict], out: Path):
 
 
 def preference_accuracy(run: Run, model, processor: Processor, path: Path) -> tuple[float, float]:
-    """The share of pairs whose chosen answer is the likelier one, and of those that moved so.
+    """The share of pairs whose chosen answer is the likelier one, and of those that moved so."""
+    _, right, moved = zip(*compared(run, model, processor, path))
+    return mean(right), mean(moved)
 
-    The second: by how much it is likelier grew beyond what the reference said.
+
+def compared(run: Run, model, processor: Processor, path: Path) -> list[tuple]:
+    """(task, whether the chosen answer is the likelier one, whether it moved so) of each pair.
+
+    The last: by how much it is likelier grew beyond what the reference said.
     """
     pairs = given_pairs(path)
-    right = []
-    moved = []
+    found = []
     for i, (chosen, rejected) in pair_logprobs(run, model, processor, pairs).items():
-        before = pairs[i].record["reference"]
-        right.append(chosen > rejected)
-        moved.append(chosen - rejected > before[0] - before[1])
-    return mean(right), mean(moved)
+        record = pairs[i].record
+        before = record["reference"][0] - record["reference"][1]
+        found.append((record.get("task", ""), chosen > rejected, chosen - rejected > before))
+    return found
+
+
+def compare_heldout(run: Run, model, processor: Processor, path: Path, when: str):
+    """Says how often the chosen answer of pairs that are held out is the likelier one, by task."""
+    if not path.exists():
+        return
+    right = defaultdict(list)
+    for task, is_likelier, _ in compared(run, model, processor, path):
+        right[task or PAIRS].append(is_likelier)
+    shares = {task: mean(right[task]) for task in sorted(right)}
+    said = ", ".join(f"{task} {share:.1%} of {len(right[task])}" for task, share in shares.items())
+    run.say(f"{when}, held-out preferences: the chosen answer is the likelier one in {said}")
+    run.write({f"preferred_{task}_{when}": share for task, share in shares.items()})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -301,10 +340,12 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
     model, processor, opt, progress = trainable(run, init, lr)
     shift = Shift(*progress.extra.get("shift", ()))
     held = data / "held.jsonl"
+    heldout = data / "heldout" / "pairs.jsonl"  # what is compared, of the held-out folder
     if progress.step == 0:
         right, _ = preference_accuracy(run, model, processor, held)
         run.say(f"before: the chosen answer is the likelier one in {right:.1%} of held-out pairs")
         run.write({"preference_accuracy_before": right})
+        compare_heldout(run, model, processor, heldout, "before")
     loader = Loader(
         [(data / "train.jsonl", 1)], processor, *packing(run), run.rank, run.world, args.seed,
         flops=partial(sample_flops, model.config), workers=args.workers, state=progress.loader,
@@ -358,6 +399,7 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
         f"{moved:.1%} moved towards it"
     )
     run.write({"preference_accuracy": right, "preference_moved": moved})
+    compare_heldout(run, model, processor, heldout, "after")
     export(run, model, processor)
 
 
@@ -444,7 +486,9 @@ def round_pairs(run: Run, start_: Path, questions: list[Question], number: int, 
 
 def phase_mpo(args, folder: Path, plan: dict) -> Run:
     init = previous_model(args, "sft")
-    files = [Path(args.pairs)] if args.pairs else own_sources(folder)
+    files = own_sources(folder) + pool_files(folder, (PAIRS,))
+    if args.pairs:
+        files = [Path(args.pairs)]
     made_from = {"seed": args.seed}
     if not args.pairs:
         made_from |= {"asked": plan["asked"], "samples": plan["samples"]}
@@ -456,7 +500,10 @@ def phase_mpo(args, folder: Path, plan: dict) -> Run:
                 pairs = given_pairs(Path(args.pairs))
             else:
                 pairs = own_pairs(run, init, folder, plan)
-            prepare(run, init, pairs, data)
+            held = files_or_exit(folder / "heldout").get(PAIRS)
+            if held:
+                prepare_heldout(run, init, held, data / "heldout")
+            prepare(run, init, pairs, data)  # last: its files say that all of this is done
         mpo(run, init, data, plan["lr"], args.steps or plan["steps"])
         run.mark_trained()
     return run

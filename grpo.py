@@ -5,7 +5,8 @@ r"""Mix-mode reinforcement learning: GRPO on responses in all modes (arXiv 2507.
     python grpo.py --judge http://localhost:8000/v1 --judge-model name
     torchrun --nproc_per_node=8 grpo.py --size 8b --data mydata
 
-In: questions with known answers (--data's train/questions.jsonl, detail.jsonl, instruct.jsonl).
+In: questions with known answers: --data's train/questions.jsonl, detail.jsonl, instruct.jsonl, and
+discover.jsonl, what no phase before has shown an answer to; half of the prompts are of that.
 Out: runs/SIZE/grpo/model; reward and its parts in metrics.jsonl.
 
 Each step draws prompts, gives each a mode, and samples a group of G responses y_i to it; tools run
@@ -26,9 +27,9 @@ in the sandbox, and what they return is context, never trained on. A response ea
                                                                tokens, arXiv 2507.18071
 
 The groups of a step are dealt over several optimizer steps ("updates"): from the second on the
-policy is no longer p_old, so ratios leave 1, and clipping acts. Groups that are all right or all
-wrong teach nothing and are dropped: by accuracy, as shaped rewards always differ a little. A
-response without a score (its judge failed) leaves its group.
+policy is no longer p_old, so ratios leave 1, and clipping acts. Groups whose responses all earn the
+same teach nothing and are dropped: their length apart, which always differs a little. A response
+without a score (its judge failed) leaves its group.
 """
 
 import os
@@ -46,8 +47,16 @@ from common.judge import Judge
 from common.optim import clip_gradients, schedule, set_lr
 from common.packing import even_packs, sample_of_label
 from common.parallel import whole
-from common.questions import check_heldout, draw_prompts, pool_files, question_pool
-from common.rollout import Rollout, failures_of, reward_groups, sample_groups, trajectory
+from common.questions import (
+    DISCOVER,
+    POOL,
+    Question,
+    check_heldout,
+    draw_prompts,
+    pool_files,
+    question_pool,
+)
+from common.rollout import Prompt, Rollout, failures_of, reward_groups, sample_groups, trajectory
 from common.run import (
     Run,
     add_judge_arguments,
@@ -165,16 +174,20 @@ def charge_length(groups: list[list[Rollout]], max_tokens: int):
         for rollout in group:
             reward = rollout.reward
             if rollout.prompt.mode == "auto_think" and reward.total is not None:
-                reward.total -= LENGTH_COST * sum(rollout.response.sampled) / max_tokens
+                cost = LENGTH_COST * sum(rollout.response.sampled) / max_tokens
+                reward.length -= cost
+                reward.total -= cost
 
 
 def teaches(group: list[Rollout]) -> bool:
-    """Whether some scored responses are right and some not.
+    """Whether the scored responses earn different rewards, their length apart.
 
-    One out of form counts as wrong: it earns nothing.
+    A near box is better than a far one, though both are wrong; but of equal answers the shorter one
+    alone would decide, by a token or two that the division by std makes as large as any difference.
     """
     scored = [rollout.reward for rollout in group if rollout.reward.total is not None]
-    return len({reward.format and reward.right for reward in scored}) > 1
+    earned = [reward.total - reward.length for reward in scored]
+    return bool(earned) and max(earned) - min(earned) > 1e-6  # of rounding
 
 
 def analysis_tokens(ids: list[int], tokenizer) -> int:
@@ -331,7 +344,22 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
     return {"loss": run.sum(loss_sum), "norm": norm, **run.means(log), **work}
 
 
-def train(run: Run, init: Path, questions: list, plan: dict, judge: Judge | None):
+def question_pools(folder: Path) -> list[list[Question]]:
+    """The pool of all post-training, and discover.jsonl, as far as they are there."""
+    pools = [names for names in (POOL, (DISCOVER,)) if pool_files(folder, names)]
+    return [question_pool(folder, names) for names in pools or [(*POOL, DISCOVER)]]
+
+
+def step_prompts(pools: list[list[Question]], count: int, seed: str) -> list[Prompt]:
+    """A step's prompts, equally many of each pool."""
+    prompts = []
+    for i, pool in enumerate(pools):
+        share = (count + i) // len(pools)
+        prompts += draw_prompts(pool, share, ASKED, f"{seed}/{i}" if i else seed)
+    return prompts
+
+
+def train(run: Run, init: Path, pools: list[list[Question]], plan: dict, judge: Judge | None):
     args = run.args
     steps = args.steps or plan["steps"]
     # beside the policy: its reference in shards, and where it is sharded itself, the sampler's copy
@@ -348,7 +376,7 @@ def train(run: Run, init: Path, questions: list, plan: dict, judge: Judge | None
 
     for step in range(progress.step, steps):
         lr = set_lr(opt, schedule(step, steps, WARMUP, decay=0.0))
-        prompts = draw_prompts(questions, plan["prompts"], ASKED, f"{args.seed}/{step}")
+        prompts = step_prompts(pools, plan["prompts"], f"{args.seed}/{step}")
         mine = prompts[run.rank :: run.world]
         values = grpo_step(
             run, policy, reference, sampler, opt, mine, plan, args.algo, args.beta, judge
@@ -371,6 +399,7 @@ def describe(log: dict[str, list], groups: list[list[Rollout]]):
             log["group_std"].append(float(torch.tensor(totals).std()))
         for rollout in group:
             mode = rollout.prompt.mode
+            category = rollout.prompt.record["meta"].get("category")
             reward = rollout.reward
             response = rollout.response
             numbers = {
@@ -387,6 +416,8 @@ def describe(log: dict[str, list], groups: list[list[Rollout]]):
                 "unfinished": not response.finished,
                 "calls": len(response.observations),
             }
+            if category == DISCOVER:
+                numbers["right_discover"] = reward.right
             for name, value in numbers.items():
                 if value is not None:  # a judge was needed, and failed
                     log[name].append(value)
@@ -410,14 +441,15 @@ def main(args):
     plan = plan_of(args, PLAN)
     init = previous_model(args, "coldstart")
     check_heldout(folder, args.eval_limit)
-    questions = question_pool(folder)
+    pools = question_pools(folder)
+    files = pool_files(folder, (*POOL, DISCOVER))
     judge = None
     if args.judge:
         judge = Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", ""))
 
-    run = start_from(args, "grpo", init, pool_files(folder), algo=args.algo, beta=args.beta)
+    run = start_from(args, "grpo", init, files, algo=args.algo, beta=args.beta)
     if not run.trained():
-        train(run, init, questions, plan, judge)
+        train(run, init, pools, plan, judge)
         run.mark_trained()
     run.score(lambda: score_phase(run, folder / "heldout", MODES, args.eval_limit))
     run.close()

@@ -278,6 +278,45 @@ def test_own_pairs_come_in_a_random_order_of_the_seed(asked, run):
     assert run.said[-1].startswith("0% of the answers are right; 10 pairs")
 
 
+def test_written_pairs_stand_among_the_models_own(asked, run):
+    answers = {"chosen": "There is none.", "rejected": "red", "task": "absent"}
+    written = []
+    for i in range(3):
+        written.append({"messages": [{"role": "user", "content": f"What is {i}?"}]} | answers)
+    write(asked.folder / "train" / "preferences.jsonl", written)
+    asked.answers["3"] = [attempt("wrong", 0)]
+    pairs = align.own_pairs(run, "init", asked.folder, {"asked": 10, "samples": 2})
+    assert sorted(pair.record["task"] for pair in pairs) == ["absent"] * 3 + ["sum"]
+    assert run.said[-1] == "3 pairs of preferences.jsonl"
+    for name in ("questions", "instruct"):
+        (asked.folder / "train" / f"{name}.jsonl").unlink()
+    pairs = align.own_pairs(run, "init", asked.folder, {"asked": 10, "samples": 2})
+    assert [pair.record["task"] for pair in pairs] == ["absent"] * 3
+
+
+def test_held_out_pairs_are_compared_by_task(tmp_path, run, model, processor, start_model):
+    """Their media lie apart: train and heldout may give two pictures one name."""
+    records = preferences(tmp_path / "mine", 12)
+    for i, record in enumerate(records):
+        record["task"] = ("absent", "present")[i % 2]
+    write(tmp_path / "mine" / "pairs.jsonl", records)
+    out = tmp_path / "data" / "heldout"
+    align.prepare_heldout(run, start_model, tmp_path / "mine" / "pairs.jsonl", out)
+    assert len(read(out / "pairs.jsonl")) == 12 and (out / "media" / "3.png").is_file()
+    expected = {"absent": [], "present": []}
+    for record in records:
+        chosen, rejected = alone(model, processor, record, tmp_path / "mine")
+        expected[record["task"]].append(chosen > rejected)
+    written = []
+    run.write = written.append
+    align.compare_heldout(run, model, processor, out / "pairs.jsonl", "before")
+    shares = {f"preferred_{task}_before": sum(r) / 6 for task, r in expected.items()}
+    assert written == [pytest.approx(shares)]
+    assert run.said[-1].startswith("before, held-out preferences: ") and " of 6, " in run.said[-1]
+    align.compare_heldout(run, model, processor, out / "nothing.jsonl", "after")
+    assert len(written) == 1
+
+
 def test_without_any_question_there_are_no_own_pairs(tmp_path, run):
     with pytest.raises(SystemExit, match="--pairs, or questions or instruct.jsonl"):
         align.own_pairs(run, "init", tmp_path, {"asked": 3, "samples": 2})
@@ -1011,6 +1050,21 @@ def test_mpo_answers_pairs_refers_trains_and_is_scored(phase, questions, start_m
     assert phase.events[-1] == ("score", questions / "heldout", ["plain"], 40)
     assert phase.main(*MPO) == [], "it is done"
     assert phase.events == []
+
+
+def test_mpo_prepares_what_is_held_out_before_it_trains(
+    monkeypatch, phase, tmp_path, questions, start_model
+):
+    folder = tmp_path / "with"
+    shutil.copytree(questions, folder)
+    write(folder / "heldout" / "preferences.jsonl", [{}])
+    monkeypatch.setattr(
+        align, "prepare_heldout", lambda run, *how: phase.events.append(("heldout", *how))
+    )
+    found = phase.main(*MPO, "--data", folder)
+    assert [event[0] for event in found] == ["own", "heldout", "prepare", "mpo"]
+    out = phase.out / "mpo" / "data" / "heldout"
+    assert found[1] == ("heldout", start_model, folder / "heldout" / "preferences.jsonl", out)
 
 
 def test_mpo_takes_pairs_that_are_given(phase, tmp_path, start_model):

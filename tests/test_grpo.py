@@ -308,18 +308,32 @@ def rollout_of(processor, text: str, total=0.0, right=0.0, form=1.0, mode="think
 ANALYSIS = "<analysis>Easy, so /no_think.</analysis>"
 
 
-def test_groups_are_dropped_by_accuracy(processor):
+def test_groups_whose_rewards_are_equal_are_dropped(processor):
     def group(*scores):
         return [rollout_of(processor, "3", *score) for score in scores]
 
-    assert teaches(group((0.1, 1), (0.1, 0)))
-    assert not teaches(group((0.9, 1), (0.1, 1))), "however much the rewards differ"
-    assert not teaches(group((0.9, 0), (0.1, 0)))
+    assert teaches(group((0.9, 1), (0.1, 0)))
+    assert teaches(group((0.9, 1), (0.1, 1))), "both right, one of them better"
+    assert teaches(group((0.4, 0), (0.1, 0))), "both wrong, one of them nearer"
+    assert not teaches(group((0.1, 1), (0.1, 0))), "the reward decides, not what counts as right"
+    assert not teaches(group((0.1 + 0.2, 0), (0.3, 0))), "of rounding"
     assert not teaches([])
 
 
-def test_a_right_answer_out_of_form_is_none(processor):
-    in_form, out_of_form = ((1.0, 1, form) for form in (1.0, 0.0))
+def test_length_alone_teaches_nothing(processor):
+    """Not what is overlong, and not what auto mode pays for its tokens."""
+    texts = ["12", "1 2 3 4 5 6 7 8 9"]
+    group = [rollout_of(processor, text, 0.875, 1.0, mode="auto_think") for text in texts]
+    group[0].reward.length, group[0].reward.total = 0.0, 1.0  # earned 1, as the other
+    assert not teaches(group)
+    grpo.charge_length([group], max_tokens=40)
+    assert group[0].reward.total != group[1].reward.total and not teaches(group)
+    group[1].reward.total -= 0.5
+    assert teaches(group)
+
+
+def test_an_answer_out_of_form_is_as_bad_as_a_wrong_one(processor):
+    in_form, out_of_form = ((total, 1, form) for total, form in ((1.0, 1.0), (0.0, 0.0)))
     wrong = (0.0, 0, 1.0)
     for scores, expected in (((in_form, out_of_form), True), ((out_of_form, wrong), False)):
         assert teaches([rollout_of(processor, "3", *score) for score in scores]) == expected
@@ -440,7 +454,7 @@ BETA = 0.05
 
 
 def rollouts(processor) -> list[list[Rollout]]:
-    """Five groups: the second is right throughout, the fourth could not be sampled."""
+    """Five groups: the second earns the same throughout, the fourth could not be sampled."""
     texts = [
         ("1 2", "3 4 5", "6"),
         ("7", "8 9", "0"),
@@ -450,7 +464,7 @@ def rollouts(processor) -> list[list[Rollout]]:
     ]
     scores = [
         ((1.2, 1), (0.0, 0), (-0.4, 0)),
-        ((1.5, 1), (1.4, 1), (1.3, 1)),
+        ((1.4, 1), (1.4, 1), (1.4, 1)),
         ((0.2, 0), (1.0, 1), (None, 1)),
         (),
         ((1.5, 1), (0.0, 0), (1.5, 1)),
@@ -476,7 +490,7 @@ def written_out(policy, reference, groups, algo, beta, updates=2) -> SimpleNames
     # (ids, advantage) of each response, group by group
     kept = []
     for group in groups:
-        if len({rollout.reward.right for rollout in group if rollout.reward.total is not None}) < 2:
+        if len({rollout.reward.total for rollout in group} - {None}) < 2:
             continue
         rewards = {}
         for i, rollout in enumerate(group):
@@ -724,7 +738,7 @@ def test_the_numbers_of_a_step(monkeypatch, run, processor):
 
     values = Step(monkeypatch, run, processor, groups)(policy, reference, updates=1)
     auto = [1.5 - 0.1 * n / 12 for n in lengths[-3::2]] + [-0.1 * lengths[-2] / 12]
-    totals = [1.2, 0.0, -0.4, 1.5, 1.4, 1.3, 0.2, 1.0, *auto]
+    totals = [1.2, 0.0, -0.4, 1.4, 1.4, 1.4, 0.2, 1.0, *auto]
     stds = [torch.tensor(x).std() for x in (totals[:3], totals[3:6], totals[6:8], auto)]
     expected = {
         "reward": sum(totals) / 11,
@@ -734,7 +748,7 @@ def test_the_numbers_of_a_step(monkeypatch, run, processor):
         "format": 1,
         "consistency": 0.5,
         "repetition": 0.25,
-        "overlong": -0.125,
+        "overlong": -0.125 - 0.1 * sum(lengths[-3:]) / 12 / 12,  # with what auto mode pays
         "unscored": 1 / 12,
         "right_think": 1 / 3,
         "right_no_think": 1,
@@ -909,7 +923,7 @@ class Loop:
     def train(self, folder, *flags, judge=None, size="toy"):
         argv = ["--size", size, "--seed", "4", *map(str, flags)]
         self.run.args = parser().parse_args(argv)
-        grpo.train(self.run, folder, "questions", grpo.PLAN["toy"], judge)
+        grpo.train(self.run, folder, ["questions"], grpo.PLAN["toy"], judge)
 
 
 def parser():
@@ -927,6 +941,31 @@ def test_every_step_draws_other_prompts_by_its_number(monkeypatch, run, start_mo
     modes = {"think": 3, "no_think": 2, "auto_think": 4, "agentic_think": 3}
     for step, same in enumerate(asked):
         assert same == [("questions", 32, modes, f"4/{step}")] * 5
+
+
+def test_half_of_the_prompts_are_of_what_nobody_has_shown(monkeypatch, run, start_model):
+    loop = Loop(monkeypatch, run)
+    asked = []
+    monkeypatch.setattr(grpo, "draw_prompts", lambda *how: asked.append(how) or [])
+    grpo.step_prompts(["old", "new"], 33, "4/7")
+    assert [how[:2] for how in asked] == [("old", 16), ("new", 17)]
+    assert [how[3] for how in asked] == ["4/7", "4/7/1"], "not the same draw twice"
+
+
+def test_pools_are_those_that_are_there(tmp_path):
+    """Questions of users, whose meta has an answer and its verifier alone, are asked like ours."""
+    with pytest.raises(SystemExit, match="questions.jsonl, .*discover.jsonl: no question"):
+        grpo.question_pools(tmp_path)
+    write_questions(tmp_path)
+    [old] = grpo.question_pools(tmp_path)
+    assert {"steps", "chance"}.isdisjoint(old[0].meta)
+    (tmp_path / "train" / "discover.jsonl").write_text(json.dumps(old[0].record) + "\n")
+    both = grpo.question_pools(tmp_path)
+    assert list(map(len, both)) == [len(old), 1]
+    (tmp_path / "train" / "questions.jsonl").unlink()
+    for name in ("detail", "instruct"):
+        (tmp_path / "train" / f"{name}.jsonl").unlink(missing_ok=True)
+    assert list(map(len, grpo.question_pools(tmp_path))) == [1]
 
 
 def test_ranks_share_the_prompts_of_a_step(monkeypatch, run, start_model):
@@ -1059,7 +1098,7 @@ class Phase:
         self.events = []
 
         def train(run, init, pool, plan, judge):
-            self.events.append(("train", init, len(pool), plan, judge))
+            self.events.append(("train", init, sum(map(len, pool)), plan, judge))
 
         def score_phase(run, *how):
             self.events.append(("score", *how))
