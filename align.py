@@ -7,8 +7,9 @@
 
 In: preferences, {"messages": [..], "chosen": .., "rejected": ..} a line. Without --pairs those of
 train/preferences.jsonl, and the model answers train/questions.jsonl and instruct.jsonl several
-times: the true answer is chosen, the worst of its own wrong ones rejected (Keye's self-improvement
-pairs). Those of heldout/preferences.jsonl, if there are some, are compared before and after.
+times: where it is right now and then, the true answer is chosen, the worst of its own wrong ones
+rejected (Keye's self-improvement pairs). The pairs of heldout/preferences.jsonl, if there are some,
+are compared before and after.
 Out: runs/SIZE/mpo/model or runs/SIZE/align/model; the pairs, beside it in data/.
 
 MPO (arXiv 2411.10442) is 0.8 DPO + 0.2 BCO + 1.0 SFT. With r = beta (log p(answer) -
@@ -20,7 +21,8 @@ mean reward of all answers seen so far:
     SFT  -log p(chosen) / its tokens
 
 The reference is the model at the start; its log-probabilities are computed once and stand in the
-pairs' lines.
+pairs' lines. Lines of SFT are learnt on beside the pairs (ours): at a rate that teaches what pairs
+are about, a small model forgets the rest.
 
 iterate: in each round the model answers prompts in all modes; rules (or a judge) score repetition,
 form, logic and result; of each prompt the best and the worst answer become a pair if their scores
@@ -64,6 +66,7 @@ from common.questions import (
     question_pool,
     read_or_exit,
 )
+from common.replay import Replay
 from common.rewards import REPEATED
 from common.rollout import Prompt, Rollout, failures_of, reward_groups, sample_groups
 from common.run import (
@@ -79,28 +82,40 @@ from data import Processor, pack
 from evaluate import score_phase
 from generate import Generator
 from model import SCALE, sample_flops, step_work
-from sft import attempts, evenly, frozen, linked, mean, packing, start_from, trainable
+from sft import (
+    MIX,
+    attempts,
+    evenly,
+    frozen,
+    linked,
+    mean,
+    packing,
+    sources_of,
+    start_from,
+    trainable,
+)
 
 BETA = 0.1  # MPO's own, as are the weights; Keye states neither
 WEIGHTS = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
 # ours, every number. asked: the lines of each file that are answered; samples: answers to each;
-# prompts, group, round_*: of each round of iterate
+# replay: weight of the loss of SFT's lines, one step's of them beside each step; prompts, group,
+# round_*: of each round of iterate
 PLAN = {
     "toy": {
-        "steps": 40, "lr": 1e-4, "asked": 700, "samples": 3,
+        "steps": 100, "lr": 5e-4, "asked": 700, "samples": 3, "replay": 1.0,
         "rounds": 2, "prompts": 320, "group": 4, "round_steps": 25, "round_lr": 1e-4,
     },
     "tiny": {
-        "steps": 40, "lr": 5e-5, "asked": 6000, "samples": 4,
+        "steps": 100, "lr": 2e-4, "asked": 6000, "samples": 4, "replay": 1.0,
         "rounds": 2, "prompts": 500, "group": 4, "round_steps": 30, "round_lr": 3e-5,
     },
     "small": {
-        "steps": 200, "lr": 5e-5, "asked": 6000, "samples": 4,
+        "steps": 200, "lr": 5e-5, "asked": 6000, "samples": 4, "replay": 0.5,
         "rounds": 2, "prompts": 2000, "group": 4, "round_steps": 60, "round_lr": 3e-5,
     },
     # batch 256 and a rate of 2e-7 are those of InternVL3's MPO scripts
     "released": {
-        "steps": 2000, "lr": 2e-7, "asked": 50_000, "samples": 8,
+        "steps": 2000, "lr": 2e-7, "asked": 50_000, "samples": 8, "replay": 0.0,
         "rounds": 3, "prompts": 10_000, "group": 8, "round_steps": 300, "round_lr": 2e-7,
     },
 }
@@ -190,9 +205,10 @@ def own_sources(folder: Path) -> list[Path]:
 
 
 def own_pairs(run: Run, init: Path, folder: Path, plan: dict) -> list[Pair]:
-    """The true answer and the worst of the model's wrong ones, for each question it gets wrong.
+    """The true answer and the worst wrong one, of each question that is answered now so, now so.
 
-    Among them the pairs of preferences.jsonl.
+    What a model never gets right it cannot see, or read: a pair about that teaches noise (ours).
+    Among them stand the pairs of preferences.jsonl.
     """
     written = [pair for path in pool_files(folder, (PAIRS,)) for pair in given_pairs(path)]
     pairs = []
@@ -203,7 +219,7 @@ def own_pairs(run: Run, init: Path, folder: Path, plan: dict) -> list[Pair]:
         for question, tries in zip(questions, results):
             rights += [attempt.right for attempt in tries]
             wrong = [attempt for attempt in tries if not attempt.right]
-            if wrong:
+            if 0 < len(wrong) < len(tries):
                 worst = min(wrong, key=lambda attempt: attempt.outcome)
                 *asked, truth = question.record["messages"]
                 record = {
@@ -334,8 +350,11 @@ def compare_heldout(run: Run, model, processor: Processor, path: Path, when: str
 # training
 
 
-def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
-    """MPO on data/train.jsonl, from the model in `init`; leaves run.folder/model."""
+def mpo(run: Run, init: Path, data: Path, lr: float, steps: int, mix=(), weight: float = 0.0):
+    """MPO on data/train.jsonl, from the model in `init`; leaves run.folder/model.
+
+    mix: files of lines to learn on, and their weights; weight: of their loss.
+    """
     args = run.args
     model, processor, opt, progress = trainable(run, init, lr)
     shift = Shift(*progress.extra.get("shift", ()))
@@ -350,6 +369,9 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
         [(data / "train.jsonl", 1)], processor, *packing(run), run.rank, run.world, args.seed,
         flops=partial(sample_flops, model.config), workers=args.workers, state=progress.loader,
     )
+    replay = None
+    if mix and weight:
+        replay = Replay(run, model.config, processor, mix, progress.extra.get("replay"))
 
     for step, (batches, info) in zip(range(progress.step, steps), loader):
         now = set_lr(opt, schedule(step, steps, WARMUP))
@@ -375,6 +397,8 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
             for name, values in parts.items():
                 log[name] += values.flatten().tolist()
 
+        if replay:
+            log["replay_loss"].append(replay.backward(model, weight))
         means = run.means(log)
         loss, rewards = means.pop("total"), means.pop("rewards")
         norm = clip_gradients(model)
@@ -389,8 +413,10 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
         )
         if not skip:
             shift.add(rewards * 2 * pairs, 2 * pairs)
-        so_far = [shift.total, shift.count]
-        save_if_due(run, step + 1, steps, model, opt, info["state"], shift=so_far)
+        kept = {"shift": [shift.total, shift.count]}
+        if replay:
+            kept["replay"] = replay.state
+        save_if_due(run, step + 1, steps, model, opt, info["state"], **kept)
 
     say_failures(run, loader.failures, run.sum(loader.tried), "samples")
     right, moved = preference_accuracy(run, model, processor, held)
@@ -504,7 +530,8 @@ def phase_mpo(args, folder: Path, plan: dict) -> Run:
             if held:
                 prepare_heldout(run, init, held, data / "heldout")
             prepare(run, init, pairs, data)  # last: its files say that all of this is done
-        mpo(run, init, data, plan["lr"], args.steps or plan["steps"])
+        mix = [(path, MIX[name]) for name, path in sources_of(folder).items()]
+        mpo(run, init, data, plan["lr"], args.steps or plan["steps"], mix, plan["replay"])
         run.mark_trained()
     return run
 

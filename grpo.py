@@ -6,7 +6,8 @@ r"""Mix-mode reinforcement learning: GRPO on responses in all modes (arXiv 2507.
     torchrun --nproc_per_node=8 grpo.py --size 8b --data mydata
 
 In: questions with known answers: --data's train/questions.jsonl, detail.jsonl, instruct.jsonl, and
-discover.jsonl, what no phase before has shown an answer to; half of the prompts are of that.
+discover.jsonl, what no phase before has shown an answer to; most of the prompts are of that. Lines
+of the cold start, where it has left some, are learnt on beside the rewards: nothing is forgotten.
 Out: runs/SIZE/grpo/model; reward and its parts in metrics.jsonl.
 
 Each step draws prompts, gives each a mode, and samples a group of G responses y_i to it; tools run
@@ -56,6 +57,7 @@ from common.questions import (
     pool_files,
     question_pool,
 )
+from common.replay import Replay
 from common.rollout import Prompt, Rollout, failures_of, reward_groups, sample_groups, trajectory
 from common.run import (
     Run,
@@ -65,6 +67,7 @@ from common.run import (
     plan_of,
     previous_model,
 )
+from coldstart import AUTO, MIX, mixture
 from data import Processor, pack
 from evaluate import score_phase
 from generate import Generator
@@ -72,33 +75,36 @@ from model import KeyeVL, step_work
 from sft import frozen, start_from, trainable
 
 # ours, every number but those with a source: Keye states no group size, beta, clip, rate or length.
-# prompts, group: of a step; updates: optimizer steps on them; pack: tokens of a micro-batch
+# prompts, group: of a step; discover: the share of prompts that nobody has shown an answer to;
+# updates: optimizer steps on them; pack: tokens of a micro-batch; replay: weight of the loss of the
+# cold start's lines, one step's of them beside each update; beta: of the KL term
 PLAN = {
     "toy": {
-        "steps": 40, "lr": 1e-4, "prompts": 32, "group": 8, "updates": 2,
-        "max_tokens": 144, "pack": 4096,
+        "steps": 75, "lr": 3e-4, "prompts": 48, "group": 8, "updates": 1, "discover": 0.6,
+        "max_tokens": 144, "pack": 4096, "replay": 1.0, "beta": 0.0,
     },
     "tiny": {
-        "steps": 40, "lr": 4e-5, "prompts": 64, "group": 8, "updates": 2,
-        "max_tokens": 144, "pack": 16384,
+        "steps": 250, "lr": 1.5e-4, "prompts": 64, "group": 8, "updates": 1, "discover": 0.5,
+        "max_tokens": 144, "pack": 16384, "replay": 1.0, "beta": 1e-3,
     },
     "small": {
-        "steps": 200, "lr": 2e-5, "prompts": 64, "group": 8, "updates": 2,
-        "max_tokens": 192, "pack": 16384,
+        "steps": 300, "lr": 5e-5, "prompts": 64, "group": 8, "updates": 2, "discover": 0.5,
+        "max_tokens": 192, "pack": 16384, "replay": 0.5, "beta": 1e-3,
     },
     # group and rate are those of the same team's Thyme (2508.11630), updates those of GSPO
     "released": {
-        "steps": 500, "lr": 5e-7, "prompts": 256, "group": 8, "updates": 4,
-        "max_tokens": 4096, "pack": 16384,
+        "steps": 500, "lr": 5e-7, "prompts": 256, "group": 8, "updates": 4, "discover": 0.5,
+        "max_tokens": 4096, "pack": 16384, "replay": 0.0, "beta": 1e-3,
     },
 }
 ASKED = {"think": 3, "no_think": 2, "auto_think": 4, "agentic_think": 3}  # modes, by weight
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo")
-BETA = 1e-3  # of the KL term
+MOST_CHANCE = 0.3  # what a guess may get right of a question that rewards are given for
 CLIP = (0.2, 0.28)  # low, high: DAPO's
 CLIP_SEQUENCE = (3e-4, 4e-4)  # GSPO's own: a mean over many tokens moves little
 DUAL_CLIP = 3.0  # a bad response is pushed away no harder, however likely it has become
-WARMUP = 0.1  # of the steps
+WARMUP = 0.1  # shares of the steps
+ANNEALED = 0.3  # at a constant rate rewards still rise, and greedy answers no longer do
 # In auto mode the tokens of <analysis>, which choose the mode, weigh apart: all of them together
 # half of what the rest of the response weighs, or a short one's would count many times more.
 MODE_WEIGHT = 0.5
@@ -141,7 +147,7 @@ def k3(logp, reference):
 
 
 def policy_loss(
-    logp, old, reference, advantage, weight, owner=None, algo="grpo", beta=BETA, clip=CLIP
+    logp, old, reference, advantage, weight, owner=None, algo="grpo", beta=1e-3, clip=CLIP
 ):
     """The sum of weight * L_t, and (N,) 1 where clipping stops a token's gradient.
 
@@ -279,7 +285,9 @@ class Sampler:
 # one step of GRPO, and the loop around it
 
 
-def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, beta, judge) -> dict:
+def grpo_step(
+    run: Run, policy, reference, sampler, opt, prompts, plan, algo, beta, judge, replay=None
+) -> dict:
     """prompts: this rank's share of the step's. Returns what run.log takes."""
     max_tokens = plan["max_tokens"]
     tokenizer = sampler.generator.processor.tokenizer
@@ -317,7 +325,7 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
             add_logprobs(run, reference or policy, packs, "reference")
             updates.append(packs)
 
-    # 5. Loss and step, for each update.
+    # 5. Loss and step, for each update; and what the model knew before is learnt on.
     loss_sum = norm = 0.0
     batches = []
     for packs in updates:
@@ -336,6 +344,8 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
             log["kl"] += k3(logp.detach(), batch["reference"]).tolist()
             log["mismatch"] += (batch["old"] - batch["sampler"]).abs().tolist()
             batches.append(batch)
+        if replay:
+            log["replay_loss"].append(replay.backward(policy, plan["replay"]))
         norm = clip_gradients(policy)
         if not run.should_skip(0.0, norm):  # a loss that is not finite has no finite gradient
             opt.step()
@@ -345,21 +355,41 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
 
 
 def question_pools(folder: Path) -> list[list[Question]]:
-    """The pool of all post-training, and discover.jsonl, as far as they are there."""
-    pools = [names for names in (POOL, (DISCOVER,)) if pool_files(folder, names)]
-    return [question_pool(folder, names) for names in pools or [(*POOL, DISCOVER)]]
+    """The pool of all post-training, and discover.jsonl, as far as they are there.
+
+    Of each the questions that are hard to guess: lucky guesses would be rewarded like the rest.
+    Where all are easy to guess, they stay.
+    """
+    names = [names for names in (POOL, (DISCOVER,)) if pool_files(folder, names)]
+    pools = [question_pool(folder, names) for names in names or [(*POOL, DISCOVER)]]
+    hard = [[q for q in pool if chance_of(q.meta) <= MOST_CHANCE] for pool in pools]
+    return [hard or pool for hard, pool in zip(hard, pools)]
 
 
-def step_prompts(pools: list[list[Question]], count: int, seed: str) -> list[Prompt]:
-    """A step's prompts, equally many of each pool."""
-    prompts = []
-    for i, pool in enumerate(pools):
-        share = (count + i) // len(pools)
-        prompts += draw_prompts(pool, share, ASKED, f"{seed}/{i}" if i else seed)
-    return prompts
+def chance_of(meta: dict) -> float:
+    """The share of guesses that are right, as far as the meta tells."""
+    few = {"yesno": 1 / 2}.get(meta["verifier"], 0)
+    if meta.get("choices"):
+        few = 1 / len(meta["choices"])
+    return meta.get("chance") or few
 
 
-def train(run: Run, init: Path, pools: list[list[Question]], plan: dict, judge: Judge | None):
+def step_prompts(pools: list[list[Question]], count: int, share: float, seed: str) -> list[Prompt]:
+    """A step's prompts, `share` of them of the second pool, if there are two."""
+    *_, last = pools
+    few = round(share * count) if len(pools) > 1 else 0
+    prompts = draw_prompts(pools[0], count - few, ASKED, seed)
+    return prompts + (draw_prompts(last, few, ASKED, f"{seed}/1") if few else [])
+
+
+def kept_lines(args) -> list[tuple[Path, float]]:
+    """The files that the cold start has learnt from, and their weights; none without it."""
+    out = Path(args.out) / args.size / "coldstart-modes" / "data"
+    return mixture(out, MIX | {"auto_think": AUTO}) if (out / "auto_think.jsonl").exists() else []
+
+
+def train(run: Run, init: Path, pools: list, plan: dict, judge: Judge | None, mix=()):
+    """pools: see question_pools; mix: files of lines to learn on, and their weights."""
     args = run.args
     steps = args.steps or plan["steps"]
     # beside the policy: its reference in shards, and where it is sharded itself, the sampler's copy
@@ -370,22 +400,26 @@ def train(run: Run, init: Path, pools: list[list[Question]], plan: dict, judge: 
     reference = None  # with beta 0 there is no KL term, and no second model
     if args.beta:
         reference = frozen(run, init)
+    replay = None
+    if mix and plan["replay"]:
+        replay = Replay(run, policy.config, processor, mix, progress.extra.get("replay"))
     sampler = Sampler(run, policy, processor)
     failures = []  # of this rank
     tried = 0
 
     for step in range(progress.step, steps):
-        lr = set_lr(opt, schedule(step, steps, WARMUP, decay=0.0))
-        prompts = step_prompts(pools, plan["prompts"], f"{args.seed}/{step}")
+        lr = set_lr(opt, schedule(step, steps, WARMUP, ANNEALED))
+        prompts = step_prompts(pools, plan["prompts"], plan["discover"], f"{args.seed}/{step}")
         mine = prompts[run.rank :: run.world]
         values = grpo_step(
-            run, policy, reference, sampler, opt, mine, plan, args.algo, args.beta, judge
+            run, policy, reference, sampler, opt, mine, plan, args.algo, args.beta, judge, replay
         )
         failures += failures_of(mine)
         tried += len(prompts)
         refuse_many(sum(run.gather_objects(failures), []), tried, "prompts")
         run.log(step, steps, lr=lr, **judge_failures(run, judge), **values)
-        save_if_due(run, step + 1, steps, policy, opt)
+        kept = {"replay": replay.state} if replay else {}
+        save_if_due(run, step + 1, steps, policy, opt, **kept)
     say_failures(run, failures, tried, "prompts")
     export(run, policy, processor)
 
@@ -399,7 +433,7 @@ def describe(log: dict[str, list], groups: list[list[Rollout]]):
             log["group_std"].append(float(torch.tensor(totals).std()))
         for rollout in group:
             mode = rollout.prompt.mode
-            category = rollout.prompt.record["meta"].get("category")
+            meta = rollout.prompt.record["meta"]
             reward = rollout.reward
             response = rollout.response
             numbers = {
@@ -416,8 +450,9 @@ def describe(log: dict[str, list], groups: list[list[Rollout]]):
                 "unfinished": not response.finished,
                 "calls": len(response.observations),
             }
-            if category == DISCOVER:
+            if meta.get("category") == DISCOVER:
                 numbers["right_discover"] = reward.right
+                numbers[f"right_{meta['task']}"] = reward.right
             for name, value in numbers.items():
                 if value is not None:  # a judge was needed, and failed
                     log[name].append(value)
@@ -439,6 +474,7 @@ def main(args):
     begin = time.time()
     folder = data_folder(args)
     plan = plan_of(args, PLAN)
+    args.beta = plan["beta"] if args.beta is None else args.beta
     init = previous_model(args, "coldstart")
     check_heldout(folder, args.eval_limit)
     pools = question_pools(folder)
@@ -449,7 +485,7 @@ def main(args):
 
     run = start_from(args, "grpo", init, files, algo=args.algo, beta=args.beta)
     if not run.trained():
-        train(run, init, pools, plan, judge)
+        train(run, init, pools, plan, judge, kept_lines(args))
         run.mark_trained()
     run.score(lambda: score_phase(run, folder / "heldout", MODES, args.eval_limit))
     run.close()
@@ -459,5 +495,5 @@ def main(args):
 if __name__ == "__main__":
     parser = add_judge_arguments(arguments(__doc__))
     parser.add_argument("--algo", default="grpo", choices=ALGORITHMS)
-    parser.add_argument("--beta", type=float, default=BETA, help="weight of the KL term; 0: none")
+    parser.add_argument("--beta", type=float, help="weight of the KL term (default: by size)")
     main(parser.parse_args())

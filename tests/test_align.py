@@ -249,6 +249,11 @@ def test_the_worst_wrong_answer_is_rejected(asked, run):
     assert pair.where.endswith("questions.jsonl:2")
 
 
+def test_what_is_never_right_makes_no_pair(asked, run):
+    asked.answers["3"] = [attempt("wrong", 0), attempt("bad", 0.1)]
+    assert align.own_pairs(run, "init", asked.folder, {"asked": 10, "samples": 2}) == []
+
+
 def test_all_right_answers_make_no_pair(asked, run):
     asked.answers["3"] = [attempt("right", 1), attempt("right", 1)]
     asked.answers["1"] = []  # it could not be read
@@ -265,8 +270,8 @@ def test_both_files_are_asked_alike(asked, run):
 
 
 def test_own_pairs_come_in_a_random_order_of_the_seed(asked, run):
-    wrong = [attempt("wrong", 0)]
-    asked.answers = {str(i): wrong for i in range(14)}
+    both = [attempt("wrong", 0), attempt("right", 1)]
+    asked.answers = {str(i): both for i in range(14)}
     orders = []
     for seed in (4, 4, 5):
         run.args.seed = seed
@@ -275,7 +280,7 @@ def test_own_pairs_come_in_a_random_order_of_the_seed(asked, run):
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2])
     assert len(orders[0]) == 10
-    assert run.said[-1].startswith("0% of the answers are right; 10 pairs")
+    assert run.said[-1].startswith("50% of the answers are right; 10 pairs")
 
 
 def test_written_pairs_stand_among_the_models_own(asked, run):
@@ -284,7 +289,7 @@ def test_written_pairs_stand_among_the_models_own(asked, run):
     for i in range(3):
         written.append({"messages": [{"role": "user", "content": f"What is {i}?"}]} | answers)
     write(asked.folder / "train" / "preferences.jsonl", written)
-    asked.answers["3"] = [attempt("wrong", 0)]
+    asked.answers["3"] = [attempt("wrong", 0), attempt("right", 1)]
     pairs = align.own_pairs(run, "init", asked.folder, {"asked": 10, "samples": 2})
     assert sorted(pair.record["task"] for pair in pairs) == ["absent"] * 3 + ["sum"]
     assert run.said[-1] == "3 pairs of preferences.jsonl"
@@ -669,6 +674,37 @@ def test_mpo_saves_what_it_needs_to_go_on(tmp_path, monkeypatch, run, processor,
     assert rest.loaders[0][1]["state"] == "the loader's state"
 
 
+def test_mpo_learns_other_lines_on_beside_the_pairs(
+    tmp_path, monkeypatch, run, processor, start_model
+):
+    """Once a step, before it; a run that goes on knows where it was in them."""
+    policy = Table(1)
+    seen = []
+
+    class Replay:
+        def __init__(self, run, cfg, processor, mix, state):
+            self.state = f"{state}+"
+            seen.append((mix, state))
+
+        def backward(self, model, weight):
+            seen.append((model.scores.detach().clone(), weight))
+            model.scores.grad.add_(weight)
+            return 2.5
+
+    monkeypatch.setattr(align, "Replay", Replay)
+    steps = batches_of_steps(processor, policy)
+    going_on = Progress(0, None, {"replay": "there"})
+    loop = Loop(monkeypatch, run, policy, steps, going_on)
+    align.mpo(loop.run, start_model, tmp_path, RATE, STEPS, ["mix"], 0.5)
+    start, *replayed = seen
+    assert start == (["mix"], "there")
+    assert [weight for _, weight in replayed] == [0.5] * STEPS
+    for (before, _), after in zip(replayed[1:], loop.weights):
+        assert torch.equal(before, after)
+    assert all(values["replay_loss"] == 2.5 for _, _, values in loop.logged)
+    assert {kept["replay"] for *_, kept in loop.saved} == {"there+"}
+
+
 def test_mpo_measures_held_out_pairs_before_and_after(
     tmp_path, monkeypatch, run, processor, start_model
 ):
@@ -1000,7 +1036,8 @@ class Phase:
             self.events.append(("prepare", init, pairs, data))
             write(data / "train.jsonl", [{"from": str(init)}])
 
-        def mpo(run, init, data, lr, steps):
+        def mpo(run, init, data, lr, steps, *replay):
+            self.replayed = replay
             self.events.append(("mpo", init, data, lr, steps, run.args.resume))
             if run.stage == self.killed:
                 raise KeyboardInterrupt
@@ -1047,6 +1084,7 @@ def test_mpo_answers_pairs_refers_trains_and_is_scored(phase, questions, start_m
         ("prepare", start_model, "own pairs", data),
         ("mpo", start_model, data, TOY["lr"], TOY["steps"], False),
     ]
+    assert phase.replayed == ([(questions / "train" / "questions.jsonl", sft.MIX["questions"])], 1.0)
     assert phase.events[-1] == ("score", questions / "heldout", ["plain"], 40)
     assert phase.main(*MPO) == [], "it is done"
     assert phase.events == []

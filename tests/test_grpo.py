@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import coldstart
 import generate
 import grpo
 import sft
@@ -559,6 +560,7 @@ class Step:
     def __init__(self, monkeypatch, run, processor, groups):
         self.events = []
         self.run = run
+        self.replay = None
         self.sampler = SimpleNamespace(
             refresh=lambda: self.events.append("refresh"),
             generator=SimpleNamespace(processor=processor),
@@ -585,7 +587,7 @@ class Step:
         opt = torch.optim.SGD(policy.parameters(), RATE)
         values = grpo_step(
             self.run, policy, reference, self.sampler, opt, "prompts",
-            PLAN | plan, algo, beta, "judge",
+            PLAN | plan, algo, beta, "judge", self.replay,
         )
         assert all(p.grad is None for p in policy.parameters())
         return values
@@ -690,6 +692,23 @@ def test_every_forward_is_on_the_device_and_in_the_dtype_of_the_run(monkeypatch,
     policy.seen = reference.seen = []
     Step(monkeypatch, Placed.run(run), processor, rollouts(processor))(policy, reference)
     assert len(policy.seen) >= 6 and set(policy.seen) == {(True, True)}
+
+
+def test_other_lines_are_learnt_on_beside_each_update(monkeypatch, run, processor):
+    step = Step(monkeypatch, run, processor, rollouts(processor))
+    seen = []
+
+    def backward(model, weight):
+        seen.append((model.scores.detach().clone(), model.scores.grad.abs().sum() > 0, weight))
+        return 2.0 + len(seen)
+
+    step.replay = SimpleNamespace(backward=backward)
+    policy = Table(1)
+    start = policy.scores.detach().clone()
+    values = step(policy, Table(2), replay=0.25)
+    (first, reward, weight), (second, _, _) = seen
+    assert reward and weight == 0.25 and values["replay_loss"] == 3.5
+    assert torch.equal(first, start) and not torch.equal(second, start)
 
 
 def test_fewer_groups_than_updates_are_fewer_updates(monkeypatch, run, processor):
@@ -930,7 +949,7 @@ def parser():
     """grpo.py's flags."""
     made = add_judge_arguments(arguments(grpo.__doc__))
     made.add_argument("--algo", default="grpo")
-    made.add_argument("--beta", type=float, default=grpo.BETA)
+    made.add_argument("--beta", type=float, default=1e-3)
     return made
 
 
@@ -940,16 +959,37 @@ def test_every_step_draws_other_prompts_by_its_number(monkeypatch, run, start_mo
     asked = [[prompt.asked for prompt in step.prompts] for step in loop.steps]
     modes = {"think": 3, "no_think": 2, "auto_think": 4, "agentic_think": 3}
     for step, same in enumerate(asked):
-        assert same == [("questions", 32, modes, f"4/{step}")] * 5
+        assert same == [("questions", 48, modes, f"4/{step}")] * 5
 
 
-def test_half_of_the_prompts_are_of_what_nobody_has_shown(monkeypatch, run, start_model):
-    loop = Loop(monkeypatch, run)
+def test_a_share_of_the_prompts_is_of_what_nobody_has_shown(monkeypatch):
     asked = []
     monkeypatch.setattr(grpo, "draw_prompts", lambda *how: asked.append(how) or [])
-    grpo.step_prompts(["old", "new"], 33, "4/7")
-    assert [how[:2] for how in asked] == [("old", 16), ("new", 17)]
+    grpo.step_prompts(["old", "new"], 33, 0.6, "4/7")
+    assert [how[:2] for how in asked] == [("old", 13), ("new", 20)]
     assert [how[3] for how in asked] == ["4/7", "4/7/1"], "not the same draw twice"
+    asked.clear()
+    grpo.step_prompts(["old", "new"], 33, 0.0, "4/7")
+    grpo.step_prompts(["only"], 33, 0.6, "4/7")
+    assert [how[:2] for how in asked] == [("old", 33), ("only", 33)]
+
+
+def test_what_is_easily_guessed_is_not_rewarded(tmp_path):
+    """A question of a few answers, however it says so; unless there are no others."""
+    easy = [{"chance": 0.5}, {"choices": ["a", "b", "c"]}, {"verifier": "yesno", "answer": "yes"}]
+    hard = [{}, {"choices": list("abcd")}, {"chance": 0.2, "choices": ["a", "b"]}]
+    lines = []
+    talk = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "a"}]
+    for i, more in enumerate(easy + hard):
+        meta = {"task": str(i), "answer": "a", "verifier": "choice", "choices": []} | more
+        lines.append({"messages": talk, "meta": meta})
+    path = tmp_path / "train" / "questions.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [pool] = grpo.question_pools(tmp_path)
+    assert [question.task for question in pool] == ["3", "4", "5"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    assert len(grpo.question_pools(tmp_path)[0]) == 3
 
 
 def test_pools_are_those_that_are_there(tmp_path):
@@ -1002,7 +1042,7 @@ def test_the_reference_is_the_start_and_never_moves(monkeypatch, run, start_mode
     for step in loop.steps:
         assert step.policy is policy and step.reference is reference
         assert step.sampler.generator.model is policy
-        assert step.rest == ("gspo", 0.01, None)
+        assert step.rest == ("gspo", 0.01, None, None)
         assert step.plan is grpo.PLAN["toy"]
     for name, tensor in reference.state_dict().items():
         assert torch.equal(tensor, start_state[name])
@@ -1019,16 +1059,17 @@ def test_without_kl_no_second_model_is_loaded(monkeypatch, run, start_model):
     assert loop.steps[0].reference is None
 
 
-def test_the_rate_rises_and_stays(monkeypatch, run, start_model):
+def test_the_rate_rises_stays_and_falls(monkeypatch, run, start_model):
     loop = Loop(monkeypatch, run)
     loop.train(start_model, "--steps", "20")
     factors = [lr for step in loop.steps for lr in step.lr]
-    assert factors == pytest.approx([0.5] + [1.0] * 19)
+    falls = [1 - i / 6 for i in range(6)]
+    assert factors == pytest.approx([0.5] + [1.0] * 13 + falls)
     plain = min(group["peak_lr"] for group in loop.opt.param_groups)
-    assert plain == pytest.approx(1e-4)
+    assert plain == pytest.approx(3e-4)
     assert loop.made == {"weight_decay": 0.0, "muon": 2, "compiled": True}
     highest = max(group["peak_lr"] for group in loop.opt.param_groups)
-    assert loop.logged[-1][2]["lr"] == pytest.approx(highest)
+    assert loop.logged[-1][2]["lr"] == pytest.approx(highest * falls[-1])
 
 
 def test_training_goes_on_where_it_was_and_is_saved(monkeypatch, run, start_model):
@@ -1048,7 +1089,7 @@ def test_training_goes_on_where_it_was_and_is_saved(monkeypatch, run, start_mode
 def test_the_plan_of_a_size_is_the_default(monkeypatch, run, start_model):
     loop = Loop(monkeypatch, run)
     loop.train(start_model)
-    assert len(loop.steps) == 40
+    assert len(loop.steps) == 75
     assert "judge_failed" not in loop.logged[0][2]
 
 
@@ -1097,7 +1138,8 @@ class Phase:
         self.folder = out / "toy" / "grpo"
         self.events = []
 
-        def train(run, init, pool, plan, judge):
+        def train(run, init, pool, plan, judge, mix):
+            self.mix = mix
             self.events.append(("train", init, sum(map(len, pool)), plan, judge))
 
         def score_phase(run, *how):
@@ -1128,6 +1170,21 @@ def test_the_phase_trains_once_and_is_scored_in_all_modes(phase, questions, star
     assert phase.main() == [], "it is done"
     (phase.folder / "score.json").unlink()
     assert phase.main("--eval-limit", "3") == [("score", questions / "heldout", modes, 3)]
+
+
+def test_lines_that_the_cold_start_left_are_learnt_on(phase):
+    data = phase.folder.parent / "coldstart-modes" / "data"
+    phase.main()
+    assert phase.mix == [], "there was none"
+    data.mkdir(parents=True)
+    for kind in (*coldstart.MIX, "auto_think"):
+        (data / f"{kind}.jsonl").write_text("" if kind == "video" else "{}\n")
+    phase.main("--fresh")
+    assert dict(phase.mix) == {
+        data / f"{kind}.jsonl": weight
+        for kind, weight in [*coldstart.MIX.items(), ("auto_think", coldstart.AUTO)]
+        if kind != "video"
+    }
 
 
 @pytest.mark.parametrize("flags", [("--algo", "gspo"), ("--beta", "0.5")])

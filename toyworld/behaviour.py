@@ -117,16 +117,28 @@ def stop_pair(u, item, scene):
     u.pair(item, "stops", text, reply, loop, rejected_ended=False)
 
 
-def behaviour_unit(u: Unit):
-    """A picture with a pair of each kind."""
-    premise = list(PREMISES)[u.index % len(PREMISES)]
-    found = None
-    while not found:
-        scene = u.scene(u.rng.randint(2, 5))
-        found = absent_and_present(u.rng, scene, premise)
-    item = u.scene_picture(scene)
-    premise_pairs(u, item, scene, premise, found)
+def invented_pair(u, item, scene):
     truth = sentence(scene.things)
     u.pair(item, "invented", "Describe the picture.", truth, wrong_caption(u.rng, scene))
-    form_pair(u, item, scene)
-    stop_pair(u, item, scene)
+
+
+OTHERS = [invented_pair, form_pair, stop_pair]
+
+
+def behaviour_unit(u: Unit):
+    """A picture with a pair of each kind.
+
+    In train two premises of each side, and of the others one in turn: SFT leaves a model that
+    mostly does those right, and takes every premise for true.
+    """
+    premises = list(PREMISES)
+    asked = [premises[(u.index + k) % len(premises)] for k in range(1 if u.heldout else 2)]
+    found = [None]
+    while None in found:
+        scene = u.scene(u.rng.randint(2, 5))
+        found = [absent_and_present(u.rng, scene, premise) for premise in asked]
+    item = u.scene_picture(scene)
+    for premise, things in zip(asked, found):
+        premise_pairs(u, item, scene, premise, things)
+    for pair in OTHERS if u.heldout else [OTHERS[u.index % len(OTHERS)]]:
+        pair(u, item, scene)

@@ -87,7 +87,7 @@ KINDS = {
     "text": Kind(text_unit, 0.2, 300, len(TEXT_TASKS)),
     "instruct": Kind(instruct_unit, 0, 258, tasks=INSTRUCT),
     "discover": Kind(discover_unit, 0, 100, tasks=DISCOVER),
-    "behaviour": Kind(behaviour_unit, 0, 300),
+    "behaviour": Kind(behaviour_unit, 0, 500),
 }
 CLIPS = set("motion order event match reorder say_motion backwards".split())
 OWN_FILES = {"instruct", "discover", "behaviour"}  # of train, beside questions.jsonl
