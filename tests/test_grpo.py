@@ -968,6 +968,7 @@ def test_a_share_of_the_prompts_is_of_what_nobody_has_shown(monkeypatch):
     grpo.step_prompts(["old", "new"], 33, 0.6, "4/7")
     assert [how[:2] for how in asked] == [("old", 13), ("new", 20)]
     assert [how[3] for how in asked] == ["4/7", "4/7/1"], "not the same draw twice"
+    assert [how[2] for how in asked] == [grpo.ASKED, grpo.ASKED_NEW]
     asked.clear()
     grpo.step_prompts(["old", "new"], 33, 0.0, "4/7")
     grpo.step_prompts(["only"], 33, 0.6, "4/7")
