@@ -80,7 +80,7 @@ from sft import frozen, start_from, trainable
 # cold start's lines, one step's of them beside each update; beta: of the KL term
 PLAN = {
     "toy": {
-        "steps": 75, "lr": 3e-4, "prompts": 48, "group": 8, "updates": 1, "discover": 0.6,
+        "steps": 60, "lr": 3e-4, "prompts": 48, "group": 8, "updates": 1, "discover": 0.6,
         "max_tokens": 144, "pack": 4096, "replay": 1.0, "beta": 0.0,
     },
     # replay is not yet measured here; without it the old board lost 3 to 4 points

@@ -1090,7 +1090,7 @@ def test_training_goes_on_where_it_was_and_is_saved(monkeypatch, run, start_mode
 def test_the_plan_of_a_size_is_the_default(monkeypatch, run, start_model):
     loop = Loop(monkeypatch, run)
     loop.train(start_model)
-    assert len(loop.steps) == 75
+    assert len(loop.steps) == 60
     assert "judge_failed" not in loop.logged[0][2]
 
 
