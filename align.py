@@ -5,9 +5,11 @@
     python align.py --phase iterate                         toy, from runs/toy/grpo/model (4.2.3)
     torchrun --nproc_per_node=8 align.py --phase mpo --size 8b --data mydata --pairs mine.jsonl
 
-In: preferences, {"messages": [..], "chosen": .., "rejected": ..} a line. Without --pairs the model
-answers train/questions.jsonl and instruct.jsonl several times: the true answer is chosen, the worst
-of its own wrong ones rejected (Keye's self-improvement pairs).
+In: preferences, {"messages": [..], "chosen": .., "rejected": ..} a line. Without --pairs those of
+train/preferences.jsonl, and the model answers train/questions.jsonl and instruct.jsonl several
+times: where it is right now and then, the true answer is chosen, the worst of its own wrong ones
+rejected (Keye's self-improvement pairs). The pairs of heldout/preferences.jsonl, if there are some,
+are compared before and after.
 Out: runs/SIZE/mpo/model or runs/SIZE/align/model; the pairs, beside it in data/.
 
 MPO (arXiv 2411.10442) is 0.8 DPO + 0.2 BCO + 1.0 SFT. With r = beta (log p(answer) -
@@ -19,7 +21,8 @@ mean reward of all answers seen so far:
     SFT  -log p(chosen) / its tokens
 
 The reference is the model at the start; its log-probabilities are computed once and stand in the
-pairs' lines.
+pairs' lines. Lines of SFT are learnt on beside the pairs (ours): at a rate that teaches what pairs
+are about, a small model forgets the rest.
 
 iterate: in each round the model answers prompts in all modes; rules (or a judge) score repetition,
 form, logic and result; of each prompt the best and the worst answer become a pair if their scores
@@ -54,6 +57,7 @@ from common.media import MediaError
 from common.optim import clip_gradients, schedule, set_lr
 from common.packing import even_packs, sum_per_sample
 from common.questions import (
+    PAIRS,
     Question,
     check_heldout,
     draw_prompts,
@@ -62,6 +66,7 @@ from common.questions import (
     question_pool,
     read_or_exit,
 )
+from common.replay import Replay
 from common.rewards import REPEATED
 from common.rollout import Prompt, Rollout, failures_of, reward_groups, sample_groups
 from common.run import (
@@ -77,28 +82,41 @@ from data import Processor, pack
 from evaluate import score_phase
 from generate import Generator
 from model import SCALE, sample_flops, step_work
-from sft import attempts, evenly, frozen, linked, mean, packing, start_from, trainable
+from sft import (
+    MIX,
+    attempts,
+    evenly,
+    frozen,
+    linked,
+    mean,
+    packing,
+    sources_of,
+    start_from,
+    trainable,
+)
 
 BETA = 0.1  # MPO's own, as are the weights; Keye states neither
 WEIGHTS = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
 # ours, every number. asked: the lines of each file that are answered; samples: answers to each;
-# prompts, group, round_*: of each round of iterate
+# replay: weight of the loss of SFT's lines, one step's of them beside each step; prompts, group,
+# round_*: of each round of iterate
 PLAN = {
     "toy": {
-        "steps": 40, "lr": 1e-4, "asked": 700, "samples": 3,
+        "steps": 100, "lr": 5e-4, "asked": 300, "samples": 3, "replay": 1.0,
         "rounds": 2, "prompts": 320, "group": 4, "round_steps": 25, "round_lr": 1e-4,
     },
+    # not yet measured
     "tiny": {
-        "steps": 40, "lr": 5e-5, "asked": 6000, "samples": 4,
+        "steps": 100, "lr": 2e-4, "asked": 6000, "samples": 4, "replay": 1.0,
         "rounds": 2, "prompts": 500, "group": 4, "round_steps": 30, "round_lr": 3e-5,
     },
     "small": {
-        "steps": 200, "lr": 5e-5, "asked": 6000, "samples": 4,
+        "steps": 200, "lr": 5e-5, "asked": 6000, "samples": 4, "replay": 0.5,
         "rounds": 2, "prompts": 2000, "group": 4, "round_steps": 60, "round_lr": 3e-5,
     },
     # batch 256 and a rate of 2e-7 are those of InternVL3's MPO scripts
     "released": {
-        "steps": 2000, "lr": 2e-7, "asked": 50_000, "samples": 8,
+        "steps": 2000, "lr": 2e-7, "asked": 50_000, "samples": 8, "replay": 0.0,
         "rounds": 3, "prompts": 10_000, "group": 8, "round_steps": 300, "round_lr": 2e-7,
     },
 }
@@ -188,7 +206,12 @@ def own_sources(folder: Path) -> list[Path]:
 
 
 def own_pairs(run: Run, init: Path, folder: Path, plan: dict) -> list[Pair]:
-    """The true answer and the worst of the model's wrong ones, for each question it gets wrong."""
+    """The true answer and the worst wrong one, of each question that is answered now so, now so.
+
+    What a model never gets right it cannot see, or read: a pair about that teaches noise (ours).
+    Among them stand the pairs of preferences.jsonl.
+    """
+    written = [pair for path in pool_files(folder, (PAIRS,)) for pair in given_pairs(path)]
     pairs = []
     rights = []
     for path in own_sources(folder):
@@ -197,7 +220,7 @@ def own_pairs(run: Run, init: Path, folder: Path, plan: dict) -> list[Pair]:
         for question, tries in zip(questions, results):
             rights += [attempt.right for attempt in tries]
             wrong = [attempt for attempt in tries if not attempt.right]
-            if wrong:
+            if 0 < len(wrong) < len(tries):
                 worst = min(wrong, key=lambda attempt: attempt.outcome)
                 *asked, truth = question.record["messages"]
                 record = {
@@ -208,9 +231,13 @@ def own_pairs(run: Run, init: Path, folder: Path, plan: dict) -> list[Pair]:
                     "task": question.task,
                 }
                 pairs.append(Pair(record, question.root, question.where))
-    if not rights:
+    if not rights and not written:
         raise SystemExit(f"MPO needs --pairs, or questions or instruct.jsonl in {folder / 'train'}")
-    run.say(f"{mean(rights):.0%} of the answers are right; {len(pairs)} pairs")
+    if rights:
+        run.say(f"{mean(rights):.0%} of the answers are right; {len(pairs)} pairs")
+    if written:
+        run.say(f"{len(written)} pairs of {PAIRS}.jsonl")
+    pairs += written
     random.Random(run.args.seed).shuffle(pairs)
     return pairs
 
@@ -253,19 +280,30 @@ def pair_logprobs(run: Run, model, processor: Processor, pairs: list[Pair]) -> d
 
 
 def prepare(run: Run, model_folder: Path, pairs: list[Pair], out: Path):
-    """Writes out/train.jsonl and out/held.jsonl: pairs with "reference", and their media.
+    """Writes out/train.jsonl and out/held.jsonl: see referenced."""
+    if not pairs:
+        raise SystemExit("no pair: every answer scores the same")
+    records = referenced(run, model_folder, pairs, out)
+    on_main(run, f"cannot write {out}", write_pairs, records, out)
+
+
+def prepare_heldout(run: Run, model_folder: Path, path: Path, out: Path):
+    """Writes out/pairs.jsonl, the pairs of a file to measure alone: see referenced."""
+    records = referenced(run, model_folder, given_pairs(path), out)
+    on_main(run, f"cannot write {out}", write_lines, out / "pairs.jsonl", records)
+
+
+def referenced(run: Run, model_folder: Path, pairs: list[Pair], out: Path) -> list[dict]:
+    """The pairs' records with "reference"; their media are linked below out.
 
     reference: log-probabilities of chosen and rejected under the model in model_folder.
     """
-    if not pairs:
-        raise SystemExit("no pair: every answer scores the same")
     model = frozen(run, model_folder)
     processor = Processor.from_pretrained(model_folder)
     records = []
     for i, logprobs in sorted(pair_logprobs(run, model, processor, pairs).items()):
         records.append((pairs[i].record | {"reference": logprobs}, pairs[i].root))
-    records = linked(run, records, out)
-    on_main(run, f"cannot write {out}", write_pairs, records, out)
+    return linked(run, records, out)
 
 
 def write_pairs(records: list[dict], out: Path):
@@ -277,38 +315,64 @@ def write_pairs(records: list[dict], out: Path):
 
 
 def preference_accuracy(run: Run, model, processor: Processor, path: Path) -> tuple[float, float]:
-    """The share of pairs whose chosen answer is the likelier one, and of those that moved so.
+    """The share of pairs whose chosen answer is the likelier one, and of those that moved so."""
+    _, right, moved = zip(*compared(run, model, processor, path))
+    return mean(right), mean(moved)
 
-    The second: by how much it is likelier grew beyond what the reference said.
+
+def compared(run: Run, model, processor: Processor, path: Path) -> list[tuple]:
+    """(task, whether the chosen answer is the likelier one, whether it moved so) of each pair.
+
+    The last: by how much it is likelier grew beyond what the reference said.
     """
     pairs = given_pairs(path)
-    right = []
-    moved = []
+    found = []
     for i, (chosen, rejected) in pair_logprobs(run, model, processor, pairs).items():
-        before = pairs[i].record["reference"]
-        right.append(chosen > rejected)
-        moved.append(chosen - rejected > before[0] - before[1])
-    return mean(right), mean(moved)
+        record = pairs[i].record
+        before = record["reference"][0] - record["reference"][1]
+        found.append((record.get("task", ""), chosen > rejected, chosen - rejected > before))
+    return found
+
+
+def compare_heldout(run: Run, model, processor: Processor, path: Path, when: str):
+    """Says how often the chosen answer of pairs that are held out is the likelier one, by task."""
+    if not path.exists():
+        return
+    right = defaultdict(list)
+    for task, is_likelier, _ in compared(run, model, processor, path):
+        right[task or PAIRS].append(is_likelier)
+    shares = {task: mean(right[task]) for task in sorted(right)}
+    said = ", ".join(f"{task} {share:.1%} of {len(right[task])}" for task, share in shares.items())
+    run.say(f"{when}, held-out preferences: the chosen answer is the likelier one in {said}")
+    run.write({f"preferred_{task}_{when}": share for task, share in shares.items()})
 
 
 # ----------------------------------------------------------------------------------------------
 # training
 
 
-def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
-    """MPO on data/train.jsonl, from the model in `init`; leaves run.folder/model."""
+def mpo(run: Run, init: Path, data: Path, lr: float, steps: int, mix=(), weight: float = 0.0):
+    """MPO on data/train.jsonl, from the model in `init`; leaves run.folder/model.
+
+    mix: files of lines to learn on, and their weights; weight: of their loss.
+    """
     args = run.args
     model, processor, opt, progress = trainable(run, init, lr)
     shift = Shift(*progress.extra.get("shift", ()))
     held = data / "held.jsonl"
+    heldout = data / "heldout" / "pairs.jsonl"  # what is compared, of the held-out folder
     if progress.step == 0:
         right, _ = preference_accuracy(run, model, processor, held)
         run.say(f"before: the chosen answer is the likelier one in {right:.1%} of held-out pairs")
         run.write({"preference_accuracy_before": right})
+        compare_heldout(run, model, processor, heldout, "before")
     loader = Loader(
         [(data / "train.jsonl", 1)], processor, *packing(run), run.rank, run.world, args.seed,
         flops=partial(sample_flops, model.config), workers=args.workers, state=progress.loader,
     )
+    replay = None
+    if mix and weight:
+        replay = Replay(run, model.config, processor, mix, progress.extra.get("replay"))
 
     for step, (batches, info) in zip(range(progress.step, steps), loader):
         now = set_lr(opt, schedule(step, steps, WARMUP))
@@ -334,6 +398,8 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
             for name, values in parts.items():
                 log[name] += values.flatten().tolist()
 
+        if replay:
+            log["replay_loss"].append(replay.backward(model, weight))
         means = run.means(log)
         loss, rewards = means.pop("total"), means.pop("rewards")
         norm = clip_gradients(model)
@@ -348,8 +414,10 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
         )
         if not skip:
             shift.add(rewards * 2 * pairs, 2 * pairs)
-        so_far = [shift.total, shift.count]
-        save_if_due(run, step + 1, steps, model, opt, info["state"], shift=so_far)
+        kept = {"shift": [shift.total, shift.count]}
+        if replay:
+            kept["replay"] = replay.state
+        save_if_due(run, step + 1, steps, model, opt, info["state"], **kept)
 
     say_failures(run, loader.failures, run.sum(loader.tried), "samples")
     right, moved = preference_accuracy(run, model, processor, held)
@@ -358,6 +426,7 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int):
         f"{moved:.1%} moved towards it"
     )
     run.write({"preference_accuracy": right, "preference_moved": moved})
+    compare_heldout(run, model, processor, heldout, "after")
     export(run, model, processor)
 
 
@@ -444,7 +513,9 @@ def round_pairs(run: Run, start_: Path, questions: list[Question], number: int, 
 
 def phase_mpo(args, folder: Path, plan: dict) -> Run:
     init = previous_model(args, "sft")
-    files = [Path(args.pairs)] if args.pairs else own_sources(folder)
+    files = own_sources(folder) + pool_files(folder, (PAIRS,))
+    if args.pairs:
+        files = [Path(args.pairs)]
     made_from = {"seed": args.seed}
     if not args.pairs:
         made_from |= {"asked": plan["asked"], "samples": plan["samples"]}
@@ -456,8 +527,12 @@ def phase_mpo(args, folder: Path, plan: dict) -> Run:
                 pairs = given_pairs(Path(args.pairs))
             else:
                 pairs = own_pairs(run, init, folder, plan)
-            prepare(run, init, pairs, data)
-        mpo(run, init, data, plan["lr"], args.steps or plan["steps"])
+            held = files_or_exit(folder / "heldout").get(PAIRS)
+            if held:
+                prepare_heldout(run, init, held, data / "heldout")
+            prepare(run, init, pairs, data)  # last: its files say that all of this is done
+        mix = [(path, MIX[name]) for name, path in sources_of(folder).items()]
+        mpo(run, init, data, plan["lr"], args.steps or plan["steps"], mix, plan["replay"])
         run.mark_trained()
     return run
 

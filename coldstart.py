@@ -30,7 +30,14 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.conversation import MODES, check_training, media_items, text_of, with_switch
+from common.conversation import (
+    MODES,
+    check_training,
+    conversations_of,
+    media_items,
+    text_of,
+    with_switch,
+)
 from common.failures import leave_out, lines_or_exit
 from common.jsonl import data_name
 from common.questions import check_heldout, check_question, files_or_exit
@@ -61,14 +68,15 @@ MIX = {
     "keep": 4,
 }
 AUTO = 5  # auto-think's weight in the second pass
-# Shares of pre-training's lines, asked with /no_think: without them a small model forgets to see,
-# to copy and to sort.
+# Shares of earlier phases' lines, asked with /no_think: without them a small model forgets to see,
+# to copy and to sort, and to say what is not there.
 KEEP = {
     "vqa": 1,
     "caption": 1,
     "video": 1,
     "grounding": 0.3,
     "text": 0.3,
+    "preferences": 0.3,  # the chosen answers
 }
 # the mode of the answers in a kind's file
 SWITCH = {
@@ -194,14 +202,14 @@ def several_turns(examples: list[Example], rng: random.Random) -> list[dict]:
 
 
 def kept_lines(path: Path, count: int) -> list[dict]:
-    """About `count` lines of a pre-training file, evenly, but none that thinks.
+    """About `count` lines of an earlier phase's file, evenly, but none that thinks.
 
     /no_think in the first turn holds for all turns.
     """
     lines = lines_or_exit(path, check_training)
     kept = []
     for i in range(0, len(lines), max(1, len(lines) // count)):
-        example = example_of(lines[i], lines.root)
+        example = example_of(conversations_of(lines[i])[0], lines.root)
         if not asks(example.question):  # plain text answers nobody
             kept.append({"messages": [*example.question, example.answer]})
         elif example.mode == "no_think":

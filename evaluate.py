@@ -21,6 +21,9 @@ share that guessing gets right, and "difficulty".
 Blind: every picture and frame is mid-grey and of the same size, so the prompt and its length stay;
 what is answered then comes from the words alone.
 
+Questions of the categories of APART are in none of the means: each category has a column of its
+own, with what is answered blind and what chance gets right beside it.
+
     result = evaluate(model, processor, "data/toy/heldout", limit=40, mode="auto_think")
     print(board([("auto_think", result)]))
 """
@@ -77,6 +80,8 @@ FACTS = {
     "failed calls": "{failed_calls:.2f}",
 }
 SAMPLE = "- [{task}] {question} **{output}** (truth: {answer})\n"  # a line of samples.md
+# What reinforcement and preferences are to teach: nothing before them shows how it is answered.
+APART = ["discover", "absent", "present"]
 PHASES = ["pretrain", "sft", "mpo", "coldstart", "grpo", "align"]  # folders of a run, in order
 
 # --------------------------------------------------------------------------------------------------
@@ -111,10 +116,13 @@ def evaluate(
     reads it; "shown" has for each call of tools the pictures that it showed, small, as data URLs.
 
     tasks, categories: {name: see summary}. headline: accuracy, blind and chance, each the mean over
-    the tasks of HEADLINE that are there. mixed: the mean accuracy of the categories. all: the mean
-    numbers (see judged) of all questions. thinking: the share of questions of each difficulty that
-    were thought about. failed: questions whose media could not be read, and why; they count as
-    wrong. examples: three answers of each task. And questions (their number), seconds, mode.
+    the tasks of HEADLINE that are there. mixed: the mean accuracy of the categories, all: the mean
+    numbers (see judged) of the questions, thinking: the share of questions of each difficulty that
+    were thought about, each without those of APART. failed: questions whose media could not be
+    read, and why; they count as wrong. examples: three answers of each task. And questions (their
+    number), seconds, mode.
+
+    Questions of APART are always asked blind too, but in modes with tools, which show the pictures.
     """
     begin = time.time()
     if blind and mode in TOOL_MODES:
@@ -128,8 +136,9 @@ def evaluate(
         questions.sort(key=lambda question: limits[question.task])
         # In turn: every rank gets as many short and long ones.
         answers = ask(Generator(model, processor, rows), questions[rank::world], limits, mode)
-        if blind:
-            ask_blind(Generator(model, Blindfold(processor), rows), answers, limits, mode)
+        if mode not in TOOL_MODES:
+            unseen = [a for a in answers if blind or a.question.category in APART]
+            ask_blind(Generator(model, Blindfold(processor), rows), unseen, limits, mode)
         return questions, answers
 
     answers = answers_of_all(run, ask_share) if run else ask_share()[1]
@@ -303,7 +312,8 @@ def result_of(answers, mode):
     """What `evaluate` returns."""
     tasks = summaries(answers, "task")
     categories = summaries(answers, "category")
-    levels = summaries(answers, "difficulty")
+    common = [answer for answer in answers if answer.question.category not in APART]
+    levels = summaries(common, "difficulty")
     headline = [tasks[task] for task in HEADLINE if task in tasks]
     return {
         "mode": mode,
@@ -314,8 +324,10 @@ def result_of(answers, mode):
             name: mean(numbers[name] for numbers in headline)
             for name in ("accuracy", "blind", "chance")
         },
-        "mixed": mean(numbers["accuracy"] for numbers in categories.values()),
-        "all": means(answers),
+        "mixed": mean(
+            numbers["accuracy"] for name, numbers in categories.items() if name not in APART
+        ),
+        "all": means(common or answers),
         "thinking": {level: numbers["thought"] for level, numbers in levels.items()},
         "failed": [
             {"where": a.question.where, "reason": a.failure} for a in answers if a.failure
@@ -349,25 +361,38 @@ def percent(value):
 def board(rows: list[tuple[str, dict]]) -> str:
     """Markdown, a line for each named result, as of a phase in a mode.
 
-    Accuracy by category in % and their mean (mixed); then the mean facts: tokens and calls of a
-    question, the rest in %; the share of questions of each difficulty that were thought about; and
-    how many questions failed, as their media could not be read.
+    Accuracy by category in % and their mean (mixed); then that of the categories of APART, blind
+    and by chance behind it; the mean facts: tokens and calls of a question, the rest in %; the
+    share of questions of each difficulty that were thought about; and how many questions failed, as
+    their media could not be read.
     """
-    categories = sorted(set().union(*(result["categories"] for _, result in rows)))
+    found = set().union(*(result["categories"] for _, result in rows))
+    categories = sorted(found.difference(APART))
+    apart = [name for name in APART if name in found]
     levels = sorted(set().union(*(result["thinking"] for _, result in rows)))
     thinks = [f"thinks at {level}" for level in levels]
-    table = [["phase and mode", *categories, "mixed", *FACTS, *thinks, "failed"]]
+    titles = [f"{name} (blind, chance)" for name in apart]
+    table = [["phase and mode", *categories, "mixed", *titles, *FACTS, *thinks, "failed"]]
     for name, result in rows:
         by_category = [result["categories"].get(category, {}) for category in categories]
         table.append([
             name,
             *(percent(found.get("accuracy")) for found in by_category),
             percent(result["mixed"]),
+            *(beside_chance(result["categories"].get(name)) for name in apart),
             *(form.format_map(result["all"]).rstrip("%") for form in FACTS.values()),
             *(percent(result["thinking"].get(level)) for level in levels),
             str(len(result["failed"])),
         ])
     return markdown(table)
+
+
+def beside_chance(numbers: dict | None) -> str:
+    """The accuracy of a category of APART, and in brackets blind (-: not asked) and by chance."""
+    if numbers is None:
+        return ""
+    blind = percent(numbers["blind"]) or "-"
+    return f"{percent(numbers['accuracy'])} ({blind}, {percent(numbers['chance'])})"
 
 
 def task_table(result: dict) -> str:

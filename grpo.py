@@ -5,7 +5,9 @@ r"""Mix-mode reinforcement learning: GRPO on responses in all modes (arXiv 2507.
     python grpo.py --judge http://localhost:8000/v1 --judge-model name
     torchrun --nproc_per_node=8 grpo.py --size 8b --data mydata
 
-In: questions with known answers (--data's train/questions.jsonl, detail.jsonl, instruct.jsonl).
+In: questions with known answers: --data's train/questions.jsonl, detail.jsonl, instruct.jsonl, and
+discover.jsonl, what no phase before has shown an answer to; most of the prompts are of that. Lines
+of the cold start, where it has left some, are learnt on beside the rewards: nothing is forgotten.
 Out: runs/SIZE/grpo/model; reward and its parts in metrics.jsonl.
 
 Each step draws prompts, gives each a mode, and samples a group of G responses y_i to it; tools run
@@ -26,9 +28,9 @@ in the sandbox, and what they return is context, never trained on. A response ea
                                                                tokens, arXiv 2507.18071
 
 The groups of a step are dealt over several optimizer steps ("updates"): from the second on the
-policy is no longer p_old, so ratios leave 1, and clipping acts. Groups that are all right or all
-wrong teach nothing and are dropped: by accuracy, as shaped rewards always differ a little. A
-response without a score (its judge failed) leaves its group.
+policy is no longer p_old, so ratios leave 1, and clipping acts. Groups whose responses all earn the
+same teach nothing and are dropped: their length apart, which always differs a little. A response
+without a score (its judge failed) leaves its group.
 """
 
 import os
@@ -46,8 +48,17 @@ from common.judge import Judge
 from common.optim import clip_gradients, schedule, set_lr
 from common.packing import even_packs, sample_of_label
 from common.parallel import whole
-from common.questions import check_heldout, draw_prompts, pool_files, question_pool
-from common.rollout import Rollout, failures_of, reward_groups, sample_groups, trajectory
+from common.questions import (
+    DISCOVER,
+    POOL,
+    Question,
+    check_heldout,
+    draw_prompts,
+    pool_files,
+    question_pool,
+)
+from common.replay import Replay
+from common.rollout import Prompt, Rollout, failures_of, reward_groups, sample_groups, trajectory
 from common.run import (
     Run,
     add_judge_arguments,
@@ -56,6 +67,7 @@ from common.run import (
     plan_of,
     previous_model,
 )
+from coldstart import AUTO, MIX, mixture
 from data import Processor, pack
 from evaluate import score_phase
 from generate import Generator
@@ -63,33 +75,39 @@ from model import KeyeVL, step_work
 from sft import frozen, start_from, trainable
 
 # ours, every number but those with a source: Keye states no group size, beta, clip, rate or length.
-# prompts, group: of a step; updates: optimizer steps on them; pack: tokens of a micro-batch
+# prompts, group: of a step; discover: the share of prompts that nobody has shown an answer to;
+# updates: optimizer steps on them; pack: tokens of a micro-batch; replay: weight of the loss of the
+# cold start's lines, one step's of them beside each update; beta: of the KL term
 PLAN = {
     "toy": {
-        "steps": 40, "lr": 1e-4, "prompts": 32, "group": 8, "updates": 2,
-        "max_tokens": 144, "pack": 4096,
+        "steps": 60, "lr": 3e-4, "prompts": 48, "group": 8, "updates": 1, "discover": 0.6,
+        "max_tokens": 144, "pack": 4096, "replay": 1.0, "beta": 0.0,
     },
+    # replay is not yet measured here; without it the old board lost 3 to 4 points
     "tiny": {
-        "steps": 40, "lr": 4e-5, "prompts": 64, "group": 8, "updates": 2,
-        "max_tokens": 144, "pack": 16384,
+        "steps": 250, "lr": 1.5e-4, "prompts": 64, "group": 8, "updates": 1, "discover": 0.5,
+        "max_tokens": 144, "pack": 16384, "replay": 1.0, "beta": 1e-3,
     },
     "small": {
-        "steps": 200, "lr": 2e-5, "prompts": 64, "group": 8, "updates": 2,
-        "max_tokens": 192, "pack": 16384,
+        "steps": 300, "lr": 5e-5, "prompts": 64, "group": 8, "updates": 2, "discover": 0.5,
+        "max_tokens": 192, "pack": 16384, "replay": 0.5, "beta": 1e-3,
     },
     # group and rate are those of the same team's Thyme (2508.11630), updates those of GSPO
     "released": {
-        "steps": 500, "lr": 5e-7, "prompts": 256, "group": 8, "updates": 4,
-        "max_tokens": 4096, "pack": 16384,
+        "steps": 500, "lr": 5e-7, "prompts": 256, "group": 8, "updates": 4, "discover": 0.5,
+        "max_tokens": 4096, "pack": 16384, "replay": 0.0, "beta": 1e-3,
     },
 }
 ASKED = {"think": 3, "no_think": 2, "auto_think": 4, "agentic_think": 3}  # modes, by weight
+# What nobody has shown is found in the modes that stand alone; the others choose among their ways.
+ASKED_NEW = {"think": 4, "no_think": 4, "auto_think": 2, "agentic_think": 1}
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo")
-BETA = 1e-3  # of the KL term
+MOST_CHANCE = 0.3  # what a guess may get right of a question that rewards are given for
 CLIP = (0.2, 0.28)  # low, high: DAPO's
 CLIP_SEQUENCE = (3e-4, 4e-4)  # GSPO's own: a mean over many tokens moves little
 DUAL_CLIP = 3.0  # a bad response is pushed away no harder, however likely it has become
-WARMUP = 0.1  # of the steps
+WARMUP = 0.1  # shares of the steps
+ANNEALED = 0.3  # at a constant rate rewards still rise, and greedy answers no longer do
 # In auto mode the tokens of <analysis>, which choose the mode, weigh apart: all of them together
 # half of what the rest of the response weighs, or a short one's would count many times more.
 MODE_WEIGHT = 0.5
@@ -132,7 +150,7 @@ def k3(logp, reference):
 
 
 def policy_loss(
-    logp, old, reference, advantage, weight, owner=None, algo="grpo", beta=BETA, clip=CLIP
+    logp, old, reference, advantage, weight, owner=None, algo="grpo", beta=1e-3, clip=CLIP
 ):
     """The sum of weight * L_t, and (N,) 1 where clipping stops a token's gradient.
 
@@ -165,16 +183,20 @@ def charge_length(groups: list[list[Rollout]], max_tokens: int):
         for rollout in group:
             reward = rollout.reward
             if rollout.prompt.mode == "auto_think" and reward.total is not None:
-                reward.total -= LENGTH_COST * sum(rollout.response.sampled) / max_tokens
+                cost = LENGTH_COST * sum(rollout.response.sampled) / max_tokens
+                reward.length -= cost
+                reward.total -= cost
 
 
 def teaches(group: list[Rollout]) -> bool:
-    """Whether some scored responses are right and some not.
+    """Whether the scored responses earn different rewards, their length apart.
 
-    One out of form counts as wrong: it earns nothing.
+    A near box is better than a far one, though both are wrong; but of equal answers the shorter one
+    alone would decide, by a token or two that the division by std makes as large as any difference.
     """
     scored = [rollout.reward for rollout in group if rollout.reward.total is not None]
-    return len({reward.format and reward.right for reward in scored}) > 1
+    earned = [reward.total - reward.length for reward in scored]
+    return bool(earned) and max(earned) - min(earned) > 1e-6  # of rounding
 
 
 def analysis_tokens(ids: list[int], tokenizer) -> int:
@@ -266,7 +288,9 @@ class Sampler:
 # one step of GRPO, and the loop around it
 
 
-def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, beta, judge) -> dict:
+def grpo_step(
+    run: Run, policy, reference, sampler, opt, prompts, plan, algo, beta, judge, replay=None
+) -> dict:
     """prompts: this rank's share of the step's. Returns what run.log takes."""
     max_tokens = plan["max_tokens"]
     tokenizer = sampler.generator.processor.tokenizer
@@ -304,7 +328,7 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
             add_logprobs(run, reference or policy, packs, "reference")
             updates.append(packs)
 
-    # 5. Loss and step, for each update.
+    # 5. Loss and step, for each update; and what the model knew before is learnt on.
     loss_sum = norm = 0.0
     batches = []
     for packs in updates:
@@ -323,6 +347,8 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
             log["kl"] += k3(logp.detach(), batch["reference"]).tolist()
             log["mismatch"] += (batch["old"] - batch["sampler"]).abs().tolist()
             batches.append(batch)
+        if replay:
+            log["replay_loss"].append(replay.backward(policy, plan["replay"]))
         norm = clip_gradients(policy)
         if not run.should_skip(0.0, norm):  # a loss that is not finite has no finite gradient
             opt.step()
@@ -331,7 +357,42 @@ def grpo_step(run: Run, policy, reference, sampler, opt, prompts, plan, algo, be
     return {"loss": run.sum(loss_sum), "norm": norm, **run.means(log), **work}
 
 
-def train(run: Run, init: Path, questions: list, plan: dict, judge: Judge | None):
+def question_pools(folder: Path) -> list[list[Question]]:
+    """The pool of all post-training, and discover.jsonl, as far as they are there.
+
+    Of each the questions that are hard to guess: lucky guesses would be rewarded like the rest.
+    Where all are easy to guess, they stay.
+    """
+    names = [names for names in (POOL, (DISCOVER,)) if pool_files(folder, names)]
+    pools = [question_pool(folder, names) for names in names or [(*POOL, DISCOVER)]]
+    hard = [[q for q in pool if chance_of(q.meta) <= MOST_CHANCE] for pool in pools]
+    return [hard or pool for hard, pool in zip(hard, pools)]
+
+
+def chance_of(meta: dict) -> float:
+    """The share of guesses that are right, as far as the meta tells."""
+    few = {"yesno": 1 / 2}.get(meta["verifier"], 0)
+    if meta.get("choices"):
+        few = 1 / len(meta["choices"])
+    return meta.get("chance") or few
+
+
+def step_prompts(pools: list[list[Question]], count: int, share: float, seed: str) -> list[Prompt]:
+    """A step's prompts, `share` of them of the second pool, if there are two."""
+    *_, last = pools
+    few = round(share * count) if len(pools) > 1 else 0
+    prompts = draw_prompts(pools[0], count - few, ASKED, seed)
+    return prompts + (draw_prompts(last, few, ASKED_NEW, f"{seed}/1") if few else [])
+
+
+def kept_lines(args) -> list[tuple[Path, float]]:
+    """The files that the cold start has learnt from, and their weights; none without it."""
+    out = Path(args.out) / args.size / "coldstart-modes" / "data"
+    return mixture(out, MIX | {"auto_think": AUTO}) if (out / "auto_think.jsonl").exists() else []
+
+
+def train(run: Run, init: Path, pools: list, plan: dict, judge: Judge | None, mix=()):
+    """pools: see question_pools; mix: files of lines to learn on, and their weights."""
     args = run.args
     steps = args.steps or plan["steps"]
     # beside the policy: its reference in shards, and where it is sharded itself, the sampler's copy
@@ -342,22 +403,26 @@ def train(run: Run, init: Path, questions: list, plan: dict, judge: Judge | None
     reference = None  # with beta 0 there is no KL term, and no second model
     if args.beta:
         reference = frozen(run, init)
+    replay = None
+    if mix and plan["replay"]:
+        replay = Replay(run, policy.config, processor, mix, progress.extra.get("replay"))
     sampler = Sampler(run, policy, processor)
     failures = []  # of this rank
     tried = 0
 
     for step in range(progress.step, steps):
-        lr = set_lr(opt, schedule(step, steps, WARMUP, decay=0.0))
-        prompts = draw_prompts(questions, plan["prompts"], ASKED, f"{args.seed}/{step}")
+        lr = set_lr(opt, schedule(step, steps, WARMUP, ANNEALED))
+        prompts = step_prompts(pools, plan["prompts"], plan["discover"], f"{args.seed}/{step}")
         mine = prompts[run.rank :: run.world]
         values = grpo_step(
-            run, policy, reference, sampler, opt, mine, plan, args.algo, args.beta, judge
+            run, policy, reference, sampler, opt, mine, plan, args.algo, args.beta, judge, replay
         )
         failures += failures_of(mine)
         tried += len(prompts)
         refuse_many(sum(run.gather_objects(failures), []), tried, "prompts")
         run.log(step, steps, lr=lr, **judge_failures(run, judge), **values)
-        save_if_due(run, step + 1, steps, policy, opt)
+        kept = {"replay": replay.state} if replay else {}
+        save_if_due(run, step + 1, steps, policy, opt, **kept)
     say_failures(run, failures, tried, "prompts")
     export(run, policy, processor)
 
@@ -371,6 +436,7 @@ def describe(log: dict[str, list], groups: list[list[Rollout]]):
             log["group_std"].append(float(torch.tensor(totals).std()))
         for rollout in group:
             mode = rollout.prompt.mode
+            meta = rollout.prompt.record["meta"]
             reward = rollout.reward
             response = rollout.response
             numbers = {
@@ -387,6 +453,9 @@ def describe(log: dict[str, list], groups: list[list[Rollout]]):
                 "unfinished": not response.finished,
                 "calls": len(response.observations),
             }
+            if meta.get("category") == DISCOVER:
+                numbers["right_discover"] = reward.right
+                numbers[f"right_{meta['task']}"] = reward.right
             for name, value in numbers.items():
                 if value is not None:  # a judge was needed, and failed
                     log[name].append(value)
@@ -408,16 +477,18 @@ def main(args):
     begin = time.time()
     folder = data_folder(args)
     plan = plan_of(args, PLAN)
+    args.beta = plan["beta"] if args.beta is None else args.beta
     init = previous_model(args, "coldstart")
     check_heldout(folder, args.eval_limit)
-    questions = question_pool(folder)
+    pools = question_pools(folder)
+    files = pool_files(folder, (*POOL, DISCOVER))
     judge = None
     if args.judge:
         judge = Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", ""))
 
-    run = start_from(args, "grpo", init, pool_files(folder), algo=args.algo, beta=args.beta)
+    run = start_from(args, "grpo", init, files, algo=args.algo, beta=args.beta)
     if not run.trained():
-        train(run, init, questions, plan, judge)
+        train(run, init, pools, plan, judge, kept_lines(args))
         run.mark_trained()
     run.score(lambda: score_phase(run, folder / "heldout", MODES, args.eval_limit))
     run.close()
@@ -427,5 +498,5 @@ def main(args):
 if __name__ == "__main__":
     parser = add_judge_arguments(arguments(__doc__))
     parser.add_argument("--algo", default="grpo", choices=ALGORITHMS)
-    parser.add_argument("--beta", type=float, default=BETA, help="weight of the KL term; 0: none")
+    parser.add_argument("--beta", type=float, help="weight of the KL term (default: by size)")
     main(parser.parse_args())

@@ -29,6 +29,8 @@ from common.verifiers import verify
 log = logging.getLogger("questions")
 
 POOL = ("questions", "detail", "instruct")  # files that post-training asks from
+DISCOVER = "discover"  # the file, and category, that reinforcement alone asks from
+PAIRS = "preferences"  # the file that holds no questions, but pairs of answers
 
 
 @dataclass
@@ -68,13 +70,15 @@ def check_question(record: dict):
 def read_questions(
     path: str | Path, limit_per_task: int | None = None, tasks: list[str] | None = None
 ) -> list[Question]:
-    """The questions of a file, or of all data files of a folder (see data_files), in order.
+    """The questions of a file, or of a folder's data files (see data_files) but PAIRS, in order.
 
     limit_per_task: the first so many of each task. tasks: names of tasks or categories to keep.
     ValueError, with file:line, for a line that is no question; also for an unknown name in tasks.
     """
     path = Path(path)
-    files = {data_name(path): path} if path.is_file() else data_files(path)
+    files = {data_name(path): path}
+    if not path.is_file():
+        files = {name: file for name, file in data_files(path).items() if name != PAIRS}
     if not files:
         raise ValueError(f"{path}: no .jsonl or .json files with questions here")
     questions = []
@@ -103,22 +107,22 @@ def read_questions(
     return kept
 
 
-def pool_files(folder: Path) -> list[Path]:
-    """Those files of POOL that are in folder/train."""
+def pool_files(folder: Path, names: tuple = POOL) -> list[Path]:
+    """Those files of the names that are in folder/train."""
     files = files_or_exit(folder / "train")
-    return [files[name] for name in POOL if name in files]
+    return [files[name] for name in names if name in files]
 
 
-def question_pool(folder: Path) -> list[Question]:
-    """The questions that post-training asks, of the files of POOL in folder/train.
+def question_pool(folder: Path, names: tuple = POOL) -> list[Question]:
+    """The questions that post-training asks, of the files of these names in folder/train.
 
     SystemExit where there is none, or a line is no question.
     """
     questions = []
-    for path in pool_files(folder):
+    for path in pool_files(folder, names):
         questions += read_or_exit(path)
     if not questions:
-        names = ", ".join(f"{name}.jsonl" for name in POOL)
+        names = ", ".join(f"{name}.jsonl" for name in names)
         raise SystemExit(f"{folder / 'train'} has none of {names}: no question to ask")
     return questions
 

@@ -16,7 +16,7 @@ from common.failures import MAX_BAD_SHARE, too_many
 from common.forms import form_of
 from common.jsonl import Lines, data_files
 from common.media import MediaError
-from common.questions import POOL, check_question
+from common.questions import DISCOVER, PAIRS, POOL, check_question
 
 COLUMNS = ("file", "lines", "forms", "pictures", "clips", "tokens", "longest", "dropped")
 EXAMPLES = 3  # lines that are shown of each problem
@@ -43,7 +43,7 @@ def survey(folder: Path, processor, pack_tokens: int) -> bool:
 
 def check_of(part: str, name: str) -> tuple:
     """How scripts check a record of a file, and whether they refuse a file for one bad line."""
-    if part == "heldout" or name in POOL:
+    if name != PAIRS and (part == "heldout" or name in (*POOL, DISCOVER)):
         return check_question, True
     return check_training, False
 

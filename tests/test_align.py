@@ -249,6 +249,11 @@ def test_the_worst_wrong_answer_is_rejected(asked, run):
     assert pair.where.endswith("questions.jsonl:2")
 
 
+def test_what_is_never_right_makes_no_pair(asked, run):
+    asked.answers["3"] = [attempt("wrong", 0), attempt("bad", 0.1)]
+    assert align.own_pairs(run, "init", asked.folder, {"asked": 10, "samples": 2}) == []
+
+
 def test_all_right_answers_make_no_pair(asked, run):
     asked.answers["3"] = [attempt("right", 1), attempt("right", 1)]
     asked.answers["1"] = []  # it could not be read
@@ -265,8 +270,8 @@ def test_both_files_are_asked_alike(asked, run):
 
 
 def test_own_pairs_come_in_a_random_order_of_the_seed(asked, run):
-    wrong = [attempt("wrong", 0)]
-    asked.answers = {str(i): wrong for i in range(14)}
+    both = [attempt("wrong", 0), attempt("right", 1)]
+    asked.answers = {str(i): both for i in range(14)}
     orders = []
     for seed in (4, 4, 5):
         run.args.seed = seed
@@ -275,7 +280,46 @@ def test_own_pairs_come_in_a_random_order_of_the_seed(asked, run):
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2])
     assert len(orders[0]) == 10
-    assert run.said[-1].startswith("0% of the answers are right; 10 pairs")
+    assert run.said[-1].startswith("50% of the answers are right; 10 pairs")
+
+
+def test_written_pairs_stand_among_the_models_own(asked, run):
+    answers = {"chosen": "There is none.", "rejected": "red", "task": "absent"}
+    written = []
+    for i in range(3):
+        written.append({"messages": [{"role": "user", "content": f"What is {i}?"}]} | answers)
+    write(asked.folder / "train" / "preferences.jsonl", written)
+    asked.answers["3"] = [attempt("wrong", 0), attempt("right", 1)]
+    pairs = align.own_pairs(run, "init", asked.folder, {"asked": 10, "samples": 2})
+    assert sorted(pair.record["task"] for pair in pairs) == ["absent"] * 3 + ["sum"]
+    assert run.said[-1] == "3 pairs of preferences.jsonl"
+    for name in ("questions", "instruct"):
+        (asked.folder / "train" / f"{name}.jsonl").unlink()
+    pairs = align.own_pairs(run, "init", asked.folder, {"asked": 10, "samples": 2})
+    assert [pair.record["task"] for pair in pairs] == ["absent"] * 3
+
+
+def test_held_out_pairs_are_compared_by_task(tmp_path, run, model, processor, start_model):
+    """Their media lie apart: train and heldout may give two pictures one name."""
+    records = preferences(tmp_path / "mine", 12)
+    for i, record in enumerate(records):
+        record["task"] = ("absent", "present")[i % 2]
+    write(tmp_path / "mine" / "pairs.jsonl", records)
+    out = tmp_path / "data" / "heldout"
+    align.prepare_heldout(run, start_model, tmp_path / "mine" / "pairs.jsonl", out)
+    assert len(read(out / "pairs.jsonl")) == 12 and (out / "media" / "3.png").is_file()
+    expected = {"absent": [], "present": []}
+    for record in records:
+        chosen, rejected = alone(model, processor, record, tmp_path / "mine")
+        expected[record["task"]].append(chosen > rejected)
+    written = []
+    run.write = written.append
+    align.compare_heldout(run, model, processor, out / "pairs.jsonl", "before")
+    shares = {f"preferred_{task}_before": sum(r) / 6 for task, r in expected.items()}
+    assert written == [pytest.approx(shares)]
+    assert run.said[-1].startswith("before, held-out preferences: ") and " of 6, " in run.said[-1]
+    align.compare_heldout(run, model, processor, out / "nothing.jsonl", "after")
+    assert len(written) == 1
 
 
 def test_without_any_question_there_are_no_own_pairs(tmp_path, run):
@@ -630,6 +674,37 @@ def test_mpo_saves_what_it_needs_to_go_on(tmp_path, monkeypatch, run, processor,
     assert rest.loaders[0][1]["state"] == "the loader's state"
 
 
+def test_mpo_learns_other_lines_on_beside_the_pairs(
+    tmp_path, monkeypatch, run, processor, start_model
+):
+    """Once a step, before it; a run that goes on knows where it was in them."""
+    policy = Table(1)
+    seen = []
+
+    class Replay:
+        def __init__(self, run, cfg, processor, mix, state):
+            self.state = f"{state}+"
+            seen.append((mix, state))
+
+        def backward(self, model, weight):
+            seen.append((model.scores.detach().clone(), weight))
+            model.scores.grad.add_(weight)
+            return 2.5
+
+    monkeypatch.setattr(align, "Replay", Replay)
+    steps = batches_of_steps(processor, policy)
+    going_on = Progress(0, None, {"replay": "there"})
+    loop = Loop(monkeypatch, run, policy, steps, going_on)
+    align.mpo(loop.run, start_model, tmp_path, RATE, STEPS, ["mix"], 0.5)
+    start, *replayed = seen
+    assert start == (["mix"], "there")
+    assert [weight for _, weight in replayed] == [0.5] * STEPS
+    for (before, _), after in zip(replayed[1:], loop.weights):
+        assert torch.equal(before, after)
+    assert all(values["replay_loss"] == 2.5 for _, _, values in loop.logged)
+    assert {kept["replay"] for *_, kept in loop.saved} == {"there+"}
+
+
 def test_mpo_measures_held_out_pairs_before_and_after(
     tmp_path, monkeypatch, run, processor, start_model
 ):
@@ -961,7 +1036,8 @@ class Phase:
             self.events.append(("prepare", init, pairs, data))
             write(data / "train.jsonl", [{"from": str(init)}])
 
-        def mpo(run, init, data, lr, steps):
+        def mpo(run, init, data, lr, steps, *replay):
+            self.replayed = replay
             self.events.append(("mpo", init, data, lr, steps, run.args.resume))
             if run.stage == self.killed:
                 raise KeyboardInterrupt
@@ -1008,9 +1084,25 @@ def test_mpo_answers_pairs_refers_trains_and_is_scored(phase, questions, start_m
         ("prepare", start_model, "own pairs", data),
         ("mpo", start_model, data, TOY["lr"], TOY["steps"], False),
     ]
+    assert phase.replayed == ([(questions / "train" / "questions.jsonl", sft.MIX["questions"])], 1.0)
     assert phase.events[-1] == ("score", questions / "heldout", ["plain"], 40)
     assert phase.main(*MPO) == [], "it is done"
     assert phase.events == []
+
+
+def test_mpo_prepares_what_is_held_out_before_it_trains(
+    monkeypatch, phase, tmp_path, questions, start_model
+):
+    folder = tmp_path / "with"
+    shutil.copytree(questions, folder)
+    write(folder / "heldout" / "preferences.jsonl", [{}])
+    monkeypatch.setattr(
+        align, "prepare_heldout", lambda run, *how: phase.events.append(("heldout", *how))
+    )
+    found = phase.main(*MPO, "--data", folder)
+    assert [event[0] for event in found] == ["own", "heldout", "prepare", "mpo"]
+    out = phase.out / "mpo" / "data" / "heldout"
+    assert found[1] == ("heldout", start_model, folder / "heldout" / "preferences.jsonl", out)
 
 
 def test_mpo_takes_pairs_that_are_given(phase, tmp_path, start_model):

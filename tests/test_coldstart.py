@@ -232,6 +232,13 @@ def test_two_turns_are_two_questions():
             assert len(set(answers)) == len(answers)
 
 
+def test_of_preferences_the_chosen_answer_is_kept(tmp_path):
+    asked = talk("Which?", "")["messages"][:1]
+    lines = [{"messages": asked, "chosen": "A", "rejected": "B"}]
+    [kept] = coldstart.kept_lines(write(tmp_path / "preferences.jsonl", lines), 5)
+    assert text_of(kept["messages"][-1]) == "A" and "/no_think" in text_of(kept["messages"][0])
+
+
 def test_kept_lines_are_an_even_choice(tmp_path):
     lines = [talk(f"Q{i}", str(i)) for i in range(10)]
     path = write(tmp_path / "vqa.jsonl", lines)

@@ -184,7 +184,7 @@ def test_toy_worlds_own_answers_are_right(tmp_path):
             continue
         for i in range(n):
             unit = toyworld.draw_unit("", split, kind, i, 0, sides, dry=True)
-            lines += [line for _, line in unit.lines]
+            lines += [line for name, line in unit.lines if name != "preferences"]
     (tmp_path / "all.jsonl").write_text("\n".join(lines))
     by_task = {}
     for question in read_questions(tmp_path):
@@ -291,6 +291,36 @@ def test_a_blind_score_is_that_of_the_same_question(processor, tmp_path, answer_
     tasks = evaluate(None, processor, tmp_path, blind=True)["tasks"]
     assert (tasks["colour"]["accuracy"], tasks["colour"]["blind"]) == (0, 1)
     assert (tasks["sum"]["accuracy"], tasks["sum"]["blind"]) == (1, 0)
+
+
+def test_what_is_taught_later_stands_apart(processor, world, answer_with):
+    """A column beside blind and chance, and in no mean."""
+    answer_with(see)
+    before = evaluate(None, processor, world)
+    assert before["categories"].keys() == {"look", "text"}
+    lines = [json.loads(line) for line in (world / "look.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["meta"] |= {"task": "lowest", "category": "discover", "difficulty": 3}
+    write(world / "discover.jsonl", lines)
+    result = evaluate(None, processor, world)
+    assert result["categories"]["discover"]["accuracy"] == 1
+    assert result["categories"]["discover"]["blind"] == 0
+    assert result["categories"]["look"]["blind"] is None, "the others only where it is asked for"
+    for same in ("mixed", "all", "thinking", "headline"):
+        assert result[same] == before[same], same
+    alone = evaluate(None, processor, world, tasks=["lowest"])
+    assert alone["mixed"] is None and alone["all"]["accuracy"] == 1
+
+    head, _, old, new, more = E.board([("a", before), ("b", result), ("c", alone)]).splitlines()
+    column = [cell.strip() for cell in head.split("|")].index("discover (blind, chance)")
+    cells = [[cell.strip() for cell in line.split("|")][column] for line in (old, new, more)]
+    assert cells == ["", "100.0 (0.0, 33.3)", "100.0 (0.0, 33.3)"]
+
+
+def test_a_control_that_was_not_asked_for_is_a_dash():
+    """In modes with tools, which show the pictures, nothing is blind."""
+    assert E.beside_chance({"accuracy": 0.5, "blind": None, "chance": 0.25}) == "50.0 (-, 25.0)"
+    assert E.beside_chance(None) == ""
 
 
 def test_limit_and_choice_of_tasks(processor, world, answer_with):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import coldstart
 import generate
 import grpo
 import sft
@@ -310,18 +311,32 @@ def rollout_of(processor, text: str, total=0.0, right=0.0, form=1.0, mode="think
 ANALYSIS = "<analysis>Easy, so /no_think.</analysis>"
 
 
-def test_groups_are_dropped_by_accuracy(processor):
+def test_groups_whose_rewards_are_equal_are_dropped(processor):
     def group(*scores):
         return [rollout_of(processor, "3", *score) for score in scores]
 
-    assert teaches(group((0.1, 1), (0.1, 0)))
-    assert not teaches(group((0.9, 1), (0.1, 1))), "however much the rewards differ"
-    assert not teaches(group((0.9, 0), (0.1, 0)))
+    assert teaches(group((0.9, 1), (0.1, 0)))
+    assert teaches(group((0.9, 1), (0.1, 1))), "both right, one of them better"
+    assert teaches(group((0.4, 0), (0.1, 0))), "both wrong, one of them nearer"
+    assert not teaches(group((0.1, 1), (0.1, 0))), "the reward decides, not what counts as right"
+    assert not teaches(group((0.1 + 0.2, 0), (0.3, 0))), "of rounding"
     assert not teaches([])
 
 
-def test_a_right_answer_out_of_form_is_none(processor):
-    in_form, out_of_form = ((1.0, 1, form) for form in (1.0, 0.0))
+def test_length_alone_teaches_nothing(processor):
+    """Not what is overlong, and not what auto mode pays for its tokens."""
+    texts = ["12", "1 2 3 4 5 6 7 8 9"]
+    group = [rollout_of(processor, text, 0.875, 1.0, mode="auto_think") for text in texts]
+    group[0].reward.length, group[0].reward.total = 0.0, 1.0  # earned 1, as the other
+    assert not teaches(group)
+    grpo.charge_length([group], max_tokens=40)
+    assert group[0].reward.total != group[1].reward.total and not teaches(group)
+    group[1].reward.total -= 0.5
+    assert teaches(group)
+
+
+def test_an_answer_out_of_form_is_as_bad_as_a_wrong_one(processor):
+    in_form, out_of_form = ((total, 1, form) for total, form in ((1.0, 1.0), (0.0, 0.0)))
     wrong = (0.0, 0, 1.0)
     for scores, expected in (((in_form, out_of_form), True), ((out_of_form, wrong), False)):
         assert teaches([rollout_of(processor, "3", *score) for score in scores]) == expected
@@ -442,7 +457,7 @@ BETA = 0.05
 
 
 def rollouts(processor) -> list[list[Rollout]]:
-    """Five groups: the second is right throughout, the fourth could not be sampled."""
+    """Five groups: the second earns the same throughout, the fourth could not be sampled."""
     texts = [
         ("1 2", "3 4 5", "6"),
         ("7", "8 9", "0"),
@@ -452,7 +467,7 @@ def rollouts(processor) -> list[list[Rollout]]:
     ]
     scores = [
         ((1.2, 1), (0.0, 0), (-0.4, 0)),
-        ((1.5, 1), (1.4, 1), (1.3, 1)),
+        ((1.4, 1), (1.4, 1), (1.4, 1)),
         ((0.2, 0), (1.0, 1), (None, 1)),
         (),
         ((1.5, 1), (0.0, 0), (1.5, 1)),
@@ -478,7 +493,7 @@ def written_out(policy, reference, groups, algo, beta, updates=2) -> SimpleNames
     # (ids, advantage) of each response, group by group
     kept = []
     for group in groups:
-        if len({rollout.reward.right for rollout in group if rollout.reward.total is not None}) < 2:
+        if len({rollout.reward.total for rollout in group} - {None}) < 2:
             continue
         rewards = {}
         for i, rollout in enumerate(group):
@@ -547,6 +562,7 @@ class Step:
     def __init__(self, monkeypatch, run, processor, groups):
         self.events = []
         self.run = run
+        self.replay = None
         self.sampler = SimpleNamespace(
             refresh=lambda: self.events.append("refresh"),
             generator=SimpleNamespace(processor=processor),
@@ -573,7 +589,7 @@ class Step:
         opt = torch.optim.SGD(policy.parameters(), RATE)
         values = grpo_step(
             self.run, policy, reference, self.sampler, opt, "prompts",
-            PLAN | plan, algo, beta, "judge",
+            PLAN | plan, algo, beta, "judge", self.replay,
         )
         assert all(p.grad is None for p in policy.parameters())
         return values
@@ -680,6 +696,23 @@ def test_every_forward_is_on_the_device_and_in_the_dtype_of_the_run(monkeypatch,
     assert len(policy.seen) >= 6 and set(policy.seen) == {(True, True)}
 
 
+def test_other_lines_are_learnt_on_beside_each_update(monkeypatch, run, processor):
+    step = Step(monkeypatch, run, processor, rollouts(processor))
+    seen = []
+
+    def backward(model, weight):
+        seen.append((model.scores.detach().clone(), model.scores.grad.abs().sum() > 0, weight))
+        return 2.0 + len(seen)
+
+    step.replay = SimpleNamespace(backward=backward)
+    policy = Table(1)
+    start = policy.scores.detach().clone()
+    values = step(policy, Table(2), replay=0.25)
+    (first, reward, weight), (second, _, _) = seen
+    assert reward and weight == 0.25 and values["replay_loss"] == 3.5
+    assert torch.equal(first, start) and not torch.equal(second, start)
+
+
 def test_fewer_groups_than_updates_are_fewer_updates(monkeypatch, run, processor):
     groups = rollouts(processor)[:1]
     policies = [Table(1), Table(1)]
@@ -726,7 +759,7 @@ def test_the_numbers_of_a_step(monkeypatch, run, processor):
 
     values = Step(monkeypatch, run, processor, groups)(policy, reference, updates=1)
     auto = [1.5 - 0.1 * n / 12 for n in lengths[-3::2]] + [-0.1 * lengths[-2] / 12]
-    totals = [1.2, 0.0, -0.4, 1.5, 1.4, 1.3, 0.2, 1.0, *auto]
+    totals = [1.2, 0.0, -0.4, 1.4, 1.4, 1.4, 0.2, 1.0, *auto]
     stds = [torch.tensor(x).std() for x in (totals[:3], totals[3:6], totals[6:8], auto)]
     expected = {
         "reward": sum(totals) / 11,
@@ -736,7 +769,7 @@ def test_the_numbers_of_a_step(monkeypatch, run, processor):
         "format": 1,
         "consistency": 0.5,
         "repetition": 0.25,
-        "overlong": -0.125,
+        "overlong": -0.125 - 0.1 * sum(lengths[-3:]) / 12 / 12,  # with what auto mode pays
         "unscored": 1 / 12,
         "right_think": 1 / 3,
         "right_no_think": 1,
@@ -911,14 +944,14 @@ class Loop:
     def train(self, folder, *flags, judge=None, size="toy"):
         argv = ["--size", size, "--seed", "4", *map(str, flags)]
         self.run.args = parser().parse_args(argv)
-        grpo.train(self.run, folder, "questions", grpo.PLAN["toy"], judge)
+        grpo.train(self.run, folder, ["questions"], grpo.PLAN["toy"], judge)
 
 
 def parser():
     """grpo.py's flags."""
     made = add_judge_arguments(arguments(grpo.__doc__))
     made.add_argument("--algo", default="grpo")
-    made.add_argument("--beta", type=float, default=grpo.BETA)
+    made.add_argument("--beta", type=float, default=1e-3)
     return made
 
 
@@ -928,7 +961,54 @@ def test_every_step_draws_other_prompts_by_its_number(monkeypatch, run, start_mo
     asked = [[prompt.asked for prompt in step.prompts] for step in loop.steps]
     modes = {"think": 3, "no_think": 2, "auto_think": 4, "agentic_think": 3}
     for step, same in enumerate(asked):
-        assert same == [("questions", 32, modes, f"4/{step}")] * 5
+        assert same == [("questions", 48, modes, f"4/{step}")] * 5
+
+
+def test_a_share_of_the_prompts_is_of_what_nobody_has_shown(monkeypatch):
+    asked = []
+    monkeypatch.setattr(grpo, "draw_prompts", lambda *how: asked.append(how) or [])
+    grpo.step_prompts(["old", "new"], 33, 0.6, "4/7")
+    assert [how[:2] for how in asked] == [("old", 13), ("new", 20)]
+    assert [how[3] for how in asked] == ["4/7", "4/7/1"], "not the same draw twice"
+    assert [how[2] for how in asked] == [grpo.ASKED, grpo.ASKED_NEW]
+    asked.clear()
+    grpo.step_prompts(["old", "new"], 33, 0.0, "4/7")
+    grpo.step_prompts(["only"], 33, 0.6, "4/7")
+    assert [how[:2] for how in asked] == [("old", 33), ("only", 33)]
+
+
+def test_what_is_easily_guessed_is_not_rewarded(tmp_path):
+    """A question of a few answers, however it says so; unless there are no others."""
+    easy = [{"chance": 0.5}, {"choices": ["a", "b", "c"]}, {"verifier": "yesno", "answer": "yes"}]
+    hard = [{}, {"choices": list("abcd")}, {"chance": 0.2, "choices": ["a", "b"]}]
+    lines = []
+    talk = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "a"}]
+    for i, more in enumerate(easy + hard):
+        meta = {"task": str(i), "answer": "a", "verifier": "choice", "choices": []} | more
+        lines.append({"messages": talk, "meta": meta})
+    path = tmp_path / "train" / "questions.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [pool] = grpo.question_pools(tmp_path)
+    assert [question.task for question in pool] == ["3", "4", "5"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    assert len(grpo.question_pools(tmp_path)[0]) == 3
+
+
+def test_pools_are_those_that_are_there(tmp_path):
+    """Questions of users, whose meta has an answer and its verifier alone, are asked like ours."""
+    with pytest.raises(SystemExit, match="questions.jsonl, .*discover.jsonl: no question"):
+        grpo.question_pools(tmp_path)
+    write_questions(tmp_path)
+    [old] = grpo.question_pools(tmp_path)
+    assert {"steps", "chance"}.isdisjoint(old[0].meta)
+    (tmp_path / "train" / "discover.jsonl").write_text(json.dumps(old[0].record) + "\n")
+    both = grpo.question_pools(tmp_path)
+    assert list(map(len, both)) == [len(old), 1]
+    (tmp_path / "train" / "questions.jsonl").unlink()
+    for name in ("detail", "instruct"):
+        (tmp_path / "train" / f"{name}.jsonl").unlink(missing_ok=True)
+    assert list(map(len, grpo.question_pools(tmp_path))) == [1]
 
 
 def test_ranks_share_the_prompts_of_a_step(monkeypatch, run, start_model):
@@ -965,7 +1045,7 @@ def test_the_reference_is_the_start_and_never_moves(monkeypatch, run, start_mode
     for step in loop.steps:
         assert step.policy is policy and step.reference is reference
         assert step.sampler.generator.model is policy
-        assert step.rest == ("gspo", 0.01, None)
+        assert step.rest == ("gspo", 0.01, None, None)
         assert step.plan is grpo.PLAN["toy"]
     for name, tensor in reference.state_dict().items():
         assert torch.equal(tensor, start_state[name])
@@ -982,16 +1062,17 @@ def test_without_kl_no_second_model_is_loaded(monkeypatch, run, start_model):
     assert loop.steps[0].reference is None
 
 
-def test_the_rate_rises_and_stays(monkeypatch, run, start_model):
+def test_the_rate_rises_stays_and_falls(monkeypatch, run, start_model):
     loop = Loop(monkeypatch, run)
     loop.train(start_model, "--steps", "20")
     factors = [lr for step in loop.steps for lr in step.lr]
-    assert factors == pytest.approx([0.5] + [1.0] * 19)
+    falls = [1 - i / 6 for i in range(6)]
+    assert factors == pytest.approx([0.5] + [1.0] * 13 + falls)
     plain = min(group["peak_lr"] for group in loop.opt.param_groups)
-    assert plain == pytest.approx(1e-4)
+    assert plain == pytest.approx(3e-4)
     assert loop.made == {"weight_decay": 0.0, "muon": 2, "compiled": True}
     highest = max(group["peak_lr"] for group in loop.opt.param_groups)
-    assert loop.logged[-1][2]["lr"] == pytest.approx(highest)
+    assert loop.logged[-1][2]["lr"] == pytest.approx(highest * falls[-1])
 
 
 def test_training_goes_on_where_it_was_and_is_saved(monkeypatch, run, start_model):
@@ -1011,7 +1092,7 @@ def test_training_goes_on_where_it_was_and_is_saved(monkeypatch, run, start_mode
 def test_the_plan_of_a_size_is_the_default(monkeypatch, run, start_model):
     loop = Loop(monkeypatch, run)
     loop.train(start_model)
-    assert len(loop.steps) == 40
+    assert len(loop.steps) == 60
     assert "judge_failed" not in loop.logged[0][2]
 
 
@@ -1060,8 +1141,9 @@ class Phase:
         self.folder = out / "toy" / "grpo"
         self.events = []
 
-        def train(run, init, pool, plan, judge):
-            self.events.append(("train", init, len(pool), plan, judge))
+        def train(run, init, pool, plan, judge, mix):
+            self.mix = mix
+            self.events.append(("train", init, sum(map(len, pool)), plan, judge))
 
         def score_phase(run, *how):
             self.events.append(("score", *how))
@@ -1091,6 +1173,21 @@ def test_the_phase_trains_once_and_is_scored_in_all_modes(phase, questions, star
     assert phase.main() == [], "it is done"
     (phase.folder / "score.json").unlink()
     assert phase.main("--eval-limit", "3") == [("score", questions / "heldout", modes, 3)]
+
+
+def test_lines_that_the_cold_start_left_are_learnt_on(phase):
+    data = phase.folder.parent / "coldstart-modes" / "data"
+    phase.main()
+    assert phase.mix == [], "there was none"
+    data.mkdir(parents=True)
+    for kind in (*coldstart.MIX, "auto_think"):
+        (data / f"{kind}.jsonl").write_text("" if kind == "video" else "{}\n")
+    phase.main("--fresh")
+    assert dict(phase.mix) == {
+        data / f"{kind}.jsonl": weight
+        for kind, weight in [*coldstart.MIX.items(), ("auto_think", coldstart.AUTO)]
+        if kind != "video"
+    }
 
 
 @pytest.mark.parametrize("flags", [("--algo", "gspo"), ("--beta", "0.5")])

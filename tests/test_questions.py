@@ -152,6 +152,15 @@ def test_no_questions_are_an_error(tmp_path):
         read_questions(tmp_path)
 
 
+def test_pairs_are_no_questions(tmp_path):
+    """heldout/preferences.jsonl is what alignment compares; a file that is named is read."""
+    write(tmp_path / "q.jsonl", [record()])
+    write(tmp_path / "preferences.jsonl", [{"messages": [], "chosen": "a", "rejected": "b"}])
+    assert len(read_questions(tmp_path)) == 1
+    with pytest.raises(ValueError, match="preferences.jsonl:1"):
+        read_questions(tmp_path / "preferences.jsonl")
+
+
 # -- at the start of the scripts
 
 
@@ -159,6 +168,9 @@ def test_the_pool_holds_the_files_that_exist(tmp_path):
     for name in ("instruct", "questions", "other"):
         write(tmp_path / "train" / f"{name}.jsonl", [record()])
     assert [q.task for q in question_pool(tmp_path)] == ["questions", "instruct"]
+    write(tmp_path / "train" / "discover.jsonl", [record()])
+    assert [q.task for q in question_pool(tmp_path)] == ["questions", "instruct"]
+    assert [q.task for q in question_pool(tmp_path, ("discover",))] == ["discover"]
     with pytest.raises(SystemExit, match="questions.jsonl, detail.jsonl, instruct.jsonl"):
         question_pool(tmp_path / "nowhere")
 

@@ -26,6 +26,7 @@ from common.verifiers import score, verify
 from conftest import ROOT
 from tools.train_vocab import train_vocab
 from toyworld import SIZES, draw_unit, make_world
+from toyworld.discover import DISCOVER
 from toyworld.drawing import COLOUR_NAMES, COLOURS, PLACES, SHAPES, Paper, Thing
 from toyworld.instructions import INSTRUCT
 from toyworld.pictures import look_box
@@ -35,6 +36,7 @@ SINGULAR = {plural: shape for shape, plural in PLURAL.items()}
 NAME = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 THING = rf"an? {NAME}"
 COLD_START = ("think", "no_think", "agentic", "clips")
+UNTAUGHT = ("discover", "premise", "preferences")  # files that show nobody how to answer
 TINY = {"pictures": 10, "clips": 2, "heldout": 0, "progress": False}
 
 
@@ -524,10 +526,12 @@ def check_reasoning_step(step, record, scene):
     true = record["meta"]["answer"]
     if q := re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", step):
         assert int(q[1]) + int(q[2] + q[3]) == int(q[4])
-    elif q := re.fullmatch(r"(\d) ([<=>]) (\d)", step):
-        a, b = int(q[1]), int(q[3])
-        assert {"<": a < b, "=": a == b, ">": a > b}[q[2]]
+    elif q := re.fullmatch(r"(\w+) (\d) ([<=>]) (\w+) (\d)", step):
+        a, b = int(q[2]), int(q[5])
+        assert {"<": a < b, "=": a == b, ">": a > b}[q[3]]
         assert (true == "yes") == (a > b)
+    elif q := re.fullmatch(r"(\w+) (\d) \+ (\w+) (\d) = (\d)", step):
+        assert int(q[2]) + int(q[4]) == int(q[5]) == int(true)
     elif q := re.fullmatch(rf".*?{NAME}(?::| at the) ([a-z ]+)", step):
         assert scene[q[3].strip()] == (q[1], q[2])
     elif q := re.fullmatch(r"text: ([\d+-]+)", step):
@@ -590,10 +594,12 @@ def running_numbers(steps, what):
 
 def two_counts(case):
     *steps, last = case.steps
-    a, sign, b, total = re.fullmatch(r"(\d) ([+<=>]) (\d)(?: = (\d))?", last).groups()
+    form = r"(\w+) (\d) ([+<=>]) (\w+) (\d)(?: = (\d))?"
+    first, a, sign, second, b, total = re.fullmatch(form, last).groups()
+    assert counted_shapes(case.question) == [SINGULAR[first], SINGULAR[second]]
     found = [re.fullmatch(r".*: (\w+)(?: (\d))?", step).groups() for step in steps]
-    for name, n in zip(counted_shapes(case.question), (a, b)):
-        assert [int(k) for shape, k in found if shape == name] == up_to(n)
+    for name, n in ((first, a), (second, b)):  # the last line says what the list ends with
+        assert [int(k) for shape, k in found if shape == SINGULAR[name]] == up_to(n)
     if sign == "+":
         assert total == case.reply
     else:
@@ -784,7 +790,7 @@ def test_single_questions_have_true_steps(world):
     tasks = defaultdict(Counter)
     for split in ("train", "heldout"):
         for path in sorted((world / split).glob("*.jsonl")):
-            if path.stem in COLD_START:
+            if path.stem in (*COLD_START, *UNTAUGHT):
                 continue
             for record in read(path):
                 if len(turns(record)) > 1 or not turns(record)[0][0]:
@@ -797,7 +803,7 @@ def test_single_questions_have_true_steps(world):
     # Each held-out task can be asked of train contents.
     held = set()
     for path in (world / "heldout").glob("*.jsonl"):
-        if path.stem != "instruct":
+        if path.stem not in ("instruct", *UNTAUGHT):
             held |= {record["meta"]["task"] for record in read(path)}
     assert held == tasks["questions"].keys()
 
@@ -878,11 +884,17 @@ def scenes_in(world, split, name, record):
 def contents(world, split):
     """{kind: every canonical content of a split}, read from its lines and pictures."""
     found = defaultdict(set)
-    names = "caption vqa grounding reasoning ocr interleaved text video instruct".split()
-    for name in names + ["pairs"] * (split == "train"):
+    names = "caption vqa grounding reasoning ocr interleaved text video instruct discover".split()
+    names += ["preferences", "pairs" if split == "train" else "premise"]
+    for name in names:
         for record in lines(world, split, name):
             task = record.get("meta", {}).get("task")
             said = " ".join(f"{question} {reply}" for question, reply in turns(record))
+            if task == "backwards":
+                clip = decoded(world, split, media(record, "video")[0])
+                colour, shape = re.search(NAME, said).groups()
+                found["motion"].add((colour, shape, movement(clip)))
+                continue
             if name == "text":
                 found["text"] |= {question for question, _ in turns(record)}
             elif name == "ocr":
@@ -925,6 +937,8 @@ def test_heldout_answers_are_balanced_and_lines_complete(world):
     categories = set()
     for path in (world / "heldout").glob("*.jsonl"):
         for record in read(path):
+            if path.stem == "preferences":
+                continue
             meta = record["meta"]
             task = meta["task"]
             assert {"task", "category", "answer", "verifier", "chance"} <= meta.keys()
@@ -938,9 +952,10 @@ def test_heldout_answers_are_balanced_and_lines_complete(world):
                 what = choices.index(meta["answer"]) if task == "order" else meta["answer"]
                 answers[task, len(choices)][what] += 1
     expected = "caption ocr_vqa grounding interleaved video text reasoning detail instruction"
+    expected += " discover absent present"
     assert categories == set(expected.split())
     for (task, n), counts in answers.items():
-        if task not in ("text_length", "match"):
+        if task not in ("text_length", "match") and not task.startswith("present"):
             mean = counts.total() / n
             assert max(counts.values()) <= max(1.5 * mean, mean + 1), (task, n, counts)
     tasks = {task for task, _ in answers}
@@ -979,6 +994,219 @@ def test_train_answers_are_balanced():
         assert max(counts.values()) < 1.5 * counts.total() / n, (question, counts)
         assert first[question] > 50, question  # every kind also opens a conversation
     assert first["Describe the picture."] > 50
+
+
+# ------------------------------------------------------- what reinforcement and preferences teach
+
+
+def discovered(question, scene):
+    """The answer to a question of discover.jsonl about {place: (colour, shape)}."""
+    things = list(scene.values())
+    shapes = [shape for _, shape in things]
+    counts = [shapes.count(shape) for shape in counted_shapes(question)]
+    if question.startswith("How many more"):
+        return counts[0] - counts[1]
+    if "are not" in question:
+        return len(things) - counts[0]
+    if "together" in question:
+        assert len(counts) == 3 and 0 not in counts
+        return sum(counts)
+    if question.startswith("Sort"):
+        assert len(set(counts)) == 3 and 0 not in counts
+        names = [word for word in words_of(question) if word in SINGULAR]
+        return " ".join(sorted(names, key=lambda name: shapes.count(SINGULAR[name])))
+    if q := re.fullmatch(r"Which (shape|colour) is there most often\?", question):
+        values = [thing[q[1] == "shape"] for thing in things]
+        most = max(map(values.count, values))
+        return only(value for value in set(values) if values.count(value) == most)
+    if question == "How many colours are there?":
+        return len({colour for colour, _ in things})
+    if q := re.search(r"with (\d) more", question):
+        return len(things) + int(q[1])
+    if q := re.fullmatch(r"How many corners has the object at the ([a-z ]+)\?", question):
+        pointed = {"triangle": 3, "square": 4, "star": 2 * 5, "cross": 4 * 3}
+        return pointed.get(scene[q[1]][1], 0)
+    rows = {place: PLACES.index(place) // 3 for place in scene}
+    if question == "What colour is the lowest object?":
+        return scene[only(place for place in scene if rows[place] == max(rows.values()))][0]
+    q = re.fullmatch(rf"What colour is the object opposite the {NAME}\?", question)
+    place = only(place for place, thing in scene.items() if thing == q.groups())
+    turned = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
+    return scene[" ".join(turned[word] for word in place.split())][0]
+
+
+def test_what_reinforcement_asks_agrees_with_pixels_and_frames(world):
+    seen = Counter()
+    for split, record in both(world, "discover"):
+        [(question, reply)] = turns(record)
+        meta = record["meta"]
+        assert meta["answer"] == reply and meta["difficulty"] in (1, 2, 3)
+        assert "steps" not in meta and score(reply, meta) == 1
+        if meta["task"] == "backwards":
+            assert question.endswith("move when the clip is played backwards?")
+            way = movement(decoded(world, split, media(record, "video")[0])[::-1])
+        else:
+            way = discovered(question, scene_of(world, split, record))
+        assert str(way) == reply, (question, record)
+        seen[split, meta["task"]] += 1
+    assert seen.keys() == {(split, task) for split in ("train", "heldout") for task in DISCOVER}
+    assert len(DISCOVER) >= 10
+
+
+def test_nothing_shows_how_what_reinforcement_asks_is_answered(world):
+    asked = {turns(record)[0][0] for _, record in both(world, "discover")}
+    for path in (world / "train").glob("*.jsonl"):
+        if path.stem not in UNTAUGHT:
+            for record in read(path):
+                assert not asked & {question for question, _ in turns(record)}, path
+
+
+def guesses(task, question, reply):
+    """What a blind guesser chooses among: of what words give away, the rest."""
+    if task == "plus":
+        return int(reply) - int(re.search(r"\d", question)[0])
+    if task == "ranking":
+        names = [word for word in words_of(question) if word in SINGULAR]
+        return tuple(names.index(name) for name in reply.split())
+    return reply
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_chance_of_what_reinforcement_asks_is_as_counted(split):
+    for task in DISCOVER:
+        replies = Counter()
+        free = Counter()
+        for i in range(240):
+            unit = draw_unit("", split, f"discover.{task}", i, 3, (84, 126), dry=True)
+            record = json.loads(only(line for _, line in unit.lines))
+            [(question, reply)] = turns(record)
+            replies[reply] += 1
+            free[guesses(task, question, reply)] += 1
+        n = len(free)
+        assert n >= 4 and record["meta"]["chance"] == pytest.approx(1 / n, abs=1e-4), task
+        assert max(replies.values()) <= 0.4 * 240, (task, replies)
+        # equally likely, those of ranking as they fall
+        assert max(free.values()) < (1.5 if task == "ranking" else 1.1) * 240 / n, (task, free)
+
+
+def pairs_of(world, split):
+    """(question, chosen, rejected, record, what the pixels show) of each pair."""
+    for record in read(world / split / "preferences.jsonl"):
+        [message] = record["messages"]
+        yield (
+            text_of(message["content"]), record["chosen"], record["rejected"], record,
+            scene_of(world, split, record),
+        )
+
+
+def named_things(question, scene):
+    """The things that a question about one of them may mean: [(place, colour, shape), ..]"""
+    colour = re.search("|".join(COLOURS), question)
+    shape = re.search(rf"\b({'|'.join(SHAPES)})\b", question)
+    place = re.search(r"at the ([a-z ]+)\?", question)
+    meant = []
+    for where, (c, s) in scene.items():
+        if (not colour or colour[0] == c) and (not shape or shape[0] == s):
+            if not place or place[1] == where:
+                meant.append((where, c, s))
+    return meant
+
+
+def denied(question):
+    """What a question is about, and the sentence that denies it."""
+    what = re.fullmatch(r"(?:What colour|What shape|Where) is the (.*)\?", question)[1]
+    return f"There is no {what}."
+
+
+def is_possible(reply, question):
+    """Whether an answer is of the kind that is asked for."""
+    kinds = {"What colour": COLOUR_NAMES, "What shape": SHAPES, "Where is": PLACES}
+    return reply in only(kinds[start] for start in kinds if question.startswith(start))
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_pairs_about_premises_agree_with_the_pixels(world, split):
+    kinds = Counter()
+    for question, chosen, rejected, record, scene in pairs_of(world, split):
+        if record["task"] == "absent":
+            assert named_things(question, scene) == []
+            assert chosen == denied(question) and is_possible(rejected, question)
+        elif record["task"] == "present":
+            assert len(named_things(question, scene)) == 1
+            assert chosen == answer(question, scene) and rejected == denied(question)
+        else:
+            continue
+        kinds[record["task"], without_names(question)] += 1
+    assert len(kinds) == 8
+
+
+def test_pairs_about_captions_forms_and_ends_agree_with_the_pixels(world):
+    """Neither the longer nor the shorter answer is always the better one."""
+    longer = defaultdict(Counter)
+    for split in ("train", "heldout"):
+        for question, chosen, rejected, record, scene in pairs_of(world, split):
+            task = record["task"]
+            longer[task][len(chosen) > len(rejected)] += 1
+            assert record.get("rejected_ended", True) == (task != "stops")
+            if task == "invented":
+                assert described(chosen) == scene != described(rejected)
+                assert len(set(scene.items()) ^ set(described(rejected).items())) <= 2
+            elif task == "form":
+                bare, _, form = question.partition("? ")
+                true = answer(f"{bare.removesuffix('?')}?", scene)
+                if form == "Answer in capitals.":
+                    assert chosen == true.upper()
+                elif form == "Answer in a sentence.":
+                    assert re.fullmatch(rf"The .* is (an? )?{true}\.", chosen)
+                else:
+                    assert form == "" and chosen == true
+                assert true in rejected.lower() and chosen != rejected
+            elif task == "stops":
+                assert rejected in [" ".join([chosen] * k) for k in (2, 3, 4)]
+                if question == "Describe the picture.":
+                    assert described(chosen) == scene
+                else:
+                    assert chosen == answer(question, scene)
+    assert longer["stops"][True] == 0  # a loop is longer
+    for task in ("invented", "form"):
+        assert min(longer[task].values()) > 0.2 * longer[task].total()
+
+
+def test_premises_are_asked_alone_where_both_answers_can_be_seen(world):
+    seen = Counter()
+    for record in read(world / "heldout" / "premise.jsonl"):
+        [(question, reply)] = turns(record)
+        meta = record["meta"]
+        scene = scene_of(world, "heldout", record)
+        kind, _, _ = meta["task"].partition("_")
+        assert meta["category"] == kind
+        meant = named_things(question, scene)
+        assert reply == (answer(question, scene) if meant else denied(question))
+        assert len(meant) == (kind == "present") and score(reply, meta) == 1
+        assert not score(denied(question) if meant else "red", meta)
+        seen[kind] += 1
+    assert seen["absent"] == seen["present"] == 20
+    # they are the questions of the pairs that are measured
+    asked = [pair[0] for pair in pairs_of(world, "heldout") if pair[3]["task"] in seen]
+    assert asked == [turns(r)[0][0] for r in read(world / "heldout" / "premise.jsonl")]
+
+
+def test_a_world_holds_out_four_hundred_pairs_and_no_answer_fills_a_task():
+    replies = defaultdict(Counter)
+    pairs = Counter()
+    units = {kind: n for split, kind, n in toyworld.world.plan(0, 0, 120) if split == "heldout"}
+    for i in range(units["behaviour"]):
+        unit = draw_unit("", "heldout", "behaviour", i, 0, (84, 126), dry=True)
+        for name, line in unit.lines:
+            record = json.loads(line)
+            if name == "preferences":
+                pairs[record["task"]] += 1
+            else:
+                replies[record["meta"]["task"]][record["meta"]["answer"]] += 1
+    assert pairs == dict.fromkeys(["absent", "present", "invented", "form", "stops"], 120)
+    assert len(replies) == 8
+    for task, counts in replies.items():
+        assert max(counts.values()) <= 0.4 * counts.total(), (task, counts)
 
 
 # --------------------------------------------------------------------------------- cold start

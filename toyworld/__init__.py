@@ -13,6 +13,9 @@ clips/, and world.json. A tenth of all contents, by hash, is held out and never 
     pairs                                                   pictures with captions, for the ViT
     questions                                               as held-out files ask, of train contents
     think no_think agentic clips                            answers for the cold start
+    discover                                                reinforcement alone asks this
+    preferences                                             pairs of answers, for behaviour
+    premise                                                 held out: what is there, and what is not
 
 A single question's "meta" holds its answer, the verifier that judges it, and true "steps" towards
 it. Every number here is ours; the formats of boxes, points, texts and times are Keye's (table 1).

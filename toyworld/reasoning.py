@@ -153,12 +153,12 @@ def two_counts_question(rng, scene, task):
     if task == "sum_count":
         text = f"How many {first} and {second} are there together?"
         reply = str(a + b)
-        result = f"{a} + {b} = {reply}"
+        result = f"{first} {a} + {second} {b} = {reply}"
     else:
         text = f"Are there more {first} than {second}?"
         reply = "yes" if a > b else "no"
         sign = "<" if a < b else ">" if a > b else "="
-        result = f"{a} {sign} {b}"
+        result = f"{first} {a} {sign} {second} {b}"
     return ask(
         task,
         text,

@@ -37,28 +37,32 @@ def by_task(table):
 VERIFIERS = by_task({
     "caption read story describe_number video_caption moving_object copy": "text",
     "count count_of count_point text_length event_start arithmetic count_words "
-    "sum_count drawn_arithmetic": "number",
+    "sum_count drawn_arithmetic difference others colours corners plus sum_three": "number",
     "exist compare_count": "yesno",
     "box": "box",
     "point": "point",
     "event_time": "interval",
-    "reorder sort": "order",
+    "reorder sort ranking": "order",
     "in_sentence in_capitals as_json colour_and_shape twice_asked say_motion": "exact",
+    "absent_shape absent_colour absent_name absent_place": "exact",
 })
 
 # Tasks -> their answers, where they are few. They take turns, so that blind guessing is chance.
 CHOICES = by_task({
-    "colour text_colour text_colour_of": COLOUR_NAMES,
-    "shape relation detail detail_rotated detail_low_contrast": SHAPES,
+    "colour text_colour text_colour_of main_colour lowest opposite": COLOUR_NAMES,
+    "shape relation detail detail_rotated detail_low_contrast main_shape": SHAPES,
     "position text_position": PLACES,
     "exist compare_count": ["yes", "no"],
-    "motion": ["left", "right", "up", "down"],
+    "motion backwards": ["left", "right", "up", "down"],
     "option": ["A", "B", "C"],
     "match": ["1", "2"],
     "count_of count_point": ["1", "2", "3"],
-    "text_length count_words": list("1234"),
-    "count": list("12345"),
+    "text_length count_words difference": list("1234"),
+    "colours": list("2345"),
+    "count others": list("12345"),
     "sum_count": list("23456"),
+    "sum_three": list("34567"),
+    "corners": ["0", "3", "4", "10", "12"],
 })
 
 
@@ -331,6 +335,12 @@ class Unit:
             category = CATEGORY.get(name, name)
             record["meta"] = {"task": first.task, "category": category} | first.meta
         self.lines.append(("questions" if self.practice else name, json.dumps(record)))
+
+    def pair(self, item: dict, task: str, text: str, chosen: str, rejected: str, **more):
+        """A preference for preferences.jsonl. more: for its line."""
+        messages = [{"role": "user", "content": [item, text_item(text)]}]
+        record = {"messages": messages, "chosen": chosen, "rejected": rejected, "task": task}
+        self.lines.append(("preferences", json.dumps(record | more)))
 
     def lines_of(self, name: str, item: dict, questions: list, more=(), lines=2):
         """An exam asks each question in a line of its own, train some of these and of more."""

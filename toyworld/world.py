@@ -18,7 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import sandbox
+from toyworld.behaviour import behaviour_unit
 from toyworld.clips import event_unit, match_unit, motion_unit, order_unit, reorder_unit
+from toyworld.discover import DISCOVER, discover_unit
 from toyworld.instructions import INSTRUCT, instruct_unit
 from toyworld.pictures import (
     DETAIL,
@@ -84,8 +86,11 @@ KINDS = {
     "detail": Kind(detail_unit, 0.05, 1800, len(DETAIL)),
     "text": Kind(text_unit, 0.2, 300, len(TEXT_TASKS)),
     "instruct": Kind(instruct_unit, 0, 258, tasks=INSTRUCT),
+    "discover": Kind(discover_unit, 0, 100, tasks=DISCOVER),
+    "behaviour": Kind(behaviour_unit, 0, 500),
 }
-CLIPS = set("motion order event match reorder say_motion".split())
+CLIPS = set("motion order event match reorder say_motion backwards".split())
+OWN_FILES = {"instruct", "discover", "behaviour"}  # of train, beside questions.jsonl
 
 
 def plan(pictures: int, clips: int, heldout: int, size: str | None = None) -> Iterator[tuple]:
@@ -100,7 +105,7 @@ def plan(pictures: int, clips: int, heldout: int, size: str | None = None) -> It
             full_name = f"{name}.{task}" if task else name
             yield "heldout", full_name, int(kind.exam * heldout)
             if size:
-                practice = full_name if name == "instruct" else f"ask.{full_name}"
+                practice = full_name if name in OWN_FILES else f"ask.{full_name}"
                 full = SIZES[size]
                 n = kind.practice * full.practice
                 if CLIPS & {name, task}:

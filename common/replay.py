@@ -1,0 +1,51 @@
+"""Replay: lines of an earlier phase, learnt on beside a policy's loss so that none is forgotten.
+
+    replay = Replay(run, model.config, processor, [("think.jsonl", 4), ("keep.jsonl", 2)])
+    loss = replay.backward(model, weight=1.0)       adds its gradient; then the optimizer's step
+
+Where rewards or preferences alone pull at a small model, what they do not ask about drifts off.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common.loader import Loader, split_packs
+from common.run import Run
+from data import Processor
+from model import SCALE, Config, sample_flops
+
+
+class Replay:
+    """Packs of the lines of `mix`, files and weights, one size's micro-batches a call, without end.
+
+    state: where a run that was stopped goes on, as self.state was.
+    """
+
+    def __init__(
+        self, run: Run, cfg: Config, processor: Processor, mix: list[tuple[Path, float]], state=None
+    ):
+        scale = SCALE[run.args.size]
+        packs = split_packs(scale.pack, run.args.packs or scale.packs, run.world)
+        self.run = run
+        self.state = state
+        self.loader = Loader(
+            mix, processor, *packs, run.rank, run.world, run.args.seed,
+            flops=partial(sample_flops, cfg), workers=run.args.workers, state=state,
+        )
+        self.steps = iter(self.loader)
+
+    def backward(self, model, weight: float) -> float:
+        """Adds the gradient of weight * the mean loss of the next packs' targets; -> that mean."""
+        run = self.run
+        batches, info = next(self.steps)
+        self.state = info["state"]
+        targets = run.sum(sum(int((batch["labels"] != -100).sum()) for batch in batches))
+        loss = torch.zeros((), device=run.device)
+        for batch in batches:
+            with run.autocast():
+                loss_sum, _ = model.loss(run.to(batch))
+            (weight * loss_sum / max(1, targets)).backward()
+            loss += loss_sum.detach() / max(1, targets)
+        return run.sum(loss)
