@@ -382,7 +382,7 @@ class Generator:
     def run(self, rows, how, stops, extend, stream, ends):
         """The loop of decoding: step by step until every row has ended. how: of choose."""
         # whether nobody needs a token before those that follow it
-        blind = self.stride > 1 and not stream and how[-1] == 1
+        blind = self.stride > 1 and not stream and not ends and how[-1] == 1
         longest = max((len(row.unread["tokens"]) + row.left for row in rows), default=0)
         places = self.places(len(rows), longest)
         schedule = Schedule(rows, places, self.pack_tokens)
