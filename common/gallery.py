@@ -8,7 +8,6 @@ data file that it names. All words go through html.escape.
 
 import base64
 import io
-import json
 import re
 from collections import defaultdict
 from html import escape
@@ -178,14 +177,15 @@ def records_at(places: list[str]) -> dict:
     """{where: (record, root of its media)} of those places whose files can be read."""
     by_file = defaultdict(set)
     for where in places:
-        by_file[Path(re.sub(r":( record )?\d+$", "", where))].add(where)
+        by_file[Path(re.sub(r":( (record|sample) )?\d+$", "", where))].add(where)
     found = {}
     for path, wanted in by_file.items():
         try:
             file = File(path)
-            for number, _, data in file.records():
-                if file.place(number) in wanted:
-                    found[file.place(number)] = to_ours(json.loads(data)), path.resolve().parent
+            for (_, _, number), read in file.records():
+                where = file.place(number)
+                if where in wanted:
+                    found[where] = to_ours(read()), path.resolve().parent
         except (OSError, ValueError):
             continue
     return found
