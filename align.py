@@ -410,7 +410,7 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int, mix=(), weight:
         run.log(
             step, steps, loss=loss, norm=norm, lr=now, pairs=pairs,
             shift=shift.value(), skipped=run.sum(sum(info["skipped"].values())), **means,
-            **step_work(model.config, batches),
+            **step_work(model.config, batches + (replay.batches if replay else [])),
         )
         if not skip:
             shift.add(rewards * 2 * pairs, 2 * pairs)
@@ -420,6 +420,8 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int, mix=(), weight:
         save_if_due(run, step + 1, steps, model, opt, info["state"], **kept)
 
     say_failures(run, loader.failures, run.sum(loader.tried), "samples")
+    if replay:
+        replay.say_failures()
     right, moved = preference_accuracy(run, model, processor, held)
     run.say(
         f"after: the chosen answer is the likelier one in {right:.1%} of held-out pairs; "
@@ -516,22 +518,23 @@ def phase_mpo(args, folder: Path, plan: dict) -> Run:
     files = own_sources(folder) + pool_files(folder, (PAIRS,))
     if args.pairs:
         files = [Path(args.pairs)]
+    others = sources_of(folder) if plan["replay"] else {}  # learnt on beside the pairs
     made_from = {"seed": args.seed}
     if not args.pairs:
         made_from |= {"asked": plan["asked"], "samples": plan["samples"]}
-    run = start_from(args, "mpo", init, files, made_from, pairs=args.pairs)
+    run = start_from(args, "mpo", init, files + list(others.values()), made_from, pairs=args.pairs)
     data = run.folder / "data"
     if not run.trained():
         if not (data / "train.jsonl").exists():
+            held = files_or_exit(folder / "heldout").get(PAIRS)
+            if held:  # first: what is wrong there is known before hours of sampling
+                prepare_heldout(run, init, held, data / "heldout")
             if args.pairs:
                 pairs = given_pairs(Path(args.pairs))
             else:
                 pairs = own_pairs(run, init, folder, plan)
-            held = files_or_exit(folder / "heldout").get(PAIRS)
-            if held:
-                prepare_heldout(run, init, held, data / "heldout")
             prepare(run, init, pairs, data)  # last: its files say that all of this is done
-        mix = [(path, MIX[name]) for name, path in sources_of(folder).items()]
+        mix = [(path, MIX[name]) for name, path in others.items() if path.stat().st_size]
         mpo(run, init, data, plan["lr"], args.steps or plan["steps"], mix, plan["replay"])
         run.mark_trained()
     return run

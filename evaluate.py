@@ -57,7 +57,7 @@ from common.jsonl import Lines, data_files, data_name, replacing, write_lines
 from common.measures import final_answer
 from common.media import MediaError
 from common.questions import Question, read_questions
-from common.report import write_report
+from common.report import APART, PHASES, write_report
 from common.rewards import REPEATED, Parsed, parse, repetition
 from common.rollout import (
     CHUNK_PATCHES, CHUNK_ROLLOUTS, CLOSE_CALL, Prompt, Response, Rollout, code_ends, sample_groups,
@@ -80,9 +80,6 @@ FACTS = {
     "failed calls": "{failed_calls:.2f}",
 }
 SAMPLE = "- [{task}] {question} **{output}** (truth: {answer})\n"  # a line of samples.md
-# What reinforcement and preferences are to teach: nothing before them shows how it is answered.
-APART = ["discover", "absent", "present"]
-PHASES = ["pretrain", "sft", "mpo", "coldstart", "grpo", "align"]  # folders of a run, in order
 
 # --------------------------------------------------------------------------------------------------
 # asking

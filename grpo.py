@@ -349,6 +349,7 @@ def grpo_step(
             batches.append(batch)
         if replay:
             log["replay_loss"].append(replay.backward(policy, plan["replay"]))
+            batches += replay.batches
         norm = clip_gradients(policy)
         if not run.should_skip(0.0, norm):  # a loss that is not finite has no finite gradient
             opt.step()
@@ -406,6 +407,8 @@ def train(run: Run, init: Path, pools: list, plan: dict, judge: Judge | None, mi
     replay = None
     if mix and plan["replay"]:
         replay = Replay(run, policy.config, processor, mix, progress.extra.get("replay"))
+    elif plan["replay"]:
+        run.say("no lines of the cold start are here: nothing is learnt on beside the rewards")
     sampler = Sampler(run, policy, processor)
     failures = []  # of this rank
     tried = 0
@@ -424,6 +427,8 @@ def train(run: Run, init: Path, pools: list, plan: dict, judge: Judge | None, mi
         kept = {"replay": replay.state} if replay else {}
         save_if_due(run, step + 1, steps, policy, opt, **kept)
     say_failures(run, failures, tried, "prompts")
+    if replay:
+        replay.say_failures()
     export(run, policy, processor)
 
 

@@ -213,10 +213,10 @@ def next_token(
             micro_loss = loss_sum / max(1, targets)
             micro_loss.backward()  # under FSDP, gradients are summed over the ranks here
             loss += micro_loss.detach()
-        loader.prepare()  # the GPU is still at work
 
         loss = run.sum(loss)
         norm = clip_gradients(model)
+        loader.prepare()  # the GPU is still at work
         if not run.should_skip(loss, norm):
             opt.step()
         opt.zero_grad(set_to_none=True)
@@ -415,9 +415,9 @@ def contrastive(
             return sigmoid_loss(*vectors, int(max(counts)), run.world) / max(1, pairs)
 
         loss = contrast(batches, embed, loss_of)
-        loader.prepare()  # the GPU is still at work
         loss = run.sum(loss)
         norm = clip_gradients(siglip)
+        loader.prepare()  # the GPU is still at work
         if not run.should_skip(loss, norm):
             opt.step()
         opt.zero_grad(set_to_none=True)

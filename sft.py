@@ -280,10 +280,10 @@ def finetune(run: Run, init: Path, mix: list[tuple[Path, float]], lr: float, ste
             micro_loss = loss_sum / max(1, targets)
             micro_loss.backward()
             loss += micro_loss.detach()
-        loader.prepare()  # the GPU is still at work
 
         loss = run.sum(loss)
         norm = clip_gradients(model)
+        loader.prepare()  # the GPU is still at work
         if not run.should_skip(loss, norm):
             opt.step()
         opt.zero_grad(set_to_none=True)

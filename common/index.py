@@ -103,8 +103,11 @@ def forget_earlier(made: Path):
     """Removes what was made of earlier versions of a file, and what killed runs left half made."""
     for entry in made.parent.iterdir():
         with suppress(OSError):
-            left = entry.suffix == ".tmp" and time.time() - entry.stat().st_mtime > DAY
-            if left or (entry.suffix == made.suffix and entry != made):
+            age = time.time() - entry.stat().st_mtime
+            left = entry.suffix == ".tmp" and age > DAY
+            # Who has places mapped still reads them; what was unpacked, is opened for each record.
+            least = KEPT if entry.suffix == ".unpacked" else 0
+            if left or (entry.suffix == made.suffix and entry != made and age > least):
                 entry.unlink()
 
 

@@ -78,6 +78,8 @@ def data_files(folder: Path) -> dict[str, Path]:
         else:
             is_set = _is_data(path)
         if not is_set:
+            if TAR.search(path.name) and not path.is_dir():
+                log.warning("%s: passed over: tars are read in a folder of their own", path)
             continue
         name = data_name(path)
         if name in files:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from common.failures import say_failures
 from common.loader import Loader, split_packs
 from common.run import Run
 from data import Processor
@@ -20,7 +21,8 @@ from model import SCALE, Config, sample_flops
 class Replay:
     """Packs of the lines of `mix`, files and weights, one size's micro-batches a call, without end.
 
-    state: where a run that was stopped goes on, as self.state was.
+    state: where a run that was stopped goes on, as self.state was. batches: what the last call has
+    learnt, this rank's.
     """
 
     def __init__(
@@ -36,11 +38,16 @@ class Replay:
         )
         self.steps = iter(self.loader)
 
+    def say_failures(self):
+        tried = self.run.sum(self.loader.tried)
+        say_failures(self.run, self.loader.failures, tried, "replayed samples")
+
     def backward(self, model, weight: float) -> float:
         """Adds the gradient of weight * the mean loss of the next packs' targets; -> that mean."""
         run = self.run
         batches, info = next(self.steps)
         self.state = info["state"]
+        self.batches = batches
         targets = run.sum(sum(int((batch["labels"] != -100).sum()) for batch in batches))
         loss = torch.zeros((), device=run.device)
         for batch in batches:
@@ -48,4 +55,4 @@ class Replay:
                 loss_sum, _ = model.loss(run.to(batch))
             (weight * loss_sum / max(1, targets)).backward()
             loss += loss_sum.detach() / max(1, targets)
-        return run.sum(loss)
+        return float(run.sum(loss))

@@ -30,7 +30,7 @@ PHASES = {
     "align": ("align", "stops repeating itself, breaking its form and thinking in vain"),
 }
 STAGES = "pretrain-text pretrain* sft mpo coldstart-modes coldstart grpo align* *".split()
-# The board's: no phase before reinforcement teaches them, and they are in no mean.
+# Categories that preferences and reinforcement are to teach: they are in none of the means.
 APART = ("discover", "absent", "present")
 # Of all answers of a phase: title of its chart, and the scale.
 HABITS = {

@@ -130,8 +130,11 @@ def with_places(record: dict, media: dict[str, str]) -> dict:
         named.add(base)
         return media.get(base, value)
 
-    # at the top level a "url" is a note: where the picture once came from
-    ours = {k: placed(v, k if k in SOURCES[:4] else "") for k, v in record.items()}
+    # at the top level a "url" is a note: where the picture once came from; so is all of "meta"
+    ours = {
+        k: v if k == "meta" else placed(v, k if k in SOURCES[:4] else "")
+        for k, v in record.items()
+    }
     if not named:
         for key, kind in (("image", PICTURE), ("video", CLIP)):
             places = [place for base, place in media.items() if kind.fullmatch(base)]

@@ -682,6 +682,8 @@ def test_mpo_learns_other_lines_on_beside_the_pairs(
     seen = []
 
     class Replay:
+        batches = []
+
         def __init__(self, run, cfg, processor, mix, state):
             self.state = f"{state}+"
             seen.append((mix, state))
@@ -691,12 +693,16 @@ def test_mpo_learns_other_lines_on_beside_the_pairs(
             model.scores.grad.add_(weight)
             return 2.5
 
+        def say_failures(self):
+            seen.append("said")
+
     monkeypatch.setattr(align, "Replay", Replay)
     steps = batches_of_steps(processor, policy)
     going_on = Progress(0, None, {"replay": "there"})
     loop = Loop(monkeypatch, run, policy, steps, going_on)
     align.mpo(loop.run, start_model, tmp_path, RATE, STEPS, ["mix"], 0.5)
-    start, *replayed = seen
+    start, *replayed, last = seen
+    assert last == "said"
     assert start == (["mix"], "there")
     assert [weight for _, weight in replayed] == [0.5] * STEPS
     for (before, _), after in zip(replayed[1:], loop.weights):
@@ -1100,9 +1106,9 @@ def test_mpo_prepares_what_is_held_out_before_it_trains(
         align, "prepare_heldout", lambda run, *how: phase.events.append(("heldout", *how))
     )
     found = phase.main(*MPO, "--data", folder)
-    assert [event[0] for event in found] == ["own", "heldout", "prepare", "mpo"]
+    assert [event[0] for event in found] == ["heldout", "own", "prepare", "mpo"]
     out = phase.out / "mpo" / "data" / "heldout"
-    assert found[1] == ("heldout", start_model, folder / "heldout" / "preferences.jsonl", out)
+    assert found[0] == ("heldout", start_model, folder / "heldout" / "preferences.jsonl", out)
 
 
 def test_mpo_takes_pairs_that_are_given(phase, tmp_path, start_model):

@@ -704,7 +704,7 @@ def test_other_lines_are_learnt_on_beside_each_update(monkeypatch, run, processo
         seen.append((model.scores.detach().clone(), model.scores.grad.abs().sum() > 0, weight))
         return 2.0 + len(seen)
 
-    step.replay = SimpleNamespace(backward=backward)
+    step.replay = SimpleNamespace(backward=backward, batches=[])
     policy = Table(1)
     start = policy.scores.detach().clone()
     values = step(policy, Table(2), replay=0.25)

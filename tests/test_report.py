@@ -343,10 +343,6 @@ def test_a_mode_is_compared_with_itself_else_with_the_plain_answer(world, tmp_pa
                      "no_think": [(0, 1), (2, 1)]}
 
 
-def test_phases_are_the_boards():
-    assert list(PHASES) == E.PHASES
-
-
 def test_when_auto_think_thinks(world, tmp_path):
     found = answers_of(world, [True] * 8, "auto_think")
     for i, answer in enumerate(found):
