@@ -55,7 +55,7 @@ class Walk:
     def say(self, words: str):
         """Paragraphs, filled anew: values have any length."""
         for part in inspect.cleandoc(words).split("\n\n"):
-            self.parts.append(textwrap.fill(part, 96, break_long_words=False))
+            self.parts.append(textwrap.fill(part, 96, break_on_hyphens=False))
 
     def show(self, *rows: str):
         self.parts.append("\n".join(["```text", *rows, "```"]))
