@@ -7,10 +7,18 @@ import torch
 from align import PLAN, Pair, Shift, answer_logprobs, mpo_loss, pair_samples
 from common.conversation import text_of
 from data import pack
-from model import SCALE, KeyeVL, Projector, cross_entropy_sum, merge_order
+from model import (
+    SCALE,
+    Attention,
+    DecoderLayer,
+    KeyeVL,
+    Projector,
+    cross_entropy_sum,
+    merge_order,
+)
 from pretrain import SigLIP, captions_of, next_token, sigmoid_loss, text_tower
 from tools.walkthrough.page import CFG, Walk, num, nums
-from vit import ViT
+from vit import ViT, stretch
 
 
 @torch.no_grad()
@@ -28,6 +36,7 @@ def vit(w: Walk):
     """)
     w.quote(ViT.forward, "x = self.patch_embedding", "x = x + self.positions",
             "for i, layer", "x = layer(", "return self.post_layernorm")
+    w.quote(stretch, "return")
     pixels = batch["patches"][w.dot].float() / 127.5 - 1
     rows = [["first three channels of patch " + str(w.dot), "values"]]
     rows.append(["embedded", nums(model.patch_embedding(pixels)[:3])])
@@ -65,6 +74,8 @@ def merge(w: Walk):
         The decoder's {CFG.num_hidden_layers} layers leave hidden states {tuple(hidden.shape)}; the
         head, here the table of embeddings itself, makes {CFG.vocab_size} logits of each.
     """)
+    w.quote(DecoderLayer.forward, "x = x +", "return")
+    w.quote(Attention.forward, "q = self.q_proj", "q = rotate", "out = attend", "return")
 
 
 @torch.no_grad()
@@ -152,17 +163,14 @@ def preference(w: Walk):
     )
     w.quote(mpo_loss, "rewards =", "margin =", "dpo =", "bco =", "total =")
     later = w.moved(PLAN["toy"]["lr"], lambda model: compared(model)[1]["total"].sum())
-    columns = []
-    for model in (w.model, later):
-        with torch.no_grad():
-            policy, parts = compared(model)
+    with torch.no_grad():
+        states = [compared(model) for model in (w.model, later)]
+    columns = [["at the start"], ["after one step"]]
+    for column, (policy, parts) in zip(columns, states):
         losses = [parts[key][0] for key in ("margin", "dpo", "bco", "sft", "total")]
-        columns.append(map(num, [*policy[0], *parts["rewards"][0], *losses]))
-    names = [
-        "log p of chosen", "log p of rejected", "reward of chosen", "reward of rejected", "margin",
-        "dpo", "bco", "sft: -log p of a chosen token", "total",
-    ]
-    w.table(["", "at the start", "after one step"], *zip(names, *columns))
+        column += map(num, [*policy[0], *parts["rewards"][0], *losses])
+    names = "|log p of chosen|log p of rejected|reward of chosen|reward of rejected|margin|dpo|bco"
+    w.table(*zip(f"{names}|sft: -log p of a chosen token|total".split("|"), *columns))
     w.say("""
         At the start policy and reference are one: both rewards are 0, dpo is log 2, bco twice that.
         One step of the optimizer ([common/optim.py](../common/optim.py), `make_optimizer`) moves

@@ -11,7 +11,7 @@ from kernels.attention import attention_reference
 from model import rope_3d
 from tools.walkthrough.drawings import attention_map, patch_grid, position_map
 from tools.walkthrough.page import CFG, Walk, num, nums
-from vit import ViT, rope_2d
+from vit import ViT, rope_2d, rotate
 
 
 def lines_of_data(w: Walk):
@@ -73,9 +73,12 @@ def patches(w: Walk):
     w.say("""
         ## 3. Pixels become patches
 
-        The files are decoded and resized, and cut into patches in raster order: a row of
-        3 x 14 x 14 = 588 numbers each.
+        The picture, or the frame that a player would show at each moment, is decoded and resized,
+        and cut into patches in raster order: a row of 3 x 14 x 14 = 588 numbers each.
     """)
+    w.quote(
+        Medium.load, "else:", "seconds = [", "frames = map", "for frame", "if frame.size", "frame =",
+    )
     w.quote(patchify, "form =", "return")
     form = "(t row column) (channel y x) -> t (row y) (column x) channel"
     for name, sample, scale in (("picture", w.samples[0], 4), ("clip", w.samples[1], 1.5)):
@@ -170,6 +173,7 @@ def rotations(w: Walk):
         key depends on their distance along each axis.
     """)
     w.quote(rope_3d, "axis =", "angles = positions")
+    w.quote(rotate, "a, b =", "return")
     cos, _ = rope_3d(place, CFG)
     time, row, _ = CFG.mrope_section
     w.say(f"""

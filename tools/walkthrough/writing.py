@@ -13,6 +13,7 @@ from common.rewards import total, turn_of
 from common.rollout import CLOSE_CALL, Prompt, Rollout, reward_groups, tool_turns, trajectory
 from data import pack
 from generate import Generator, Graphs, Row, choose, drawn, new_rows
+from model import KVCache
 from tools.walkthrough.drawings import bars, crop_drawing
 from tools.walkthrough.page import Walk, num
 from toyworld.pictures import look_box
@@ -22,21 +23,21 @@ from toyworld.thinking import tool_code
 @torch.inference_mode()
 def decoding(w: Walk):
     w.generator = Generator(w.model, w.processor)
-    prompt = prompt_of(w.picture, "plain")
-    sample = w.processor({"messages": prompt}, w.folder, generate=True)
+    prompt = {"messages": prompt_of(w.picture, "plain")}
+    sample = w.processor(prompt, w.folder, generate=True)
     [row] = new_rows([sample], 8, seed=0)
-    length = len(sample["tokens"])
-    row.slot, cache = 0, w.model.new_cache(1, length + 8)
+    row.slot, cache = 0, w.model.new_cache(1, len(sample["tokens"]) + 8)
     w.generator.graphs = Graphs(w.generator.device, w.generator.use_graphs)
     w.say(f"""
         ## 12. A decoding step
 
-        The question, with its answer left open, is {length} tokens. *Prefill*: all of them go
-        through the model at once and leave their keys and values in a cache, {tuple(cache.k.shape)}
-        each: layers, rows, places, key heads, channels. The last one's logits say what may follow;
-        the row's next random number chooses among the 20 likeliest, as far as these are needed to
-        reach a share of 0.95.
+        The question, its answer left open, is {len(sample["tokens"])} tokens. *Prefill*: all of
+        them go through the model at once and leave their keys and values in a cache,
+        {tuple(cache.k.shape)} each: layers, rows, places, key heads, channels. The last one's
+        logits say what may follow; the row's next random number chooses among the 20 likeliest, as
+        far as these are needed to reach a share of 0.95.
     """)
+    w.quote(KVCache.attend, "for held, new", "held.flatten")
     w.quote(Generator.prefill, "hidden =", "logits =")
     w.quote(choose, "logp = logits", "ids = drawn")
     w.quote(drawn, "u =", "ids = torch.searchsorted")
@@ -57,8 +58,8 @@ def decoding(w: Walk):
     again = w.model.logits(pack([whole]))[-2]  # behind the last token that was read
     w.say(f"""
         *Decode*: from then on one token a step goes through the model and reads the cache. Nothing
-        is lost by that: all tokens at once, without a cache, give last logits that
-        differ by {num((again - logits[0]).abs().max())}.
+        is lost: all tokens at once, without a cache, give logits that differ by
+        {num((again - logits[0]).abs().max())}.
     """)
 
 
@@ -141,11 +142,10 @@ def group(w: Walk):
     }
     begin = w.looked + "the answer is"
     rollouts = [by_hand(w, begin + text, ended=bool(text)) for text in others.values()]
-    w.rollouts = rollouts = [w.rollout, *rollouts]
-    w.names = ["looks closer", *others]
-    reward_groups([rollouts], grpo.PLAN["toy"]["max_tokens"])
-    totals = [rollout.reward.total for rollout in rollouts]
-    for rollout, advantage in zip(rollouts, grpo.advantages(totals)):
+    w.rollouts, w.names = [w.rollout, *rollouts], ["looks closer", *others]
+    reward_groups([w.rollouts], grpo.PLAN["toy"]["max_tokens"])
+    totals = [rollout.reward.total for rollout in w.rollouts]
+    for rollout, advantage in zip(w.rollouts, grpo.advantages(totals)):
         rollout.advantage = advantage
     w.say("""
         ## 14. A GRPO group
@@ -161,16 +161,16 @@ def group(w: Walk):
     w.say("An advantage is a reward beside the others of its group; no value network is needed:")
     w.quote(grpo.advantages, "mean =", "std =", "return [0.0 if r is None")
     rows = [["response", "outcome", "form", "consistency", "reward", "advantage"]]
-    for name, rollout in zip(w.names, rollouts):
+    for name, rollout in zip(w.names, w.rollouts):
         r = rollout.reward
         parts = r.outcome, r.format, r.consistency, r.total, rollout.advantage
         rows.append([name, *map(num, parts)])
     w.table(*rows)
     title = "Advantages of the group: their sum is 0"
-    w.draw("advantages.svg", title, bars([r.advantage for r in rollouts], w.names, title))
+    w.draw("advantages.svg", title, bars([r.advantage for r in w.rollouts], w.names, title))
     w.say(f"""
         A group in which all earn the same teaches nothing, and is left out: `teaches` says
-        {grpo.teaches(rollouts)} of this one.
+        {grpo.teaches(w.rollouts)} of this one.
     """)
 
 
