@@ -77,7 +77,8 @@ def patches(w: Walk):
         and cut into patches in raster order: a row of 3 x 14 x 14 = 588 numbers each.
     """)
     w.quote(
-        Medium.load, "else:", "seconds = [", "frames = map", "for frame", "if frame.size", "frame =",
+        Medium.load, "else:", "seconds = [", "frames = map", "for frame", "if frame.size",
+        "frame =",
     )
     w.quote(patchify, "form =", "return")
     form = "(t row column) (channel y x) -> t (row y) (column x) channel"
