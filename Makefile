@@ -1,5 +1,6 @@
 # make smoke  sets up, and runs every script for a few steps: a minute or two after installation
 # make toy    sets up, draws the toy world and trains a small Keye-VL on it through all phases
+# make tour   shows in the terminal what that model sees, says and thinks, phase by phase
 # make test   sets up and runs the tests
 #
 # TORCH names the build to install; any version from 2.11 on works. SIZE=tiny suits one GPU.
@@ -9,7 +10,7 @@ TORCH ?= torch==2.13.0
 SIZE ?= toy
 BIN := .venv/bin/
 
-.PHONY: smoke toy test setup clean
+.PHONY: smoke toy tour test setup clean
 
 toy: .venv/run
 	$(BIN)python -m toyworld --out data/$(SIZE) --size $(SIZE)
@@ -20,6 +21,9 @@ toy: .venv/run
 	$(BIN)python grpo.py --size $(SIZE)
 	$(BIN)python align.py --phase iterate --size $(SIZE)
 	$(BIN)python evaluate.py --board runs/$(SIZE)
+
+tour: .venv/run
+	$(BIN)python -m tools.tour --run runs/$(SIZE) --data data/$(SIZE)
 
 # the same road in miniature; its models have learned nothing
 FEW := --data data/smoke --out runs-smoke --steps 2 --eval-limit 0 --fresh
