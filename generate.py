@@ -18,7 +18,8 @@ Prefill: all tokens of a prompt go through the model at once, as in training, an
 and values in a cache. Copy: rows that were asked the same, as a group's are, get theirs from the
 one that has read it. Decode: from then on one token at a time goes through the model, reads the
 cache, adds its own keys and values, and the logits at its place give the next token. On a GPU
-several such steps follow one another, as a CUDA graph, before the host looks at what was written.
+such a step is a CUDA graph, and with NANOKEYE_ATTENTION=ours several follow one another before
+the host looks at what was written.
 
 Conversations of any lengths are decoded together. Prompts enter packed, without padding. The rows
 that are decoded are always the first ones of the cache: when one ends, the last one takes its
@@ -69,8 +70,9 @@ CACHE_BYTES = 16 << 30  # ours, of keys and values: 8B's take 144 KiB a token
 GROWTH = 256
 # ours: a graph takes as long to capture as some steps to run; a few rows are soon fewer still
 STEPS_BEFORE_GRAPH = 8
-# ours: so many tokens of each row between two looks of the host at what was written. A look costs a
-# small model a step; a row that ends before the next one has taken some steps for nothing.
+# ours: so many tokens of each row between two looks of the host at what was written, on a GPU with
+# NANOKEYE_ATTENTION=ours; else 1. A look costs a small model a step; a row that ends before the
+# next one has taken some steps for nothing.
 STRIDE = 8
 
 
@@ -304,8 +306,8 @@ class Generator:
         self.rows = rows or (512 if weight.is_cuda else 64)
         self.pack_tokens = pack_tokens
         self.use_graphs = graphs and weight.is_cuda
-        # A CPU has nothing to wait for. On a GPU no walk of several steps has run yet: so only where
-        # our kernels are asked for by name.
+        # A CPU has nothing to wait for. On a GPU no walk of several steps has run yet: so only
+        # where our kernels are asked for by name.
         asked = os.environ.get("NANOKEYE_ATTENTION") == "ours"
         self.stride = STRIDE if weight.is_cuda and asked else 1
         self.stop = {special[name] for name in STOP}
@@ -691,6 +693,7 @@ class Chat:
     def __init__(self, generator, args):
         self.generator = generator
         self.args = args
+        self.limit = 256 if args.max_new_tokens is None else args.max_new_tokens
         self.screen = Screen()
         self.typed = sys.stdin is not None and sys.stdin.isatty()
         self.switch = ""  # behind each question
@@ -708,9 +711,8 @@ class Chat:
                 pass
         while not self.over:
             question = self.read_question()
-            if question is not None:
-                content, shown = [], content
-                self.ask(shown + question)
+            if question is not None and self.ask(content + question):
+                content = []
         if not self.questions:
             raise SystemExit("no question was given")
         if self.failed and not self.typed:
@@ -746,7 +748,8 @@ class Chat:
         print(why, file=sys.stderr)
 
     def ask(self, content):
-        """Begins a conversation, which goes on as long as there are questions in a chat."""
+        """Begins a conversation, which goes on as long as there are questions in a chat. Returns
+        whether it could be asked."""
         args = self.args
         conversation = {"messages": [{"role": "user", "content": content}]}
         try:
@@ -755,13 +758,14 @@ class Chat:
         except (MediaError, ValueError) as e:
             if args.prompt is not None:
                 raise
-            return self.refuse(e)
+            self.refuse(e)
+            return False
         self.tools = tool_turns(self.generator, [lambda: self.pictures])
         tokenizer = self.generator.processor.tokenizer
 
         begin = time.perf_counter()
         [response] = self.generator.sample(
-            [sample], args.max_new_tokens or 256, args.temperature, args.top_k, args.top_p,
+            [sample], self.limit, args.temperature, args.top_k, args.top_p,
             args.seed, [tokenizer.special[CLOSE_CALL]], self.extend,
             lambda i, piece: self.screen.write(piece), args.repetition_penalty,
             code_ends(tokenizer),
@@ -771,6 +775,7 @@ class Chat:
             n = sum(response.sampled)
             counts = f"{len(sample['tokens'])} tokens read, {n} written"
             print(f"{counts}, {seconds:.2f} s, {n / seconds:.1f} tok/s", file=sys.stderr)
+        return True
 
     def look_at(self, content):
         messages = [{"role": "user", "content": content}]
@@ -802,7 +807,7 @@ class Chat:
         return self.crops / f"{number}.png"
 
     def next_turn(self, row):
-        row.left = self.args.max_new_tokens or 256
+        row.left = self.limit
         row.response.observations.clear()  # the next answer has calls of its own
         while content := self.read_question():
             try:
@@ -844,7 +849,8 @@ def arguments(argv):
     add("--allow-remote", action="store_true", help="fetch pictures and clips from the web: then "
         "whoever can ask can make this machine read any address that it reaches")
     args = parser.parse_args(argv)
-    if args.serve and (args.prompt is not None or args.image or args.video or args.fps):
+    asked = args.prompt is not None or args.image or args.video or args.fps is not None
+    if args.serve and asked:
         parser.error("--serve takes questions, pictures and clips from requests alone")
     return args
 
@@ -856,15 +862,16 @@ def main(argv: list[str] | None = None):
     content = [{"type": "image", "image": path} for path in args.image]
     for path in args.video:
         clip = {"type": "video", "video": path}
-        if args.fps:
+        if args.fps is not None:
             clip["fps"] = args.fps
         content.append(clip)
     # allow_outside: the user, not a data set, names the files
     generator = Generator(*load(args.init, args.device, allow_outside=not args.serve))
     try:
         if args.serve:
-            max_tokens = args.max_new_tokens or max_answer(generator.model.config)
-            return serve(generator, args, max_tokens)
+            default = max_answer(generator.model.config)
+            limit = default if args.max_new_tokens is None else args.max_new_tokens
+            return serve(generator, args, limit)
         if args.prompt is not None:
             question = [{"type": "text", "text": args.prompt}]
             return Chat(generator, args).ask(content + question)

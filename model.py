@@ -323,7 +323,7 @@ class Decoder(nn.Module):
         x (B, C), positions (B,), tokens before (B,), and the cache's keys and values.
 
         A small decoder's layers are one call on a CPU (kernels/step.py); on a GPU a layer's small
-        operations are two (kernels/layer.py).
+        operations are two (kernels/layer.py), where NANOKEYE_ATTENTION=ours asks for it.
         """
         cfg = self.cfg
         weight = self.norm.weight
@@ -791,7 +791,7 @@ class KVCache:
         self.k = torch.zeros(cfg.num_hidden_layers, *shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.lengths = [0] * rows  # tokens that each row holds
-        self.whole_step = None  # of a small decoder on a CPU: one call for all of its layers
+        self.whole_step = None  # see Decoder.whole_step
         self.max_len = max_len
 
     def begin(self, rows: list[int], new: list[int]) -> None:

@@ -8,8 +8,8 @@
             {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
             {"type": "text", "text": "How many circles?"}]}])
 
-Pictures ("image_url") and clips ("video_url", as vLLM has it) come as data URLs, or as file:// below
---files. Each request has a thread that reads it, checks it and decodes its pictures: what is
+Pictures ("image_url") and clips ("video_url", as vLLM has it) come as data URLs, or as file://
+below --files. Each request has a thread that reads it, checks it and decodes its pictures: what is
 wrong with it is said from there, as a Refused. What is right becomes a Job, and waits. One thread
 more owns the model. It takes all jobs that wait and want the same sampling, and decodes them
 together; what their rows write goes back by each job's own queue.
@@ -45,13 +45,13 @@ from socketserver import TCPServer
 from urllib.parse import unquote, urlsplit
 
 from common.conversation import check_conversation, pictures_of, text_of
-from common.media import MediaError
+from common.media import MAX_PATH, MediaError
 from common.rollout import CLOSE_CALL, code_ends, tool_turns
 
 PAGE = Path(__file__).with_name("chat.html")
 
 # All limits are ours: far above a chat with some pictures, and far below what fills a machine.
-BODY = 32 << 20  # bytes of a request, or of what it has fetched
+BODY = 32 << 20  # bytes of a request, and of all that it has fetched
 HELD = 2 << 30  # bytes of all requests that wait for the model, with their pixels
 READERS = 4  # requests whose pictures are decoded at once
 SECONDS = 30  # for which a client may send or take nothing
@@ -62,6 +62,8 @@ STOPS = 4  # strings that end an answer, as at OpenAI; each of so many character
 STOP_LENGTH = 100
 LONGEST_TOKEN = 128  # characters, of Qwen's vocabulary: so many blanks
 LOW_DETAIL = 512 * 512  # pixels, as at OpenAI
+LIMIT = (int, 1, 10**9)  # of an answer's tokens; what a model has room for is less
+SEED = (int, -(2**63), 2**63 - 1)
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # These say nothing about the answer ..
@@ -204,7 +206,10 @@ class Reader:
         self.files = files
         self.remote = remote
         self.decoding = threading.Semaphore(READERS)
-        self.sampling({})  # defaults out of their range are known before the first request
+        # Defaults out of their range are known before the first request.
+        self.sampling({})
+        number(defaults, "max_new_tokens", *LIMIT)
+        number(defaults, "seed", *SEED)
 
     def sampling(self, request: dict) -> tuple:
         ranges = {
@@ -227,18 +232,19 @@ class Reader:
         how = {
             "sampling": self.sampling(request),
             "n": number(request, "n", int, 1, CHOICES, 1),
-            "seed": number(request, "seed", int, -(2**63), 2**63 - 1, self.defaults["seed"]),
+            "seed": number(request, "seed", *SEED, self.defaults["seed"]),
             "stop": stops_of(request),
         }
-        limit = number(request, "max_tokens", int, 1, 10**9)  # the older name
-        limit = number(request, "max_completion_tokens", int, 1, 10**9, limit)
+        limit = number(request, "max_tokens", *LIMIT)  # the older name
+        limit = number(request, "max_completion_tokens", *LIMIT, limit)
         # All but the pictures is known to be right before the work of decoding them.
-        conversation = {"messages": self.messages(request.get("messages"))}
+        web = Web()
+        conversation = {"messages": self.messages(request.get("messages"), web)}
         with self.decoding:
             sample, limit = self.sample(conversation, limit)
         as_loaded = dict(pixel_limit=self.processor.pixel_limit)
         pictures = partial(pictures_of, conversation, self.files, **as_loaded)
-        cost = size + sample["patches"].nbytes
+        cost = size + web.bytes + sample["patches"].nbytes
         return Job(sample=sample, pictures=pictures, max_tokens=limit, cost=cost, **how)
 
     def sample(self, conversation: dict, limit: int | None) -> tuple[dict, int]:
@@ -250,11 +256,12 @@ class Reader:
             room = self.context - layout.tokens
             if room < (limit or 1):
                 self.refuse_length(f"{layout.tokens} tokens and {limit or 1} to write")
-            return self.processor.load(layout), limit or min(room, self.defaults["max_tokens"])
+            return self.processor.load(layout), limit or min(room, self.defaults["max_new_tokens"])
         except MediaError as e:
             code = MEDIA_CODES.get(e.reason, "invalid_image")
-            if e.reason == "outside":  # which folder that is, is nobody's business
-                e = f"{e.path}: outside of --files"
+            # Which folder that is, and where links in it lead, is nobody's business.
+            if e.reason == "outside":
+                e = "a path leads outside of --files"
             elif e.detail.startswith("no base64"):
                 code = "invalid_base64_image"
             raise Refused(e, "messages", code) from None
@@ -273,17 +280,17 @@ class Reader:
 
     # -- messages
 
-    def messages(self, given) -> list[dict]:
+    def messages(self, given, web) -> list[dict]:
         """OpenAI's messages in our form. Files are not looked at yet."""
         if not isinstance(given, list) or not given:
             what = "missing_required_parameter" if given is None else "invalid_type"
             raise Refused("messages must be a list with a message", "messages", what)
-        messages = [self.message(message, f"messages[{i}]") for i, message in enumerate(given)]
+        messages = [self.message(one, f"messages[{i}]", web) for i, one in enumerate(given)]
         if messages[-1]["role"] != "user":
             raise Refused("the last message must be the user's", "messages", "invalid_value")
         return messages
 
-    def message(self, given, where) -> dict:
+    def message(self, given, where, web) -> dict:
         if not isinstance(given, dict):
             raise Refused(f"{where} must be an object", where, "invalid_type")
         role, content = given.get("role"), given.get("content")
@@ -296,13 +303,13 @@ class Reader:
                 refuse_parameter(f"{where}.{key}")
         if isinstance(content, list) and content:
             at = f"{where}.content"
-            content = [self.part(part, role, f"{at}[{i}]") for i, part in enumerate(content)]
+            content = [self.part(part, role, f"{at}[{i}]", web) for i, part in enumerate(content)]
         elif not isinstance(content, str):
             why = f"{where}.content must be a text or a list of parts"
             raise Refused(why, f"{where}.content", "invalid_type")
         return {"role": ROLES[role], "content": content}
 
-    def part(self, given, role, where) -> dict:
+    def part(self, given, role, where, web) -> dict:
         kind = given.get("type") if isinstance(given, dict) else None
         if kind == "text" and isinstance(given.get("text"), str):
             return {"type": "text", "text": given["text"]}
@@ -313,20 +320,22 @@ class Reader:
         if not isinstance(value, dict) or not isinstance(value.get("url"), str):
             raise Refused(f'{where}.{kind} must be {{"url": ".."}}', where, "invalid_type")
         name = kind.removesuffix("_url")
-        item = {"type": name, name: self.source(value["url"], f"{where}.{kind}.url")}
+        item = {"type": name, name: self.source(value["url"], f"{where}.{kind}.url", web)}
         for key, extra in value.items():
             if key == "detail" and extra in ("auto", "low", "high") and name == "image":
                 item |= {"max_pixels": LOW_DETAIL} if extra == "low" else {}
-            elif key == "fps" and name == "video":
+            elif key == "fps" and name == "video" and extra is not None:
                 item["fps"] = number(value, "fps", float, 0.01, 1000)
             elif key != "url" and extra is not None:
                 refuse_parameter(f"{where}.{kind}.{key}")
         return item
 
-    def source(self, url, where) -> str:
+    def source(self, url, where, web) -> str:
         """What the reader of media opens: a data URL, or a path relative to self.files."""
         if url[:5].lower() == "data:":
             return url
+        if len(url) > 3 * MAX_PATH:  # each character as %xx: looking up a long path takes long
+            raise Refused(f"{where}: a URL of {len(url):,} characters", where, "invalid_image_url")
         try:
             parts = urlsplit(url)
             if parts.scheme == "file" and self.files and parts.netloc in ("", "localhost"):
@@ -336,35 +345,42 @@ class Reader:
         except ValueError as e:
             raise Refused(f"{where}: {e}", where, "invalid_image_url") from None
         if parts.scheme in ("http", "https") and self.remote:
-            return fetched(url, where)
+            return web.fetched(url, where)
         known = ["data:", *["file:"] * bool(self.files), *["http:", "https:"] * self.remote]
         why = f"{where}: of URLs only {', '.join(known)} are read here"
         raise Refused(why, where, "invalid_image_url")
 
 
-def fetched(url: str, where: str) -> str:
-    """A picture or clip from the web, as a data URL."""
-    opener = urllib.request.OpenerDirector()  # the usual one would open files as well
-    for handler in (
-        urllib.request.ProxyHandler, urllib.request.UnknownHandler, urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler, urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
-    data = bytearray()
-    late = time.monotonic() + FETCHING
-    try:
-        with opener.open(url, timeout=FETCHING) as answer:
-            while piece := answer.read1(1 << 16):
-                data += piece
-                if len(data) > BODY:
-                    raise OSError(f"more than {BODY} bytes")
-                if time.monotonic() > late:
-                    raise OSError(f"not read within {FETCHING} seconds")
-    except (OSError, ValueError, http.client.HTTPException) as e:  # URLError is an OSError
-        why = f"{url[:200]} cannot be fetched: {e}"
-        raise Refused(why, where, "failed_to_download_image") from None
-    return "data:;base64," + base64.b64encode(data).decode()
+class Web:
+    """What one request fetches: at most BODY bytes, of which `bytes` have come."""
+
+    def __init__(self):
+        self.bytes = 0
+        self.opener = urllib.request.OpenerDirector()  # the usual one would open files as well
+        for handler in (
+            urllib.request.ProxyHandler, urllib.request.UnknownHandler, urllib.request.HTTPHandler,
+            urllib.request.HTTPSHandler, urllib.request.HTTPDefaultErrorHandler,
+            urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor,
+        ):
+            self.opener.add_handler(handler())
+
+    def fetched(self, url: str, where: str) -> str:
+        """A picture or clip as a data URL."""
+        data = bytearray()
+        late = time.monotonic() + FETCHING
+        try:
+            with self.opener.open(url, timeout=FETCHING) as answer:
+                while piece := answer.read1(1 << 16):
+                    data += piece
+                    self.bytes += len(piece)
+                    if self.bytes > BODY:
+                        raise OSError(f"more than {BODY} bytes in one request")
+                    if time.monotonic() > late:
+                        raise OSError(f"not read within {FETCHING} seconds")
+        except (OSError, ValueError, http.client.HTTPException) as e:  # URLError is an OSError
+            why = f"{url[:200]} cannot be fetched: {e}"
+            raise Refused(why, where, "failed_to_download_image") from None
+        return "data:;base64," + base64.b64encode(data).decode()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -412,6 +428,7 @@ class Answer:
         written = sum(response.sampled)
         reason = "stop" if response.finished or self.stopped else "length"
         ended = Ended(reason, written, len(response.sampled) - written)
+        self.job.begun = True  # an end without text too: it must not come twice
         self.job.events.put((self.number, ended))
 
 
@@ -437,18 +454,17 @@ class Worker:
             self.reading += 1
         try:
             job = reader.job(request, size)
+            with self.changed:
+                held = sum(other.cost for other in self.waiting)
+                if held and held + job.cost > HELD:
+                    why = "Too many requests wait for the model; try again later"
+                    status = HTTPStatus.TOO_MANY_REQUESTS
+                    raise Refused(why, None, "rate_limit_exceeded", status, "rate_limit_error")
+                self.waiting.append(job)
         finally:
             with self.changed:
-                self.reading -= 1
+                self.reading -= 1  # what was read waits by now
                 self.changed.notify()
-        with self.changed:
-            held = sum(other.cost for other in self.waiting)
-            if held and held + job.cost > HELD:
-                why = "Too many requests wait for the model; try again later"
-                status = HTTPStatus.TOO_MANY_REQUESTS
-                raise Refused(why, None, "rate_limit_exceeded", status, "rate_limit_error")
-            self.waiting.append(job)
-            self.changed.notify()
         return job
 
     def take(self) -> list[Job]:
@@ -574,7 +590,7 @@ class Handler(BaseHTTPRequestHandler):
             method()
         except Refused as refused:
             self.refuse(refused)
-        except OSError:  # the client has gone
+        except (ConnectionError, TimeoutError):  # the client has gone
             pass
         except Exception as error:
             traceback.print_exc()
@@ -669,6 +685,7 @@ class Handler(BaseHTTPRequestHandler):
             yield event
 
     def client_has_gone(self) -> bool:
+        """Also of one that only says that it sends no more: from here both look the same."""
         self.connection.settimeout(0)
         try:
             return self.connection.recv(1, socket.MSG_PEEK) == b""
@@ -778,14 +795,14 @@ def open_server(generator, args, max_tokens: int) -> Server:
     """A server that listens; serve_forever() answers. args: of generate.py; max_tokens: of an
     answer, where a request says nothing. ValueError where they are out of range, or cannot be."""
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    defaults = {name: getattr(args, name) for name in names} | {"max_tokens": max_tokens}
+    defaults = {name: getattr(args, name) for name in names} | {"max_new_tokens": max_tokens}
     if args.files and not os.path.isdir(args.files):
         raise ValueError(f"--files {args.files}: no such folder")
     try:
         reader = Reader(generator, str(args.init), defaults, args.files, args.allow_remote)
         return Server(args.host, args.port, reader, Worker(generator))
     except Refused as e:
-        raise ValueError(f"--{e}") from None
+        raise ValueError(f"--{e}".replace("_", "-")) from None  # of a default: its flag is named
     except (OSError, OverflowError) as e:
         raise ValueError(f"--host {args.host} --port {args.port}: {e}") from None
 

@@ -182,9 +182,11 @@ def chosen(backend: str):
     names = {"sm_80": "ours", "flash": "torch", "cudnn": "torch"}
     os.environ["NANOKEYE_ATTENTION"] = names.get(backend, backend)
     ours.HOPPER = backend != "sm_80"
-    with sdpa_kernel(DENSE[backend]) if backend in DENSE else contextlib.nullcontext():
-        yield
-    ours.HOPPER = True
+    try:
+        with sdpa_kernel(DENSE[backend]) if backend in DENSE else contextlib.nullcontext():
+            yield
+    finally:
+        ours.HOPPER = True
 
 
 def product_rate(dtype, device) -> float:

@@ -25,8 +25,8 @@ constexpr int KEYS = 16;     // of a warp's tile
 // Tiles of a warp in shared memory: one in use, the others coming. Two of them leave room for three
 // blocks on a multiprocessor of Hopper, 96 KiB on their way, and fit into every GPU from sm_80 on.
 constexpr int STAGES = 2;
-// A hidden key's score. Finite, as the difference of two is taken where a query sees no key yet; and
-// a power of two, as that difference is of products, one of them rounded: so both are exact.
+// A hidden key's score. Finite, as the difference of two is taken where a query sees no key yet;
+// and a power of two, as that difference is of products, one of them rounded: so both are exact.
 constexpr float HIDDEN = -0x1p100f;
 
 struct Work {

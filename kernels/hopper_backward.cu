@@ -73,7 +73,8 @@ struct Places {
     static __device__ int own_phase(int round) { return round / S::OWNED % 2; }
 };
 
-// A warp's lanes bring lse and delta of walked queries; lane 0 asks for everything else.
+// With keys, a warp's lanes bring lse and delta of walked queries; lane 0 asks for everything else.
+// Whoever waits here also arrives: a lane that nobody waits for could miss a whole turn of phases.
 template <int D, bool KEYS>
 static __device__ void fetch_all(const Work& work, const Maps& maps, const Places<D> at,
                                  int tasks) {
@@ -254,7 +255,7 @@ backward(const Work work, const __grid_constant__ Maps maps) {
     __syncthreads();
     if (threadIdx.x < GROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x < 32) fetch_all<D, KEYS>(work, maps, at, tasks);
+        if (threadIdx.x < (KEYS ? 32 : 1)) fetch_all<D, KEYS>(work, maps, at, tasks);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         if (KEYS) compute_keys<T, D>(work, at, memory, tasks);

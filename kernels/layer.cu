@@ -92,12 +92,17 @@ static int run(void* gate, const void* up, int64_t count, cudaStream_t stream) {
 }
 
 // Both return an error of CUDA's, 0: none.
-extern "C" int layer_heads(const Heads* x, int width, int is_bf16, void* stream) {
+extern "C" int layer_heads(const Heads* x, int width, int is_bf16, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error != cudaSuccess) return error;
     auto stream_ = (cudaStream_t)stream;
     return is_bf16 ? run<__nv_bfloat16>(*x, width, stream_) : run<half>(*x, width, stream_);
 }
 
-extern "C" int layer_swiglu(void* gate, const void* up, int64_t count, int is_bf16, void* stream) {
+extern "C" int layer_swiglu(void* gate, const void* up, int64_t count, int is_bf16, int device,
+                            void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error != cudaSuccess) return error;
     auto stream_ = (cudaStream_t)stream;
     return is_bf16 ? run<__nv_bfloat16>(gate, up, count, stream_)
                    : run<half>(gate, up, count, stream_);

@@ -93,7 +93,7 @@ def call(name: str, like: Tensor, *arguments):
     is_bf16 = int(like.dtype == torch.bfloat16)
     with torch.cuda.device(like.device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        error = getattr(library, name)(*arguments, is_bf16, stream)
+        error = getattr(library, name)(*arguments, is_bf16, like.device.index, stream)
     if error:
         library.layer_error.restype = ctypes.c_char_p
         raise RuntimeError(f"layer.cu: {library.layer_error(error).decode()}")

@@ -2,8 +2,8 @@
 // decoder. Of a small model this takes PyTorch's operators, some forty a layer, longer to call than
 // to compute; here it is one call.
 //
-// Activations lie with the channels downwards and the tokens across, (channels, TOKENS): norms, RoPE
-// and SwiGLU are loops over channels, in which each vector holds the same channel of several
+// Activations lie with the channels downwards and the tokens across, (channels, TOKENS): norms,
+// RoPE and SwiGLU are loops over channels, in which each vector holds the same channel of several
 // tokens, and products take the weights as they lie in the model, (out, in). Only attention looks
 // at tokens one by one. A task is a block of tokens: it goes through all layers by itself, so that
 // no thread waits for another, and no token's result depends on its neighbours.

@@ -176,8 +176,13 @@ def test_several_tokens_between_two_looks_change_nothing(model, processor, promp
     assert len({len(response.ids) for response in found[0]}) > 3
     # a penalty and a reader need each token before the next
     pieces = []
-    generator.generate([ask("Hi")], max_new_tokens=6, seed=1, stream=lambda i, p: pieces.append(p))
-    assert len(pieces) > 1
+    how = dict(max_new_tokens=12, temperature=1.5, top_k=0, seed=1)
+    [said] = generator.generate([ask("Hi")], **how)
+    generator.generate([ask("Hi")], **how, stream=lambda i, piece: pieces.append(piece))
+    assert "".join(pieces) == said and len(pieces) > 1
+    penalised = generator.generate([ask("Hi")], **how, repetition_penalty=1.8)
+    plain = Generator(model, processor)
+    assert penalised == plain.generate([ask("Hi")], **how, repetition_penalty=1.8) != [said]
 
 
 def watched_steps(model, monkeypatch):
@@ -689,12 +694,17 @@ def test_any_question_and_any_terminal(folder):
         (["--init", "{folder}", "--image", "{tmp}/bad.png", "Hi"], "bad.png: unsupported"),
         (["--init", "{folder}", "--video", "{tmp}/bad.png", "Hi"], "bad.png"),
         (["--init", "{folder}", "--temperature", "-1", "Hi"], "temperature"),
+        (["--init", "{folder}", "--max-new-tokens", "0", "Hi"], "needs max_new_tokens >= 1, got 0"),
+        (["--init", "{folder}", "--serve", "--max-new-tokens", "0"], "--max-new-tokens must be"),
+        (["--init", "{folder}", "--video", "{tmp}/x.webp", "--fps", "0", "Hi"], "fps"),
         (["--init", "{folder}"], "no question"),
         (["--init", "{folder}", "--device", "abacus", "Hi"], "abacus"),
     ],
 )
 def test_command_line_errors(folder, tmp_path, argv, message, capsys, monkeypatch):
     (tmp_path / "bad.png").write_bytes(b"no picture")
+    clip = [picture(60, 50, seed) for seed in range(3)]
+    clip[0].save(tmp_path / "x.webp", save_all=True, append_images=clip[1:], duration=500)
     monkeypatch.setattr(sys, "stdin", open("/dev/null"))
     with pytest.raises(SystemExit) as error:
         generate.main([word.format(folder=folder, tmp=tmp_path) for word in argv])
@@ -768,6 +778,24 @@ def test_a_line_that_cannot_be_asked_is_said_and_counted(folder, capsys, monkeyp
     out = capsys.readouterr()
     assert out.out == "so it is\n"  # to the second question
     assert "nowhere.png: missing" in out.err and "/imgae is none of these" in out.err
+
+
+def test_what_the_command_line_shows_waits_for_a_question_that_can_be_asked(
+    folder, tmp_path, monkeypatch
+):
+    picture(90, 70).save(tmp_path / "x.png")
+    lines = "/image nowhere.png\nHere?\nThere?\n/new\nAnd now?\n"
+    asked = []
+    plain = generate.Chat.ask
+
+    def watched(self, content):
+        asked.append([item["type"] for item in content])
+        return plain(self, content)
+
+    monkeypatch.setattr(generate.Chat, "ask", watched)
+    with pytest.raises(SystemExit, match="1 lines could not be asked"):
+        chat(folder, monkeypatch, lines, "--image", str(tmp_path / "x.png"))
+    assert asked == [["image", "image", "text"], ["image", "text"], ["text"]]
 
 
 def test_switches_hold_until_the_next_one(folder, monkeypatch):
@@ -861,7 +889,9 @@ def test_what_tools_show_is_saved(folder, tmp_path, capsys, monkeypatch):
     assert sizes == [(45, 35), (180, 140)] * 2
 
 
-@pytest.mark.parametrize("wrong", [["Hi"], ["--image", "x.png"], ["--video", "x.mp4"]])
+@pytest.mark.parametrize(
+    "wrong", [["Hi"], ["--image", "x.png"], ["--video", "x.mp4"], ["--fps", "0"]]
+)
 def test_a_server_takes_no_question(folder, wrong, capsys):
     with pytest.raises(SystemExit):
         generate.main(["--init", str(folder), "--serve", *wrong])

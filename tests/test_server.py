@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from common import rollout, server
+from common.rollout import Response
 from conftest import ROOT
 from generate import Generator
 from test_generate import call, picture, scripted
@@ -216,6 +217,8 @@ def test_a_stream_is_the_answer_in_pieces(served):
          "invalid_image_url"),
         ({"messages": asks(url="x.png")}, "messages[0].content[0].image_url.url",
          "invalid_image_url"),
+        ({"messages": asks(url="file://" + "/" * 20_000)},
+         "messages[0].content[0].image_url.url", "invalid_image_url"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_the_protocols_form(served, change, param, code):
@@ -264,12 +267,17 @@ def test_any_text_can_be_asked(served):
 # pictures and clips
 
 
-def test_a_picture_is_the_same_from_a_url_and_from_a_file(served, files):
+def test_a_picture_is_the_same_from_a_url_and_from_a_file(served, files, monkeypatch):
     inline = said(served, messages=asks(url=png(Image.open(f"{files}/x.png"))))
     for url in (f"file://{files}/x.png", f"file://localhost{files}/../inside/%78.png"):
         assert said(served, messages=asks(url=url)) == inline
-    small = [{"type": "image_url", "image_url": {"url": f"file://{files}/x.png", "detail": "low"}}]
-    assert said(served, messages=[{"role": "user", "content": small}]) is not None
+    monkeypatch.setattr(server, "LOW_DETAIL", 56 * 56)
+    read = {}
+    for detail in ("low", "high", "auto", None):
+        messages = asks(url=url)
+        messages[0]["content"][0]["image_url"]["detail"] = detail
+        read[detail] = send(served, {"messages": messages})[1]["usage"]["prompt_tokens"]
+    assert read["high"] == read["auto"] == read[None] > read["low"]
 
 
 @pytest.mark.parametrize(
@@ -287,6 +295,7 @@ def test_no_file_outside_is_opened(served, files, path, code):
     status, answer = send(served, {"messages": asks(url=f"file://{files}/{path}")})
     assert (status, answer["error"]["code"]) == (400, code)
     assert os.path.dirname(files) not in answer["error"]["message"]
+    assert "outside.png" not in answer["error"]["message"]  # where the link leads
 
 
 def test_without_a_folder_no_file_is_named(opened, files):
@@ -305,6 +314,10 @@ def test_a_clip(served, files):
     assert status == 200
     clip[0]["video_url"]["fps"] = 1
     assert send(served, ask)[1]["usage"]["prompt_tokens"] < answer["usage"]["prompt_tokens"]
+    clip[0]["video_url"]["fps"] = None  # as if it were not there
+    unset = send(served, ask)
+    del clip[0]["video_url"]["fps"]
+    assert unset[0] == 200 and unset[1]["usage"] == send(served, ask)[1]["usage"]
     with open(f"{files}/x.webp", "rb") as file:
         data = base64.b64encode(file.read()).decode()
     clip[0]["video_url"] = {"url": f"data:video/webp;base64,{data}", "fps": 2}
@@ -346,6 +359,22 @@ def test_the_web_is_read_only_where_that_is_switched_on(served, opened, web, fil
     for path in ("none", "away", "long"):
         status, answer = send(remote, {"messages": asks(url=f"{web}/{path}")})
         assert (status, answer["error"]["code"]) == (400, "failed_to_download_image")
+
+
+def test_what_one_request_fetches_is_counted_together(opened, web, files, monkeypatch):
+    remote = opened(allow_remote=True)
+    size = os.path.getsize(f"{files}/x.png")
+    costs = []
+    for count in (1, 2):
+        turns = [*asks(url=f"{web}/x.png"), {"role": "assistant", "content": "a"}] * count
+        costs.append(remote.reader.job({"messages": turns[:-1]}, 0))
+    one, two = costs
+    assert [job.cost - job.sample["patches"].nbytes for job in costs] == [size, 2 * size]
+    monkeypatch.setattr(server, "BODY", 2 * size - 1)
+    assert remote.reader.job({"messages": asks(url=f"{web}/x.png")}, 0).cost == one.cost
+    status, answer = send(remote, {"messages": turns[:-1]})
+    assert (status, answer["error"]["code"]) == (400, "failed_to_download_image")
+    assert f"more than {2 * size - 1} bytes in one request" in answer["error"]["message"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,6 +459,25 @@ def test_a_request_that_breaks_the_model_harms_no_other(served, monkeypatch, bat
     assert "out of memory" not in json.dumps(answers[1][1])
 
 
+def test_an_answer_that_has_ended_does_not_come_twice(served, monkeypatch):
+    """Not even one without text, of a batch that fails behind it."""
+    batches = []
+
+    def fragile(jobs):
+        batches.append(jobs)
+        server.Answer(jobs[0], 0).end(Response(finished=True))
+        if len(jobs) > 1:
+            raise RuntimeError
+
+    monkeypatch.setattr(served.worker, "decode", fragile)
+    two, one = (served.reader.job({"messages": asks(), "n": n}, 0) for n in (2, 1))
+    served.worker.answer([two, one])
+    assert batches == [[two, one], [one]]
+    (number, ended), failed = two.events.get_nowait(), two.events.get_nowait()
+    assert number == 0 and ended.reason == "stop" and failed.status == 500
+    assert two.events.empty() and one.events.get_nowait() == (0, ended)
+
+
 def test_too_much_that_waits_is_refused(served, monkeypatch):
     monkeypatch.setattr(server, "HELD", 10)
     waits = SimpleNamespace(cost=5, sampling=())
@@ -504,6 +552,12 @@ def test_the_page_needs_nothing_else(served):
     assert not re.search(r"https?://|src=\"(?!data:)|<link (?!rel=\"icon\" href=\"data:)", page)
 
 
+def test_a_fault_of_the_servers_files_is_said(served, monkeypatch, tmp_path):
+    monkeypatch.setattr(server, "PAGE", tmp_path / "none.html")
+    status, answer = send(served, None, "/", "GET")
+    assert (status, answer["error"]["type"]) == (500, "server_error")
+
+
 @pytest.mark.parametrize(
     "headers, status",
     [
@@ -543,12 +597,16 @@ def test_the_command_line(model, processor, tmp_path):
     "changes, message",
     [
         ({"temperature": -1}, "--temperature"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty must be"),
+        ({"max_tokens": -5}, "--max-new-tokens must be"),
+        ({"max_tokens": 0}, "--max-new-tokens must be"),
+        ({"seed": 2**63}, "--seed must be"),
         ({"files": "nowhere"}, "--files nowhere"),
         ({"port": 99999}, "--port 99999"),
         ({"host": "no.such.host.invalid"}, "--host"),
     ],
 )
 def test_wrong_arguments_end_it_at_once(model, processor, changes, message):
-    args = SimpleNamespace(**ARGS | changes)
+    args = SimpleNamespace(**ARGS | {"max_tokens": 12} | changes)
     with pytest.raises(ValueError, match=message):
-        server.open_server(Generator(model, processor), args, 12)
+        server.open_server(Generator(model, processor), args, args.max_tokens)

@@ -136,7 +136,10 @@ def arguments():
     add("--ways", nargs="+", default=["greedy", "rollout"], choices=WAYS)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--alone", action="store_true", help="ours without Hugging Face's")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.new < 2:
+        parser.error("--new: at least 2, as the second half is timed")
+    return args
 
 
 def result(way: str, rows: int, late: list, whole: list, ids: list) -> str:
