@@ -256,13 +256,9 @@ static int run_backward(const Work& work, cudaStream_t stream) {
 
 template <typename T>
 static int run(const Work& work, int width, bool backward, cudaStream_t stream) {
-    switch (width) {
-        case 64: return (backward ? run_backward<T, 64> : run_forward<T, 64>)(work, stream);
-        case 72: return (backward ? run_backward<T, 72> : run_forward<T, 72>)(work, stream);
-        case 80: return (backward ? run_backward<T, 80> : run_forward<T, 80>)(work, stream);
-        case 128: return (backward ? run_backward<T, 128> : run_forward<T, 128>)(work, stream);
-    }
-    return cudaErrorInvalidValue;
+    return with_width(width, [&](auto d) {
+        return (backward ? run_backward<T, d.VALUE> : run_forward<T, d.VALUE>)(work, stream);
+    });
 }
 
 // x: q, k, v, out, and for the backward pass d_out, dq, dk, dv: on the device, channels beside each
@@ -280,5 +276,3 @@ extern "C" int attention(const Tensor* x, float* lse, float* delta, const Tile* 
     if (backward) work.d_out = x[4], work.dq = x[5], work.dk = x[6], work.dv = x[7];
     return (is_bf16 ? run<bf16> : run<half>)(work, width, backward, (cudaStream_t)stream);
 }
-
-extern "C" const char* error_text(int error) { return cudaGetErrorString((cudaError_t)error); }

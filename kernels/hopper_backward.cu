@@ -300,13 +300,7 @@ static int run(const Work& work, int device, cudaStream_t stream) {
 
 template <typename T>
 static int run(const Work& work, int width, int device, cudaStream_t stream) {
-    switch (width) {
-        case 64: return run<T, 64>(work, device, stream);
-        case 72: return run<T, 72>(work, device, stream);
-        case 80: return run<T, 80>(work, device, stream);
-        case 128: return run<T, 128>(work, device, stream);
-    }
-    return cudaErrorInvalidValue;
+    return with_width(width, [&](auto d) { return run<T, d.VALUE>(work, device, stream); });
 }
 
 // As attention.cu's function `attention`, backward only. Returns NOT_TAKEN for steps that TMA
@@ -320,5 +314,3 @@ extern "C" int hopper(const Tensor* x, float* lse, float* delta, const Tile* til
               tokens, heads, kv_heads, causal, 1 / sqrtf((float)width)};
     return (is_bf16 ? run<bf16> : run<half>)(work, width, device, (cudaStream_t)stream);
 }
-
-extern "C" const char* error_text(int error) { return cudaGetErrorString((cudaError_t)error); }

@@ -31,6 +31,25 @@ struct Work {
     float scale;
 };
 
+template <int D>
+struct Width {
+    static constexpr int VALUE = D;
+};
+
+// act(Width<D>{}), for heads D wide.
+template <typename Act>
+static int with_width(int width, Act act) {
+    switch (width) {
+        case 64: return act(Width<64>{});
+        case 72: return act(Width<72>{});
+        case 80: return act(Width<80>{});
+        case 128: return act(Width<128>{});
+    }
+    return cudaErrorInvalidValue;
+}
+
+extern "C" const char* error_text(int error) { return cudaGetErrorString((cudaError_t)error); }
+
 // The keys that a query sees: those before this one.
 static __device__ int last_key(const Work& work, int length, int query) {
     return work.causal ? min(length, query + 1) : length;
