@@ -55,7 +55,7 @@ from common.judge import Judge
 from common.loader import Loader
 from common.media import MediaError
 from common.optim import clip_gradients, schedule, set_lr
-from common.packing import even_packs, sum_per_sample
+from common.packing import even_packs, packing, sum_per_sample
 from common.questions import (
     PAIRS,
     Question,
@@ -89,7 +89,6 @@ from sft import (
     frozen,
     linked,
     mean,
-    packing,
     sources_of,
     start_from,
     trainable,

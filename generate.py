@@ -52,7 +52,7 @@ from common.rollout import CLOSE_CALL, Response, code_ends, tool_turns, use_sand
 from common.run import add_sandbox_argument
 from common.server import serve
 from data import Processor, pack
-from kernels import to_device
+from kernels import forced, to_device
 from model import Config, KeyeVL, KVCache, scale_like
 
 STOP = ("<|im_end|>", "<|endoftext|>")
@@ -308,8 +308,7 @@ class Generator:
         self.use_graphs = graphs and weight.is_cuda
         # A CPU has nothing to wait for. On a GPU no walk of several steps has run yet: so only
         # where our kernels are asked for by name.
-        asked = os.environ.get("NANOKEYE_ATTENTION") == "ours"
-        self.stride = STRIDE if weight.is_cuda and asked else 1
+        self.stride = STRIDE if weight.is_cuda and forced() == "ours" else 1
         self.stop = {special[name] for name in STOP}
 
         # Never sampled: marks of prompts, and rows of the table that stand for no token.

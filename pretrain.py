@@ -39,10 +39,10 @@ from common.conversation import check_training, media_items
 from common.facts import as_object
 from common.failures import say_failures
 from common.fit import EVERYTHING, fit, packs_at_once
-from common.loader import Loader, split_packs
+from common.loader import Loader
 from common.memory import CARDS, dry_run
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
-from common.packing import join
+from common.packing import join, packing
 from common.parallel import assign, pass_around, ring_pass, shard
 from common.processes import Peers, join_processes
 from common.questions import check_heldout, files_or_exit
@@ -188,8 +188,8 @@ def next_token(
     # reads or draws its own part of the weights.
     model = KeyeVL.shapes(before or PRESETS[args.size])
     cfg = model.config
-    tokens, packs = split_packs(scale.pack, args.packs or scale.packs, run.world)
-    at_once = packs_at_once(run, model, learns, tokens, packs // run.world)
+    tokens, packs = packing(run)
+    at_once = packs_at_once(run, cfg, learns)
     keep = fit(run, model, learns, tokens * at_once)
     fill(shard(model, run), args, before)
     opt = make_optimizer(model, dict.fromkeys(learns, rate), muon=scale.muon, **keep)
@@ -374,9 +374,9 @@ def contrastive(
     cfg = model.config
     tower, encode = text_tower(args, cfg, processor)
     siglip = SigLIP(model.vit, tower)
-    packing = split_packs(scale.pack, args.packs or scale.packs, run.world)
-    at_once = packs_at_once(run, model, ("vit",), packing[0], packing[1] // run.world)
-    keep = fit(run, model, ("vit",), packing[0] * at_once)
+    tokens, packs = packing(run)
+    at_once = packs_at_once(run, cfg, ("vit",))
+    keep = fit(run, model, ("vit",), tokens * at_once)
     if keep.get("compiled"):
         for block in tower.layers:
             block.compile(dynamic=True)
@@ -394,7 +394,7 @@ def contrastive(
     opt = make_optimizer(siglip, dict.fromkeys(parts, plan["lr"]["0"]), muon=scale.muon, **keep)
     progress = resume(run, siglip, opt)
     loader = Loader(
-        mixture(folder, "0", args.size), processor, *packing, run.rank, run.world, args.seed,
+        mixture(folder, "0", args.size), processor, tokens, packs, run.rank, run.world, args.seed,
         workers=args.workers, state=progress.loader, check=check_pair,
     )
 

@@ -27,10 +27,10 @@ from common.conversation import link_media, text_of
 from common.failures import leave_out, say_failures
 from common.fit import EVERYTHING, fit, packs_at_once
 from common.jsonl import write_lines
-from common.loader import Loader, split_packs
+from common.loader import Loader
 from common.media import MediaError
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
-from common.packing import join
+from common.packing import join, packing
 from common.parallel import shard
 from common.questions import Question, check_heldout, files_or_exit, read_or_exit
 from common.rollout import Prompt, Rollout, sample_groups, use_sandbox
@@ -208,12 +208,6 @@ def build_mixture(run: Run, init: Path, folder: Path, plan: dict) -> list[tuple[
 # training
 
 
-def packing(run: Run) -> tuple[int, int]:
-    """(tokens of a pack, packs of a step on all ranks) that the run's size trains with."""
-    scale = SCALE[run.args.size]
-    return split_packs(scale.pack, run.args.packs or scale.packs, run.world)
-
-
 def start_from(args, stage: str, init: Path, files=(), numbers=None, last="", **facts) -> Run:
     """A run that trains the model in `init`. SystemExit where an earlier one trained another.
 
@@ -260,7 +254,7 @@ def finetune(run: Run, init: Path, mix: list[tuple[Path, float]], lr: float, ste
     """Next-token training on the assistant's turns; leaves run.folder/model."""
     args = run.args
     tokens, packs = packing(run)
-    at_once = packs_at_once(run, KeyeVL.shapes(init), EVERYTHING, tokens, packs // run.world)
+    at_once = packs_at_once(run, KeyeVL.shapes(init).config, EVERYTHING)
     model, processor, opt, progress = trainable(run, init, lr, tokens * at_once)
     loader = Loader(
         mix, processor, tokens, packs, run.rank, run.world, args.seed,

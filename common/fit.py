@@ -12,7 +12,9 @@ import torch
 from torch.utils._triton import has_triton
 
 from common.memory import BEST, choose, job_of, plan_of, table
+from common.packing import packing
 from common.run import MADE_HERE, Run
+from model import Config
 
 EVERYTHING = ("vit", "projector", "decoder")  # that can learn
 
@@ -58,18 +60,20 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
     return {"moments": moments, "compiled": compiled}
 
 
-def packs_at_once(run: Run, model, learns: tuple[str, ...], pack: int, packs: int) -> int:
-    """How many of a step's `packs` of this rank go through the model as one: a divisor of them.
+def packs_at_once(run: Run, cfg: Config, learns: tuple[str, ...]) -> int:
+    """How many of this rank's packs of a step go through the model as one: a divisor of them.
 
     As many as leave the best recipe its memory, with no block run again: on a GPU small models
-    wait for the host, and sharded ones gather their weights for each pack. Arguments as fit's.
+    wait for the host, and sharded ones gather their weights for each pack. learns: as fit's.
     """
+    tokens, packs = packing(run)
+    packs //= run.world
     if run.device.type != "cuda" or packs == 1:
         return 1
     capacity, compiled = capacity_of(run), wants_compile(run)
     for n in range(packs, 1, -1):
         if packs % n == 0:
-            job = job_of(model.config, learns, n * pack, run.world, compiled)
+            job = job_of(cfg, learns, n * tokens, run.world, compiled)
             if plan_of(job, BEST, (0, 0), capacity).fits:
                 return n
     return 1

@@ -1,7 +1,17 @@
-"""Samples of any lengths as packs of few tokens, for the losses that look at whole responses."""
+"""Packs: how many a step has, several as one, and samples of any lengths as packs of few tokens,
+for the losses that look at whole responses."""
 
 import torch
 import torch.nn.functional as F
+
+from common.loader import split_packs
+from model import SCALE
+
+
+def packing(run) -> tuple[int, int]:
+    """(tokens of a pack, packs of a step on all ranks) that the run's size trains with."""
+    scale = SCALE[run.args.size]
+    return split_packs(scale.pack, run.args.packs or scale.packs, run.world)
 
 
 def group_into_packs(samples: list[dict], max_tokens: int) -> list[list[dict]]:

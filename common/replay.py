@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from common.failures import say_failures
-from common.loader import Loader, split_packs
+from common.loader import Loader
+from common.packing import packing
 from common.run import Run
 from data import Processor
-from model import SCALE, Config, sample_flops
+from model import Config, sample_flops
 
 
 class Replay:
@@ -28,12 +29,10 @@ class Replay:
     def __init__(
         self, run: Run, cfg: Config, processor: Processor, mix: list[tuple[Path, float]], state=None
     ):
-        scale = SCALE[run.args.size]
-        packs = split_packs(scale.pack, run.args.packs or scale.packs, run.world)
         self.run = run
         self.state = state
         self.loader = Loader(
-            mix, processor, *packs, run.rank, run.world, run.args.seed,
+            mix, processor, *packing(run), run.rank, run.world, run.args.seed,
             flops=partial(sample_flops, cfg), workers=run.args.workers, state=state,
         )
         self.steps = iter(self.loader)

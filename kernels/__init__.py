@@ -8,11 +8,12 @@ from kernels.attention import (
     cached_attention,
     decoder_step,
     few_kernels,
+    forced,
     to_device,
 )
 from kernels.layer import enter_heads, swiglu
 
 __all__ = [
     "Segments", "attention", "attention_path", "attention_reference", "cached_attention",
-    "decoder_step", "enter_heads", "few_kernels", "swiglu", "to_device",
+    "decoder_step", "enter_heads", "few_kernels", "forced", "swiglu", "to_device",
 ]

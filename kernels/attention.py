@@ -130,7 +130,7 @@ def choice(
     cuDNN computes as fast as our GPU kernels or faster. ValueError where what is asked for cannot
     be had.
     """
-    asked = _forced()
+    asked = forced()
     if asked in ("torch", "reference"):
         return asked
     wanted = asked == "ours" or not (even and device.type == "cuda")
@@ -146,7 +146,7 @@ def choice(
     return "torch"
 
 
-def _forced() -> str:
+def forced() -> str:
     """What NANOKEYE_ATTENTION says; "": nothing."""
     asked = os.environ.get("NANOKEYE_ATTENTION", "")
     if asked not in ("", "ours", "torch", "reference"):
@@ -239,7 +239,7 @@ def cached_attention(
     None: the first B. Both are whole numbers on the device, and it is never waited for. Returns
     (B, Q, H, D). A query that sees no key gives garbage; the caller drops it.
     """
-    wanted = _forced() in ("", "ours") and decode.takes(q, k)
+    wanted = forced() in ("", "ours") and decode.takes(q, k)
     if wanted and decode.available(q.device.type):
         lengths, rows = (x if x is None else x.int() for x in (lengths, rows))
         return decode.decode(q, k, v, lengths, rows)
@@ -265,7 +265,7 @@ def cached_attention(
 
 def decoder_step(layers: list[list[Tensor]], *how) -> Callable | None:
     """A whole step of decoding in one call (kernels/step.py), or None: the layers one by one."""
-    return step.decoder_step(layers, *how) if _forced() in ("", "ours") else None
+    return step.decoder_step(layers, *how) if forced() in ("", "ours") else None
 
 
 def few_kernels(weight: Tensor, width: int) -> bool:
@@ -273,7 +273,7 @@ def few_kernels(weight: Tensor, width: int) -> bool:
 
     Only where it is asked for: it has not run on a GPU yet.
     """
-    return _forced() == "ours" and layer.available(weight, width)
+    return forced() == "ours" and layer.available(weight, width)
 
 
 def attention_path(device: torch.device, dtype: torch.dtype) -> str:
