@@ -102,6 +102,8 @@ ASKED = {"think": 3, "no_think": 2, "auto_think": 4, "agentic_think": 3}  # mode
 # What nobody has shown is found in the modes that stand alone; the others choose among their ways.
 ASKED_NEW = {"think": 4, "no_think": 4, "auto_think": 2, "agentic_think": 1}
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo")
+TAUGHT = "taught_"  # + kind: a metric, the share of its groups whose rewards differ
+LEAST_ASKED = 0.1  # a kind whose groups never do, beside one whose always do
 MOST_CHANCE = 0.3  # what a guess may get right of a question that rewards are given for
 CLIP = (0.2, 0.28)  # low, high: DAPO's
 CLIP_SEQUENCE = (3e-4, 4e-4)  # GSPO's own: a mean over many tokens moves little
@@ -378,17 +380,33 @@ def chance_of(meta: dict) -> float:
     return meta.get("chance") or few
 
 
-def step_prompts(pools: list[list[Question]], count: int, share: float, seed: str) -> list[Prompt]:
-    """A step's prompts, `share` of them of the second pool, if there are two."""
+def step_prompts(
+    pools: list[list[Question]], count: int, share: float, seed: str, weights: dict[str, float]
+) -> list[Prompt]:
+    """A step's prompts, `share` of them of the second pool, if there are two: by kinds' weights."""
     *_, last = pools
     few = round(share * count) if len(pools) > 1 else 0
     prompts = draw_prompts(pools[0], count - few, ASKED, seed)
-    return prompts + (draw_prompts(last, few, ASKED_NEW, f"{seed}/1") if few else [])
+    return prompts + (draw_prompts(last, few, ASKED_NEW, f"{seed}/1", weights) if few else [])
 
 
-def kept_lines(args) -> list[tuple[Path, float]]:
-    """The files that the cold start has learnt from, and their weights; none without it."""
-    out = Path(args.out) / args.size / "coldstart-modes" / "data"
+def renewed(weights: dict[str, float], values: dict[str, float]) -> dict[str, float]:
+    """How often kinds of discover.jsonl are asked, by the shares of their groups that taught.
+
+    values: a step's metrics. What is always right or never teaches nothing now: it is asked seldom,
+    yet again and again, as that may change.
+    """
+    new = dict(weights)
+    for name, share in values.items():
+        if name.startswith(TAUGHT):
+            kind = name.removeprefix(TAUGHT)
+            new[kind] = 0.8 * weights.get(kind, 1.0) + 0.2 * max(share, LEAST_ASKED)
+    return new
+
+
+def kept_lines(init: Path) -> list[tuple[Path, float]]:
+    """The files that the cold start before init has learnt from, and their weights; or none."""
+    out = init.parent.parent / "coldstart-modes" / "data"
     return mixture(out, MIX | {"auto_think": AUTO}) if (out / "auto_think.jsonl").exists() else []
 
 
@@ -410,12 +428,14 @@ def train(run: Run, init: Path, pools: list, plan: dict, judge: Judge | None, mi
     elif plan["replay"]:
         run.say("no lines of the cold start are here: nothing is learnt on beside the rewards")
     sampler = Sampler(run, policy, processor)
+    weights = progress.extra.get("weights", {})
     failures = []  # of this rank
     tried = 0
 
     for step in range(progress.step, steps):
         lr = set_lr(opt, schedule(step, steps, WARMUP, ANNEALED))
-        prompts = step_prompts(pools, plan["prompts"], plan["discover"], f"{args.seed}/{step}")
+        seed = f"{args.seed}/{step}"
+        prompts = step_prompts(pools, plan["prompts"], plan["discover"], seed, weights)
         mine = prompts[run.rank :: run.world]
         values = grpo_step(
             run, policy, reference, sampler, opt, mine, plan, args.algo, args.beta, judge, replay
@@ -424,8 +444,9 @@ def train(run: Run, init: Path, pools: list, plan: dict, judge: Judge | None, mi
         tried += len(prompts)
         refuse_many(sum(run.gather_objects(failures), []), tried, "prompts")
         run.log(step, steps, lr=lr, **judge_failures(run, judge), **values)
+        weights = renewed(weights, values)
         kept = {"replay": replay.state} if replay else {}
-        save_if_due(run, step + 1, steps, policy, opt, **kept)
+        save_if_due(run, step + 1, steps, policy, opt, weights=weights, **kept)
     say_failures(run, failures, tried, "prompts")
     if replay:
         replay.say_failures()
@@ -436,12 +457,16 @@ def describe(log: dict[str, list], groups: list[list[Rollout]]):
     """Appends the step's numbers to the log: lists, whose means over all ranks are written."""
     for group in groups:
         log["dropped_groups"].append(not teaches(group))
+        if not group:
+            continue  # its picture or clip could not be read
+        meta = group[0].prompt.record["meta"]
+        if meta.get("category") == DISCOVER:
+            log[TAUGHT + meta["task"]].append(teaches(group))
         totals = [r.reward.total for r in group if r.reward.total is not None]
         if len(totals) > 1:
             log["group_std"].append(float(torch.tensor(totals).std()))
         for rollout in group:
             mode = rollout.prompt.mode
-            meta = rollout.prompt.record["meta"]
             reward = rollout.reward
             response = rollout.response
             numbers = {
@@ -493,7 +518,7 @@ def main(args):
 
     run = start_from(args, "grpo", init, files, algo=args.algo, beta=args.beta)
     if not run.trained():
-        train(run, init, pools, plan, judge, kept_lines(args))
+        train(run, init, pools, plan, judge, kept_lines(init))
         run.mark_trained()
     run.score(lambda: score_phase(run, folder / "heldout", MODES, args.eval_limit))
     run.close()

@@ -16,7 +16,6 @@ import logging
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 from common.conversation import check_conversation, media_items, read_header
@@ -165,11 +164,16 @@ def read_or_exit(path: Path, limit_per_task: int | None = None) -> list[Question
 
 
 def draw_prompts(
-    questions: list[Question], n: int, modes: dict[str, float], seed: str
+    questions: list[Question],
+    n: int,
+    modes: dict[str, float],
+    seed: str,
+    weights: dict[str, float] | None = None,
 ) -> list[Prompt]:
-    """At most n different questions, as many of each task as it has, each in a mode by its weight.
+    """At most n different questions, each in a mode by its weight.
 
-    Tasks count alike whatever their size, as a rare task's faults are else never met (ours).
+    Tasks count alike whatever their size, as a rare task's faults are else never met (ours); or by
+    weights, where those not named count 1. A task gives no more questions than it has.
     A question with a clip is not asked in agentic_think: the tools look at pictures.
     Prompt i has the seed "seed/i".
     """
@@ -177,21 +181,21 @@ def draw_prompts(
     by_task = defaultdict(list)
     for question in questions:
         by_task[question.task].append(question)
-    share = -(-n // len(by_task))  # rounded up
-    drawn = []
-    for of_task in rng.sample(list(by_task.values()), len(by_task)):
-        drawn.append(rng.sample(of_task, min(share, len(of_task))))
 
-    # One question of each task in turn, so that a cut at n takes from all tasks alike.
-    in_turn = []
-    for turn in zip_longest(*drawn):
-        in_turn += filter(None, turn)
+    # Of a task with weight w one question stands in each 1 / w of a line, so that wherever the line
+    # is cut all tasks have given their shares.
+    places = []
+    for task, of_task in by_task.items():
+        first, weight = rng.random(), (weights or {}).get(task, 1.0)
+        for k, question in enumerate(rng.sample(of_task, min(n, len(of_task)))):
+            places.append(((first + k) / weight, question))
+    places.sort(key=lambda place: place[0])
 
     prompts = []
-    for i, question in enumerate(in_turn[:n]):
-        weights = dict(modes)
+    for i, (_, question) in enumerate(places[:n]):
+        possible = dict(modes)
         if any(kind == "video" for _, kind in media_items(question.record)):
-            weights.pop("agentic_think", None)
-        mode = rng.choices(list(weights), weights.values())[0]
+            possible.pop("agentic_think", None)
+        mode = rng.choices(list(possible), possible.values())[0]
         prompts.append(Prompt(question.record, question.root, mode, f"{seed}/{i}"))
     return prompts

@@ -1385,7 +1385,7 @@ def test_preferences_that_are_none_are_an_error(tmp_path, start_model):
 
 def test_rounds_run_to_their_end(tmp_path, questions, start_model):
     said = command(tmp_path, start_model, questions, "--phase", "iterate")
-    assert "round 1: 15 answers" in said and "round 2: 15 answers" in said
+    assert "round 1: 18 answers" in said and "round 2: 18 answers" in said
     folder = tmp_path / "toy"
     score = json.loads((folder / "align" / "score.json").read_text())
     assert set(score) == {"think", "no_think", "auto_think", "agentic_think"}

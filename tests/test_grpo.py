@@ -894,6 +894,7 @@ class Loop:
         self.steps = []
         self.logged = []
         self.saved = []
+        self.values = {}  # of every step, besides
         self.lost = {}  # (seed of a step, number of a prompt): why it cannot be asked
         load = KeyeVL.load
 
@@ -918,7 +919,7 @@ class Loop:
                 policy=policy, reference=reference, sampler=sampler, prompts=prompts, plan=plan,
                 rest=rest, lr=lr,
             ))
-            return {"loss": 0.5, "norm": 1.0, "tokens": 7}
+            return {"loss": 0.5, "norm": 1.0, "tokens": 7, **self.values}
 
         def fit(run, model, learns, pack, copies):
             self.fitted = (run.world, model, learns, pack, copies)
@@ -930,14 +931,16 @@ class Loop:
         monkeypatch.setattr(sft, "resume", resume)
         monkeypatch.setattr(grpo, "grpo_step", step)
         monkeypatch.setattr(grpo, "draw_prompts", self.draw_prompts)
-        monkeypatch.setattr(grpo, "save_if_due", lambda run, *rest: self.saved.append(rest))
+        monkeypatch.setattr(
+            grpo, "save_if_due", lambda run, *rest, **extra: self.saved.append((*rest, extra))
+        )
         monkeypatch.setattr(grpo, "export", lambda run, *what: self.saved.append(what))
         self.run.log = lambda step, steps, **values: self.logged.append((step, steps, values))
 
     def draw_prompts(self, *asked):
         drawn = []
         for i in range(5):
-            lost = self.lost.get((asked[-1], i), "")
+            lost = self.lost.get((asked[3], i), "")
             drawn.append(SimpleNamespace(asked=asked, number=i, root="train", failure=lost))
         return drawn
 
@@ -967,14 +970,34 @@ def test_every_step_draws_other_prompts_by_its_number(monkeypatch, run, start_mo
 def test_a_share_of_the_prompts_is_of_what_nobody_has_shown(monkeypatch):
     asked = []
     monkeypatch.setattr(grpo, "draw_prompts", lambda *how: asked.append(how) or [])
-    grpo.step_prompts(["old", "new"], 33, 0.6, "4/7")
+    grpo.step_prompts(["old", "new"], 33, 0.6, "4/7", {"lowest": 0.3})
     assert [how[:2] for how in asked] == [("old", 13), ("new", 20)]
+    assert [how[4:] for how in asked] == [(), ({"lowest": 0.3},)]
     assert [how[3] for how in asked] == ["4/7", "4/7/1"], "not the same draw twice"
     assert [how[2] for how in asked] == [grpo.ASKED, grpo.ASKED_NEW]
     asked.clear()
-    grpo.step_prompts(["old", "new"], 33, 0.0, "4/7")
-    grpo.step_prompts(["only"], 33, 0.6, "4/7")
+    grpo.step_prompts(["old", "new"], 33, 0.0, "4/7", {})
+    grpo.step_prompts(["only"], 33, 0.6, "4/7", {})
     assert [how[:2] for how in asked] == [("old", 33), ("only", 33)]
+
+
+def test_kinds_whose_groups_differ_are_asked_more_often():
+    weights = {}
+    for _ in range(30):
+        values = {"taught_lowest": 0.5, "taught_ranking": 0.0, "right_ranking": 1.0, "loss": 2.0}
+        weights = grpo.renewed(weights, values)
+    assert weights == pytest.approx({"lowest": 0.5, "ranking": grpo.LEAST_ASKED}, abs=0.01)
+    again = grpo.renewed(weights, {"taught_ranking": 1.0})
+    assert again["ranking"] == pytest.approx(0.28, abs=0.01), "heard at once when it teaches"
+    assert again["lowest"] == weights["lowest"], "what was not asked stays"
+
+
+def test_weights_of_kinds_are_kept_in_the_checkpoint(monkeypatch, run, start_model):
+    loop = Loop(monkeypatch, run)
+    loop.values = {"taught_lowest": 0.0}
+    loop.train(start_model, "--steps", "2")
+    kept = [saved[-1]["weights"]["lowest"] for saved in loop.saved[:2]]
+    assert kept == pytest.approx([0.82, 0.676])
 
 
 def test_what_is_easily_guessed_is_not_rewarded(tmp_path):
@@ -1084,7 +1107,7 @@ def test_training_goes_on_where_it_was_and_is_saved(monkeypatch, run, start_mode
     assert values["loss"] == 0.5 and values["tokens"] == 7 and values["judge_failed"] == 2 / 8
     policy = loop.loaded[0]
     *saved, exported = loop.saved
-    assert saved == [(3, 4, policy, loop.opt), (4, 4, policy, loop.opt)]
+    assert [how[:4] for how in saved] == [(3, 4, policy, loop.opt), (4, 4, policy, loop.opt)]
     assert exported[0] is policy
     assert loop.steps[0].rest[2] is judge
 
@@ -1175,8 +1198,11 @@ def test_the_phase_trains_once_and_is_scored_in_all_modes(phase, questions, star
     assert phase.main("--eval-limit", "3") == [("score", questions / "heldout", modes, 3)]
 
 
-def test_lines_that_the_cold_start_left_are_learnt_on(phase):
-    data = phase.folder.parent / "coldstart-modes" / "data"
+def test_lines_that_the_cold_start_left_are_learnt_on(phase, tmp_path, start_model):
+    """They lie beside the model that it left, wherever this run's folder is."""
+    data = tmp_path / "theirs" / "coldstart-modes" / "data"
+    phase.flags[3] = tmp_path / "theirs" / "coldstart" / "model"
+    shutil.copytree(start_model, phase.flags[3])
     phase.main()
     assert phase.mix == [], "there was none"
     data.mkdir(parents=True)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -258,9 +259,9 @@ def pool():
 MODES = {"think": 1, "agentic_think": 9}
 GOLDEN = [
     ("rare", 2, "agentic_think"),
-    ("clip", 55, "think"),
-    ("often", 8, "agentic_think"),
-    ("rare", 0, "agentic_think"),
+    ("often", 226, "agentic_think"),
+    ("clip", 22, "think"),
+    ("rare", 4, "agentic_think"),
 ]
 
 
@@ -268,12 +269,23 @@ def keys(prompts):
     return [(p.record["meta"]["task"], p.record["meta"]["number"], p.mode) for p in prompts]
 
 
-@pytest.mark.parametrize("n, counts", [(9, [3, 3, 3]), (18, [6, 6, 6]), (30, [10, 10, 6])])
+@pytest.mark.parametrize("n, counts", [(9, [3, 3, 3]), (18, [6, 6, 6]), (30, [12, 12, 6])])
 def test_a_rare_task_is_asked_as_often_as_any(pool, n, counts):
     drawn = keys(draw_prompts(pool, n, MODES, "0/1"))
     tasks = [task for task, _, _ in drawn]
     assert [tasks.count(task) for task in ("often", "clip", "rare")] == counts
     assert len({key[:2] for key in drawn}) == len(drawn)  # none twice
+
+
+def test_a_task_is_asked_by_its_weight(pool):
+    """And no task is silent for long: what stands first in a line changes with the seed."""
+    counts = Counter()
+    for seed in range(60):
+        drawn = keys(draw_prompts(pool, 12, MODES, str(seed), {"often": 0.1, "rare": 0.5}))
+        assert len({key[:2] for key in drawn}) == 12
+        counts.update(task for task, _, _ in drawn)
+    for task, share in (("clip", 1.0), ("rare", 0.5), ("often", 0.1)):
+        assert counts[task] == pytest.approx(60 * 12 * share / 1.6, rel=0.1)
 
 
 def test_a_seed_decides_the_draw(pool):
