@@ -16,6 +16,7 @@ A line of a small set is checked once, when its file is read, one of a large set
 The plan needs its size: so it is laid out then, and the layout goes to the worker.
 """
 
+import ctypes
 import logging
 import math
 import signal
@@ -129,13 +130,18 @@ def unchanged(step):
     return step
 
 
-def hear_no_signal(worker: int):
-    """For a worker: who stops a run often tells its whole process group (Ctrl-C, timeout, Slurm).
+def end_with_the_trainer(worker: int):
+    """For a worker: it hears no signal, and ends when the process that began it does.
 
-    The run still has a step to finish and to save; its workers end with it.
+    Who stops a run often tells its whole process group (Ctrl-C, timeout, Slurm), and the run still
+    has a step to finish and to save. Where the run is killed, a worker with a full queue would wait
+    for ever for somebody who reads it, and with what it has from the fork keep the GPU's memory.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def in_workers(dataset, workers: int, **options):
@@ -148,7 +154,7 @@ def in_workers(dataset, workers: int, **options):
             # fork: they start at once. This process decodes nothing that could hold locks.
             multiprocessing_context="fork" if sys.platform == "linux" else None,
             collate_fn=unchanged,
-            worker_init_fn=hear_no_signal,
+            worker_init_fn=end_with_the_trainer,
             **options,
         )
     )

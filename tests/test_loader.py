@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -298,6 +300,26 @@ def test_large_sets_are_drawn_as_small_ones(world, processor, monkeypatch, tmp_p
         assert info == info_of_large
         for batch, other in zip(batches, same, strict=True):
             assert all(torch.equal(batch[key], other[key]) for key in batch)
+
+
+def test_loading_processes_end_with_a_trainer_that_is_killed(tmp_path):
+    """They were forked from it, and hold a GPU's memory as long as they live."""
+    long = talk(user("x" * 300), assistant("y" * 300))
+    write(tmp_path / "long.jsonl", [long] * 400)
+    killed = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from conftest import toy_processor
+from common.loader import Loader
+steps = iter(Loader([({str(tmp_path / "long.jsonl")!r}, 1)], toy_processor(), 8000, 4, workers=2))
+next(steps)
+os.kill(os.getpid(), 9)
+"""
+    # The output ends when all have closed it: a process that stays is a timeout.
+    done = subprocess.run(
+        [sys.executable, "-c", killed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
+    )
+    assert done.returncode == -signal.SIGKILL, done.stdout.decode()
 
 
 def test_bad_lines_of_large_sets_are_failures(world, processor, everything_is_large):
