@@ -52,7 +52,7 @@ from common.rollout import CLOSE_CALL, Response, code_ends, tool_turns, use_sand
 from common.run import add_sandbox_argument
 from common.server import serve
 from data import Processor, pack
-from kernels import forced, to_device
+from kernels import to_device
 from model import Config, KeyeVL, KVCache, scale_like
 
 STOP = ("<|im_end|>", "<|endoftext|>")
@@ -70,9 +70,9 @@ CACHE_BYTES = 16 << 30  # ours, of keys and values: 8B's take 144 KiB a token
 GROWTH = 256
 # ours: a graph takes as long to capture as some steps to run; a few rows are soon fewer still
 STEPS_BEFORE_GRAPH = 8
-# ours: so many tokens of each row between two looks of the host at what was written, on a GPU with
-# NANOKEYE_ATTENTION=ours; else 1. A look costs a small model a step; a row that ends before the
-# next one has taken some steps for nothing.
+# ours: so many tokens of each row between two looks of the host at what was written, on a GPU; on
+# a CPU 1. A look costs a small model a step; a row that ends before the next one has taken some
+# steps for nothing.
 STRIDE = 8
 
 
@@ -306,9 +306,7 @@ class Generator:
         self.rows = rows or (512 if weight.is_cuda else 64)
         self.pack_tokens = pack_tokens
         self.use_graphs = graphs and weight.is_cuda
-        # A CPU has nothing to wait for. On a GPU no walk of several steps has run yet: so only
-        # where our kernels are asked for by name.
-        self.stride = STRIDE if weight.is_cuda and forced() == "ours" else 1
+        self.stride = STRIDE if weight.is_cuda else 1  # a CPU has nothing to wait for
         self.stop = {special[name] for name in STOP}
 
         # Never sampled: marks of prompts, and rows of the table that stand for no token.

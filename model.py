@@ -323,7 +323,7 @@ class Decoder(nn.Module):
         x (B, C), positions (B,), tokens before (B,), and the cache's keys and values.
 
         A small decoder's layers are one call on a CPU (kernels/step.py); on a GPU a layer's small
-        operations are two (kernels/layer.py), where NANOKEYE_ATTENTION=ours asks for it.
+        operations are two (kernels/layer.py).
         """
         cfg = self.cfg
         weight = self.norm.weight

@@ -269,11 +269,8 @@ def decoder_step(layers: list[list[Tensor]], *how) -> Callable | None:
 
 
 def few_kernels(weight: Tensor, width: int) -> bool:
-    """Whether kernels/layer.py is used where weights are of this kind, and heads of this width.
-
-    Only where it is asked for: it has not run on a GPU yet.
-    """
-    return forced() == "ours" and layer.available(weight, width)
+    """Whether kernels/layer.py is used where weights are of this kind, and heads of this width."""
+    return forced() in ("", "ours") and layer.available(weight, width)
 
 
 def attention_path(device: torch.device, dtype: torch.dtype) -> str:
