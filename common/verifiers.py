@@ -14,7 +14,7 @@ meta says what is true and how it is compared, as in {"verifier": "number", "ans
 | choice   | "B" or an option's text  | equal, of the options in meta["choices"] where known       |
 | yesno    | "yes"                    | equal                                                      |
 | number   | "1234.5", "1/3"          | equal, or within meta["tolerance"] (0.05: 5 %)             |
-| order    | "2 1 3"                  | the same sequence                                          |
+| order    | "2 1 3"                  | the same sequence; the outcome: the share at its place     |
 | box      | "[[x1, y1, x2, y2], .."  | as many boxes, and a mean IoU of 0.5 or more               |
 | point    | "[[x, y], .."            | one point in each of meta["boxes"], or near each true one  |
 | interval | "[start, end]", seconds  | IoU of 0.5 or more                                         |
@@ -26,6 +26,7 @@ raises no error; a truth that cannot be read is a ValueError. Nothing in an answ
 
 import json
 import math
+import operator
 import re
 import unicodedata
 from collections import defaultdict
@@ -57,6 +58,9 @@ def verify(text: str | None, meta: dict, strict: bool = False) -> tuple[float, f
     outcome = right = got == truth
     if kind == "text" and len(got) <= 4 * len(truth) + 100:  # ours: a longer one earns nothing
         outcome = 1 - edit_distance(got, truth) / max(1, len(got), len(truth))
+    elif kind == "order" and sorted(got) == sorted(truth):
+        # ours: of a few things in a new order none may ever be sampled whole, and nothing be learnt
+        outcome = sum(map(operator.eq, got, truth)) / len(truth)
     elif kind == "number":
         tolerance = Fraction(str(meta.get("tolerance", 0)))
         outcome = right = abs(got - truth) <= tolerance * abs(truth)
