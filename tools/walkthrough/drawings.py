@@ -23,7 +23,8 @@ STYLE = """
 
 
 def svg(width: float, height: float, title: str, parts: list[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img">'
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
     lines = [head, f"<title>{escape(title)}</title>", f"<style>{STYLE}\n</style>"]
     return "\n".join([*lines, *parts, "</svg>"]) + "\n"
 
