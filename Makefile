@@ -38,6 +38,7 @@ smoke: .venv/run
 	$(BIN)python align.py --phase iterate $(FEW) --plan prompts=64 --plan group=3 --plan rounds=1
 	$(BIN)python evaluate.py --init runs-smoke/toy/align/model --data data/smoke/heldout
 	$(BIN)python generate.py --init runs-smoke/toy/align/model --max-new-tokens 8 "What is this?"
+	@echo "Every script ran; these models have learned nothing. make toy trains one that has."
 
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)python -m pytest -n 2 --dist loadfile

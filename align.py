@@ -590,7 +590,8 @@ def main(args):
         modes = MODES
     run.score(lambda: score_phase(run, folder / "heldout", modes, args.eval_limit))
     run.close()
-    run.say(f"alignment ({args.phase}) took {time.time() - begin:.0f} s")
+    took = f"{time.time() - begin:.0f} s"
+    run.say(f"alignment ({args.phase}) took {took}; the model is in {run.folder / 'model'}")
 
 
 if __name__ == "__main__":

@@ -162,12 +162,15 @@ def sheet(charts: list[str], columns: int, key: list[str]) -> str:
     for i, svg in enumerate(charts):
         x, y = i % columns * (WIDTH + 10), 30 + i // columns * (HEIGHT + 10)
         parts.append(svg.replace("<svg ", f'<svg x="{x}" y="{y}" ', 1))
-    for i, line in enumerate(key):
-        parts.append(f'<rect x="{8 + 120 * i}" y="8" width="16" height="5" fill="var(--{line})"/>')
-        parts.append(text(30 + 120 * i, 15, line, "name"))
+    x = 8
+    for line in key:
+        parts.append(f'<rect x="{x}" y="8" width="16" height="5" fill="var(--{line})"/>')
+        parts.append(text(x + 20, 15, line, "name"))
+        x += 30 + 7 * len(line)
     width, height = columns * (WIDTH + 10), 30 + -(-len(charts) // columns) * (HEIGHT + 10)
     # with a page of its own colour: a README may be shown in another one than the system's
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
+    box = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img">'
     back = '<rect width="100%" height="100%" rx="8" fill="var(--page)"/>'
     return f"{head}<style>{COLOURS}</style>{back}{''.join(parts)}</svg>\n"
 

@@ -89,8 +89,9 @@ def write_report(folder: Path) -> str:
     # in one pass: a model may have written "{scores}"
     page = re.sub(rf"\{{({'|'.join(parts)})\}}", lambda match: parts[match[1]], template)
     if found.scores:
-        figure = board_charts(found) + habit_charts(found, ["repetitive", "tokens"])
-        write(folder / "phases.svg", sheet(figure, 4, modes_of(found)))
+        # as wide as a phone, so of the categories only those of which there is something to tell
+        figure = board_charts(found, moved=5) + habit_charts(found, ["repetitive", "tokens"])
+        write(folder / "phases.svg", sheet(figure, 2, modes_of(found)))
     write(folder / "report.html", page)
     size = (folder / "report.html").stat().st_size / 1e6
     return f"{folder / 'report.html'}: {len(found.scores)} phases, {count} questions, {size:.2f} MB"
@@ -247,7 +248,8 @@ def by_phase(found, value) -> dict[str, list]:
     return lines
 
 
-def board_charts(found):
+def board_charts(found, moved=None):
+    """The mean and the categories, of these only so many that moved most where `moved` is given."""
     ticks = [PHASES[phase][0] for phase in found.scores]
 
     def mean(result):
@@ -266,9 +268,17 @@ def board_charts(found):
     means = by_phase(found, mean)
     ys = [y for line in means.values() for point in line for y in point[1:]]
     limits = 10 * math.floor(min(ys) / 10), 10 * math.ceil(max(ys) / 10)
+    categories = {name: by_phase(found, of(name)) for name in category_names(found)}
+    shown = sorted(categories, key=lambda name: -spread(categories[name]))[:moved]
     return [chart("mixed: mean of all", means, ticks, limits)] + [
-        chart(name, by_phase(found, of(name)), ticks, (0, 100)) for name in category_names(found)
+        chart(name, lines, ticks, (0, 100)) for name, lines in categories.items() if name in shown
     ]
+
+
+def spread(lines):
+    """From the lowest to the highest y of all lines."""
+    ys = [point[1] for line in lines.values() for point in line]
+    return max(ys) - min(ys)
 
 
 def habit_charts(found, habits=tuple(HABITS)):

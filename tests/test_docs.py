@@ -70,8 +70,9 @@ def missing_files(page: Path) -> list[str]:
         if not ((ROOT / word).exists() or (page.parent / word).exists() or word in names):
             missing.append(word)
     for package, module in MODULE.findall(text_of(page)):
-        path = ROOT / package / f"{module.replace('.', '/').strip('/') or '__main__'}.py"
-        if (ROOT / package).is_dir() and not path.exists():
+        path = ROOT / package / module.replace(".", "/").strip("/")
+        there = path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+        if (ROOT / package).is_dir() and not there:
             missing.append(package + module)
     return missing
 
@@ -124,7 +125,8 @@ def test_what_is_not_there_is_found(tmp_path):
         "`sft.py` `common/run.py` `attention.cpp` `kernels/` `runs/toy/grpo/` `test_STAGE.py`\n"
         "`lost.py` `common/lost.py` `lost/` `python absent.py --faster`\n"
         "`Run.score` `Run.lostword`\n"
-        "python -m toyworld, python -m tools.soak, python -m tools.lost, python -m pytest\n"
+        "python -m toyworld, python -m tools.soak, python -m tools.walkthrough, "
+        "python -m tools.lost, python -m pytest\n"
     )
     assert broken_links(page) == ["#three", "lost.md", "lost.png"]
     gone = ["lost.py", "common/lost.py", "lost/", "absent.py", "tools.lost"]

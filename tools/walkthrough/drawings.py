@@ -23,7 +23,8 @@ STYLE = """
 
 
 def svg(width: float, height: float, title: str, parts: list[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img">'
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
     lines = [head, f"<title>{escape(title)}</title>", f"<style>{STYLE}\n</style>"]
     return "\n".join([*lines, *parts, "</svg>"]) + "\n"
 
@@ -72,11 +73,11 @@ def position_map(samples: dict[str, np.ndarray], title: str) -> str:
     parts = []
     top = 0
     for name, positions in samples.items():
-        across, up = 640 / positions.shape[1], 140 / positions.max()
+        across, up = 410 / positions.shape[1], 140 / positions.max()
         base = top + 165
-        parts += [text(40, top + 16, name), f'<path class="axis" d="M40 {top + 20}V{base}H690"/>']
+        parts += [text(40, top + 16, name), f'<path class="axis" d="M40 {top + 20}V{base}H460"/>']
         parts += [text(34, base, 0, "end"), text(34, base - 136, positions.max(), "end")]
-        parts.append(text(690, base + 15, f"token {positions.shape[1] - 1}", "end"))
+        parts.append(text(460, base + 15, f"token {positions.shape[1] - 1}", "end"))
         for kind, values in zip(("time", "row", "column"), positions.tolist()):
             points = [f"{40 + across * i:.1f},{base - up * v:.1f}" for i, v in enumerate(values)]
             parts.append(f'<polyline class="{kind}" points="{" ".join(points)}"/>')
@@ -84,7 +85,7 @@ def position_map(samples: dict[str, np.ndarray], title: str) -> str:
     for k, kind in enumerate(("time", "row", "column")):
         y = 40 + 18 * k
         parts += [f'<path class="{kind}" d="M60 {y}h24"/>', text(90, y + 4, kind)]
-    return svg(700, top, title, parts)
+    return svg(470, top, title, parts)
 
 
 def attention_map(segments: list[int], kinds: list[str], title: str) -> str:
@@ -130,10 +131,10 @@ def bars(values: list[float], names: list[str], title: str) -> str:
     parts = []
     unit = 90 / max(map(abs, values))
     for k, (value, name) in enumerate(zip(values, names)):
-        x, length = 20 + 105 * k, unit * abs(value)
+        x, length = 24 + 90 * k, unit * abs(value)
         up = value > 0
-        parts.append(box(x, 120 - up * length, 60, length, "more" if up else "less"))
-        parts.append(text(x + 30, 115 - length if up else 133 + length, f"{value:.2f}", "middle"))
-        parts.append(text(x + 30, 250, name, "middle"))
-    parts.append(f'<path class="axis" d="M10 120H{20 + 105 * len(values)}"/>')
-    return svg(30 + 105 * len(values), 262, title, parts)
+        parts.append(box(x, 120 - up * length, 44, length, "more" if up else "less"))
+        parts.append(text(x + 22, 115 - length if up else 133 + length, f"{value:.2f}", "middle"))
+        parts.append(text(x + 22, 240, name, "middle"))
+    parts.append(f'<path class="axis" d="M10 120H{90 * len(values)}"/>')
+    return svg(90 * len(values) + 10, 252, title, parts)
