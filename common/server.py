@@ -45,7 +45,7 @@ from socketserver import TCPServer
 from urllib.parse import unquote, urlsplit
 
 from common.conversation import check_conversation, pictures_of, text_of
-from common.media import MAX_PATH, MediaError
+from common.media import MAX_PATH, MediaError, shortened
 from common.rollout import CLOSE_CALL, code_ends, tool_turns
 
 PAGE = Path(__file__).with_name("chat.html")
@@ -54,8 +54,12 @@ PAGE = Path(__file__).with_name("chat.html")
 BODY = 32 << 20  # bytes of a request, and of all that it has fetched
 HELD = 2 << 30  # bytes of all requests that wait for the model, with their pixels
 READERS = 4  # requests whose pictures are decoded at once
+CONNECTIONS = 512  # at once, a thread and a file each; a process may have 1024 files
+RECEIVING = 300  # seconds in which a request must have come: 32 MB at 1 Mbit/s
 SECONDS = 30  # for which a client may send or take nothing
-FETCHING = 20  # seconds for a picture from the web
+FETCHING = 20  # seconds for all that one request fetches from the web
+DECODING = 120  # seconds for which a request waits until its pictures are decoded
+CLIPS = 1 << 35  # pixels of all frames of the clips that a request brings: 9 minutes of 1080p
 GATHER = 0.5  # seconds that the model waits, at most, for requests that are being read
 CHOICES = 8  # answers to one request ("n")
 STOPS = 4  # strings that end an answer, as at OpenAI; each of so many characters:
@@ -93,7 +97,15 @@ class Refused(Exception):
     def __init__(self, message, param=None, code=None, status=400, kind="invalid_request_error"):
         super().__init__(message)
         self.status = int(status)
-        self.error = {"message": str(message), "type": kind, "param": param, "code": code}
+        # What a client sent may be in them, megabytes of it.
+        message, param = shortened(message, 300), param and shortened(param, 100)
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
+
+
+def refuse_busy(what: str):
+    why = f"Too many {what}; try again later"
+    busy = HTTPStatus.TOO_MANY_REQUESTS
+    raise Refused(why, None, "rate_limit_exceeded", busy, "rate_limit_error")
 
 
 @dataclass(eq=False)
@@ -240,8 +252,12 @@ class Reader:
         # All but the pictures is known to be right before the work of decoding them.
         web = Web()
         conversation = {"messages": self.messages(request.get("messages"), web)}
-        with self.decoding:
+        if not self.decoding.acquire(timeout=DECODING):
+            refuse_busy("requests wait for their pictures to be decoded")
+        try:
             sample, limit = self.sample(conversation, limit)
+        finally:
+            self.decoding.release()
         as_loaded = dict(pixel_limit=self.processor.pixel_limit)
         pictures = partial(pictures_of, conversation, self.files, **as_loaded)
         cost = size + web.bytes + sample["patches"].nbytes
@@ -256,6 +272,7 @@ class Reader:
             room = self.context - layout.tokens
             if room < (limit or 1):
                 self.refuse_length(f"{layout.tokens} tokens and {limit or 1} to write")
+            self.check_clips(layout)
             return self.processor.load(layout), limit or min(room, self.defaults["max_new_tokens"])
         except MediaError as e:
             code = MEDIA_CODES.get(e.reason, "invalid_image")
@@ -267,6 +284,13 @@ class Reader:
             raise Refused(e, "messages", code) from None
         except ValueError as e:
             raise Refused(e, "messages", "invalid_value") from None
+
+    def check_clips(self, layout):
+        """Of clips that hours would be decoded; one that lies below --files is its owner's."""
+        brought = [m for m in layout.media if m.kind == "video" and m.name[:5].lower() == "data:"]
+        pixels = sum(int(m.frames * m.height * m.width) for m in brought)
+        if pixels > CLIPS:
+            raise MediaError("clips", "too_large", f"{pixels:,} pixels, limit {CLIPS:,}")
 
     def check_length(self, conversation):
         """Of texts far too long, before the work of cutting them into tokens."""
@@ -285,6 +309,8 @@ class Reader:
         if not isinstance(given, list) or not given:
             what = "missing_required_parameter" if given is None else "invalid_type"
             raise Refused("messages must be a list with a message", "messages", what)
+        if len(given) > self.context:  # and each has more than a token
+            self.refuse_length(f"{len(given)} turns")
         messages = [self.message(one, f"messages[{i}]", web) for i, one in enumerate(given)]
         if messages[-1]["role"] != "user":
             raise Refused("the last message must be the user's", "messages", "invalid_value")
@@ -303,6 +329,8 @@ class Reader:
                 refuse_parameter(f"{where}.{key}")
         if isinstance(content, list) and content:
             at = f"{where}.content"
+            if len(content) > self.context:
+                self.refuse_length(f"{len(content)} parts in one")
             content = [self.part(part, role, f"{at}[{i}]", web) for i, part in enumerate(content)]
         elif not isinstance(content, str):
             why = f"{where}.content must be a text or a list of parts"
@@ -351,23 +379,65 @@ class Reader:
         raise Refused(why, where, "invalid_image_url")
 
 
+class InTime(io.RawIOBase):
+    """What comes on a connection, until it is late: TimeoutError. A socket's own limit starts again
+    with every byte that drips in."""
+
+    def __init__(self, connection: socket.socket, seconds: float):
+        self.connection = connection
+        self.late = time.monotonic() + seconds
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        left = self.late - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("it comes too slowly")
+        self.connection.settimeout(min(SECONDS, left))
+        try:
+            return self.connection.recv_into(buffer)
+        finally:
+            self.connection.settimeout(SECONDS)
+
+
 class Web:
-    """What one request fetches: at most BODY bytes, of which `bytes` have come."""
+    """What one request fetches: at most BODY bytes, of which `bytes` have come, in FETCHING."""
 
     def __init__(self):
         self.bytes = 0
+        self.late = None  # from the first URL on
         self.opener = urllib.request.OpenerDirector()  # the usual one would open files as well
+        plain, secure = urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()
+        plain.http_open = partial(plain.do_open, partial(self.connect, http.client.HTTPConnection))
+        secure.https_open = partial(
+            secure.do_open, partial(self.connect, http.client.HTTPSConnection)
+        )
         for handler in (
-            urllib.request.ProxyHandler, urllib.request.UnknownHandler, urllib.request.HTTPHandler,
-            urllib.request.HTTPSHandler, urllib.request.HTTPDefaultErrorHandler,
-            urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor,
+            plain, secure, urllib.request.ProxyHandler(), urllib.request.UnknownHandler(),
+            urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPRedirectHandler(),
+            urllib.request.HTTPErrorProcessor(),
         ):
-            self.opener.add_handler(handler())
+            self.opener.add_handler(handler)
+
+    def connect(self, kind, host, timeout, **how):
+        connection = kind(host, timeout=max(0.001, min(timeout, self.left())), **how)
+        connection.response_class = self.response
+        return connection
+
+    def left(self) -> float:
+        return self.late - time.monotonic()
+
+    def response(self, connection, *args, **how):
+        response = http.client.HTTPResponse(connection, *args, **how)
+        response.whole = response.fp  # which keeps the connection open
+        response.fp = io.BufferedReader(InTime(connection, self.left()))
+        return response
 
     def fetched(self, url: str, where: str) -> str:
         """A picture or clip as a data URL."""
         data = bytearray()
-        late = time.monotonic() + FETCHING
+        self.late = self.late or time.monotonic() + FETCHING
         try:
             with self.opener.open(url, timeout=FETCHING) as answer:
                 while piece := answer.read1(1 << 16):
@@ -375,8 +445,9 @@ class Web:
                     self.bytes += len(piece)
                     if self.bytes > BODY:
                         raise OSError(f"more than {BODY} bytes in one request")
-                    if time.monotonic() > late:
-                        raise OSError(f"not read within {FETCHING} seconds")
+        except TimeoutError:
+            why = f"{url[:200]} was not read within the {FETCHING} seconds of a request"
+            raise Refused(why, where, "failed_to_download_image") from None
         except (OSError, ValueError, http.client.HTTPException) as e:  # URLError is an OSError
             why = f"{url[:200]} cannot be fetched: {e}"
             raise Refused(why, where, "failed_to_download_image") from None
@@ -445,8 +516,19 @@ class Worker:
         self.generator = generator
         self.changed = threading.Condition()
         self.waiting = deque()
+        self.arriving = 0  # bytes of bodies that are being read, or looked at
         self.reading = 0  # requests that will be jobs soon
         threading.Thread(target=self.work, daemon=True).start()
+
+    def hold(self, size: int):
+        """Counts bytes of a body; negative ones have been let go."""
+        with self.changed:
+            if size > 0 and self.held() + size > HELD:
+                refuse_busy("requests wait for the model")
+            self.arriving += size
+
+    def held(self) -> int:
+        return self.arriving + sum(other.cost for other in self.waiting)
 
     def read(self, reader: Reader, request: dict, size: int) -> Job:
         """Makes a job of a request, and lets it wait."""
@@ -455,11 +537,8 @@ class Worker:
         try:
             job = reader.job(request, size)
             with self.changed:
-                held = sum(other.cost for other in self.waiting)
-                if held and held + job.cost > HELD:
-                    why = "Too many requests wait for the model; try again later"
-                    status = HTTPStatus.TOO_MANY_REQUESTS
-                    raise Refused(why, None, "rate_limit_exceeded", status, "rate_limit_error")
+                if self.waiting and self.held() + job.cost > HELD:
+                    refuse_busy("requests wait for the model")
                 self.waiting.append(job)
         finally:
             with self.changed:
@@ -538,6 +617,12 @@ class Worker:
 # 3. HTTP
 
 
+# What a client gets, unread, where there are too many.
+BUSY = b"""HTTP/1.0 503 Busy\r\nContent-Type: application/json\r\n\r\n{"error": {
+"message": "Too many connections; try again later", "type": "server_error", "param": null,
+"code": "overloaded"}}"""
+
+
 class Server(ThreadingHTTPServer):
     """server_address[1] is its port. url: where a browser on this machine finds it."""
 
@@ -548,10 +633,26 @@ class Server(ThreadingHTTPServer):
         super().__init__((host, port), Handler)
         self.reader = reader
         self.worker = worker
+        self.places = threading.Semaphore(CONNECTIONS)
         self.created = int(time.time())
         self.local = is_local(self.server_address[0])
         name = f"[{host}]" if ":" in host else host
         self.url = f"http://{name}:{self.server_address[1]}"
+
+    def process_request(self, request, address):
+        if self.places.acquire(blocking=False):
+            super().process_request(request, address)
+        else:
+            with suppress(OSError):
+                request.settimeout(0)
+                request.sendall(BUSY)
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request, address):
+        try:
+            super().process_request_thread(request, address)
+        finally:
+            self.places.release()
 
     def server_bind(self):
         TCPServer.server_bind(self)  # not HTTPServer's, which asks the network for a name
@@ -575,6 +676,11 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"
     server_version = "nanoKeye"
     timeout = SECONDS
+
+    def setup(self):
+        super().setup()
+        self.rfile = io.BufferedReader(InTime(self.connection, RECEIVING))
+        self.held = 0  # bytes of the body
 
     def do_GET(self):
         self.answered(self.get)
@@ -632,13 +738,16 @@ class Handler(BaseHTTPRequestHandler):
         raise Refused(why, code="unknown_url", status=HTTPStatus.NOT_FOUND)
 
     def post(self):
-        body = self.body()
-        if self.path != "/v1/chat/completions":
-            self.refuse_path()
-        request = request_of(body)
-        stream, usage = flag(request, "stream"), with_usage(request)
-        job = self.server.worker.read(self.server.reader, request, len(body))
-        del body, request
+        try:
+            body = self.body()
+            if self.path != "/v1/chat/completions":
+                self.refuse_path()
+            request = request_of(body)
+            stream, usage = flag(request, "stream"), with_usage(request)
+            job = self.server.worker.read(self.server.reader, request, len(body))
+            del body, request
+        finally:
+            self.server.worker.hold(-self.held)
         try:
             if stream:
                 self.stream(job, usage)
@@ -662,10 +771,19 @@ class Handler(BaseHTTPRequestHandler):
             why = f"the body has {size} bytes, at most {BODY} are read"
             status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
             raise Refused(why, code="request_too_large", status=status)
-        body = self.rfile.read(size)
-        if len(body) < size:
-            raise ConnectionError("the client has gone")
-        return body
+        body = bytearray()
+        while len(body) < size:
+            try:
+                piece = self.rfile.read1(min(1 << 16, size - len(body)))
+            except TimeoutError:
+                why = f"{len(body)} of {size} bytes have come in time"
+                raise Refused(why, status=HTTPStatus.REQUEST_TIMEOUT) from None
+            if not piece:
+                raise ConnectionError("the client has gone")
+            self.server.worker.hold(len(piece))
+            self.held += len(piece)
+            body += piece
+        return bytes(body)
 
     # -- answers
 

@@ -481,10 +481,160 @@ def test_an_answer_that_has_ended_does_not_come_twice(served, monkeypatch):
 def test_too_much_that_waits_is_refused(served, monkeypatch):
     monkeypatch.setattr(server, "HELD", 10)
     waits = SimpleNamespace(cost=5, sampling=())
-    worker = SimpleNamespace(changed=threading.Condition(), waiting=[waits], reading=0)
+    changed = threading.Condition()
+    worker = SimpleNamespace(changed=changed, waiting=[waits], reading=0, held=lambda: 5)
     with pytest.raises(server.Refused) as refused:
         server.Worker.read(worker, served.reader, {"messages": asks()}, 100)
     assert refused.value.status == 429 and worker.reading == 0 and worker.waiting == [waits]
+
+
+def test_bodies_that_arrive_are_counted_too(served, monkeypatch):
+    body = json.dumps({"messages": asks("a" * 300)}).encode()
+    monkeypatch.setattr(server, "HELD", len(body) + 10)
+    served.worker.hold(11)
+    try:
+        status, answer = send(served, body)
+        assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
+    finally:
+        served.worker.hold(-11)
+    assert send(served, body)[0] == 200 and served.worker.arriving == 0
+    assert send(served, b"x" * 100)[0] == 400 and served.worker.arriving == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# clients that are slow, many, or send too much
+
+
+def drip(served, head: bytes) -> bytes:
+    """Sends head, then a byte from time to time; returns what comes back until the server ends."""
+    said = b""
+    with socket.create_connection(served.server_address, timeout=60) as s:
+        s.sendall(head)
+        s.settimeout(0.05)
+        while True:
+            try:
+                s.sendall(b"a")
+                piece = s.recv(1 << 16)
+                said += piece
+                if not piece:
+                    return said
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                return said
+
+
+def test_a_request_that_drips_in_is_given_up(served, monkeypatch):
+    monkeypatch.setattr(server, "RECEIVING", 0.5)
+    said = drip(served, b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: 99999\r\n\r\n{")
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert b" 408 " in head and "of 99999 bytes" in json.loads(body)["error"]["message"]
+    assert drip(served, b"GET /health HTTP/1.0\r\nX: ") == b""  # no request to answer
+    assert served.worker.arriving == 0
+    monkeypatch.undo()
+    assert send(served, None, "/health", "GET")[0] == 200
+
+
+def test_more_connections_than_there_are_places(opened, monkeypatch):
+    monkeypatch.setattr(server, "CONNECTIONS", 2)
+    small = opened()
+    idle = [socket.create_connection(small.server_address, timeout=60) for _ in range(2)]
+    with socket.create_connection(small.server_address, timeout=60) as s:
+        said = b"".join(iter(lambda: s.recv(1 << 16), b""))
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert b" 503 " in head and json.loads(body)["error"]["type"] == "server_error"
+    for s in idle:
+        s.close()
+    for _ in range(2):  # both places are free again
+        assert small.places.acquire(timeout=60)
+    small.places.release(2)
+    assert send(small, None, "/health", "GET")[0] == 200
+
+
+def test_no_error_echoes_megabytes(served):
+    long = "x" * 3_000_000
+    turn = {"role": "user", "content": "", long: 1}
+    for request in ({long: 1}, {"model": long}, {"messages": [turn]}):
+        status, answer = send(served, {"messages": asks()} | request)
+        assert status in (400, 404) and len(json.dumps(answer)) < 1000
+    status, answer = send(served, {"messages": asks(), "n": 10**4000})
+    assert status == 400 and len(json.dumps(answer)) < 1000
+
+
+def test_more_messages_than_tokens(served):
+    part = {"type": "text", "text": ""}
+    for messages in (asks("a") * 200_000, [{"role": "user", "content": [part] * 200_000}]):
+        status, answer = send(served, {"messages": messages})
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_text_in_other_encodings(served):
+    """UTF-16 and -32 are JSON's too; what is none of them is refused."""
+    body = json.dumps({"messages": asks("数"), "seed": 1}, ensure_ascii=False)
+    said = [send(served, body.encode(code))[1] for code in ("utf-8", "utf-16", "utf-32")]
+    assert said[0]["choices"] == said[1]["choices"] == said[2]["choices"]
+    for raw in (body.encode("gbk"), body.encode()[:-9], b'{"messages": "\xc3("}'):
+        status, answer = send(served, raw)
+        assert (status, answer["error"]["code"]) == (400, "invalid_json")
+
+
+def test_a_clip_that_hours_would_be_decoded(served, files, monkeypatch):
+    frames = [picture(64, 56, seed) for seed in range(6)]
+    frames[0].save(f"{files}/y.webp", save_all=True, append_images=frames[1:], duration=500)
+    with open(f"{files}/y.webp", "rb") as file:
+        url = "DATA:video/webp;base64," + base64.b64encode(file.read()).decode()
+    monkeypatch.setattr(server, "CLIPS", 6 * 64 * 56)
+    ask = {"messages": asks(url=url, kind="video_url")}
+    assert send(served, ask)[0] == 200
+    monkeypatch.setattr(server, "CLIPS", 6 * 64 * 56 - 1)
+    status, answer = send(served, ask)
+    assert (status, answer["error"]["code"]) == (400, "image_too_large")
+    ask = {"messages": asks(url=f"file://{files}/y.webp", kind="video_url")}
+    assert send(served, ask)[0] == 200
+
+
+def test_a_request_waits_for_a_reader_only_so_long(served, monkeypatch):
+    monkeypatch.setattr(server, "DECODING", 0.1)
+    monkeypatch.setattr(served.reader, "decoding", threading.Semaphore(0))
+    status, answer = send(served, {"messages": asks()})
+    assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+
+
+def test_sites_that_drip_or_never_end(opened, files, monkeypatch):
+    """Each byte is in time. All URLs of a request share its time."""
+    over = threading.Event()
+    asked = []
+
+    class Site(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path != "/head":
+                self.send_response(200)
+                self.end_headers()
+            while not over.wait(0.05):
+                self.wfile.write(b"a")
+
+        def log_message(self, *_):
+            pass
+
+    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    site.block_on_close = False
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    remote = opened(allow_remote=True)
+    monkeypatch.setattr(server, "FETCHING", 0.5)
+    for path in ("head", "body"):
+        url = f"http://127.0.0.1:{site.server_address[1]}/{path}"
+        status, answer = send(remote, {"messages": asks(url=url)})
+        assert (status, answer["error"]["code"]) == (400, "failed_to_download_image")
+        assert "was not read within the 0.5 seconds" in answer["error"]["message"]
+    web = server.Web()
+    for _ in range(2):
+        with pytest.raises(server.Refused):
+            web.fetched(url, "here")
+    assert asked[:3] == ["/head", "/body", "/body"] and web.bytes < 100
+    over.set()
+    site.shutdown()
+    site.server_close()
 
 
 # --------------------------------------------------------------------------------------------------
