@@ -15,6 +15,8 @@ one, so that after a kill the same command goes on; and for answers that were ma
 {"index": .., "prediction": ".."} a line. Keye's published numbers are those of --mode think. The
 last one lists lines of training data that share pictures or words with a benchmark's questions.
 
+Under `torchrun --nproc_per_node=N` each rank asks a share of the questions; the first one scores.
+
 common/questions.py says what a question looks like; its meta may also hold "chance", the
 share that guessing gets right, and "difficulty".
 
@@ -34,7 +36,7 @@ import math
 import os
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,8 +45,8 @@ import torch
 from tqdm import tqdm
 
 from common.benchmarks import (
-    ANY, BENCHMARKS, NO_SCORE, AnswerFile, Exam, Overlap, official_name, read_predictions,
-    read_rows, score_rows,
+    ANY, BENCHMARKS, NO_SCORE, AnswerFile, Exam, Overlap, of_rank, official_name,
+    read_predictions, read_rows, score_rows,
 )
 from common.checkpoint import fingerprint, sha256
 from common.conversation import (
@@ -56,6 +58,7 @@ from common.judge import Judge
 from common.jsonl import Lines, data_files, data_name, replacing, write_lines
 from common.measures import final_answer
 from common.media import MediaError
+from common.processes import Peers, join_processes
 from common.questions import Question, read_questions
 from common.report import APART, PHASES, write_report
 from common.rewards import REPEATED, Parsed, parse, repetition
@@ -63,7 +66,7 @@ from common.rollout import (
     CHUNK_PATCHES, CHUNK_ROLLOUTS, CLOSE_CALL, Prompt, Response, Rollout, code_ends, sample_groups,
     tool_turns, use_sandbox,
 )
-from common.run import add_judge_arguments, add_sandbox_argument, at_least
+from common.run import add_judge_arguments, add_sandbox_argument, at_least, pick_device
 from common.verifiers import grade, score
 from data import Processor
 from generate import Generator, load, max_answer
@@ -497,12 +500,10 @@ def phases(folder):
 # published benchmarks
 
 
-def ask_exam(exam: Exam, rows: list, generator: Generator, max_tokens: int, answers: AnswerFile):
-    """Greedy answers to those rows that have none; a failure where media cannot be decoded."""
-    todo = [row for row in rows if row.index not in answers.done]
-    bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc=exam.name)
+def ask_exam(exam: Exam, rows: list, generator, max_tokens: int, answers: AnswerFile, bar: tqdm):
+    """Greedy answers to the rows; a failure where media cannot be decoded."""
     samples, asked, patches = [], [], 0
-    for row in todo:
+    for row in rows:
         try:
             conversation = exam.conversation(row)
             samples.append(generator.processor(conversation, exam.root, generate=True))
@@ -518,7 +519,6 @@ def ask_exam(exam: Exam, rows: list, generator: Generator, max_tokens: int, answ
             samples, asked, patches = [], [], 0
     if samples:
         answer(generator, samples, asked, max_tokens, answers, bar)
-    bar.close()
 
 
 def answer(generator, samples, asked, max_tokens, answers, bar):
@@ -542,19 +542,42 @@ def answer(generator, samples, asked, max_tokens, answers, bar):
     generator.sample(samples, max_tokens, 0, 0, 1.0, seed=0, **how)
 
 
-def ask_model(args, name: str, rows: list, path: Path):
-    """Has the model of --init answer those rows that the file at `path` has no answers to."""
+def ask_model(args, peers: Peers, name: str, rows: list, path: Path):
+    """Has the model of --init answer those rows that the file at `path` has no answers to: of
+    several ranks each has its share, and a file of its own, which the first one takes in."""
     mode = args.mode[0] if args.mode else "plain"
     if args.blind and mode in TOOL_MODES:
         raise ValueError(f"nothing is blind in {mode}: its tools show the pictures")
     root = Path(args.media or Path(args.file).parent)
-    asked = rows[: args.limit]
     exam = Exam(name, rows, root, mode, args.frames, args.shuffle_frames)
-    for row in asked:
-        exam.check(row)
+    mine = rows[: args.limit][peers.rank :: peers.world]
+    attempt(peers, "not asked", lambda: list(map(exam.check, mine)))
     model, processor = load(args.init, args.device)
     max_tokens = args.max_new_tokens or max_answer(model.config)
-    settings = {
+    settings = settings_of_answers(args, name, mode, max_tokens)
+    if args.blind:
+        processor = Blindfold(processor)
+
+    first = attempt(peers, f"{path}", lambda: peers.main and AnswerFile(path, settings, rows))
+    [done, *_] = peers.gather_objects(set(first.done) if first else None)
+    todo = [row for row in rows[: args.limit] if row.index not in done][peers.rank :: peers.world]
+
+    def ask_share():
+        answers = first or AnswerFile(Path(of_rank(path, peers.rank)), settings, rows)
+        with tqdm(total=len(todo), desc=name, disable=not peers.main) as bar:
+            ask_exam(exam, todo, Generator(model, processor, args.batch), max_tokens, answers, bar)
+        if not first:
+            answers.file.close()
+
+    attempt(peers, "not all asked", ask_share)
+    if first:
+        first.take_in()
+        first.file.close()
+
+
+def settings_of_answers(args, name, mode, max_tokens) -> dict:
+    """What must be the same where answers are kept in one file."""
+    return {
         "benchmark": name,
         "file": sha256(Path(args.file)),
         "model": fingerprint(Path(args.init)),
@@ -565,11 +588,26 @@ def ask_model(args, name: str, rows: list, path: Path):
         "max_new_tokens": max_tokens,
         "sandbox": args.sandbox if mode in TOOL_MODES else None,
     }
-    answers = AnswerFile(path, settings, rows)
-    if args.blind:
-        processor = Blindfold(processor)
-    ask_exam(exam, asked, Generator(model, processor, args.batch), max_tokens, answers)
-    answers.file.close()
+
+
+def joined(args) -> Peers:
+    """This process among torchrun's, each with its GPU; alone without it. Words are all that
+    passes between them."""
+    if "RANK" in os.environ:
+        args.dtype = "auto"
+        args.device = str(pick_device(args))
+        join_processes(torch.device("cpu"))
+    return Peers("words")
+
+
+def attempt(peers: Peers, doing: str, work):
+    """work() on all ranks. ValueError on all where one of them fails."""
+    if peers.world == 1:
+        return work()
+    try:
+        return peers.attempt(doing, work)
+    except RuntimeError as e:
+        raise ValueError(str(e)) from None
 
 
 def benchmark_result(args, name: str, rows: list, path: Path) -> dict:
@@ -582,24 +620,36 @@ def benchmark_result(args, name: str, rows: list, path: Path) -> dict:
     if args.judge:
         judge = Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", ""))
     scored = score_rows(benchmark, rows, answers, args.rules, judge)
+    asked = [s.by for s in scored]
+    by = Counter(filter(None, asked))
     failed = [s.row.where for s in scored if answers[s.row.index] is None]
     notes = []
     if len(scored) < len(rows):
         notes.append(f"{len(rows) - len(scored)} of {len(rows)} questions have no answer")
     if failed:
         notes.append(f"{counted(failed, len(rows), 'questions')}; they count as wrong")
+    if judge and judge.failed:
+        why = f"the judge failed in {dict(judge.failed)} of {judge.asked} requests"
+        if by["no reply"] and not by["judge"]:
+            if benchmark.judge == NO_SCORE:
+                raise ValueError(f"{name} has no score: {why}")
+            why += "; it is left out, as official code does with one that does not work"
+            judge, scored = None, score_rows(benchmark, rows, answers, args.rules)
+            for s, who in zip(scored, asked):
+                s.by = who
+        notes.append(why)
     if benchmark.judge and not judge:
         notes.append(f"without a judge this is {benchmark.judge}")
-    if judge and judge.failed:
-        notes.append(f"the judge failed in {dict(judge.failed)} of {judge.asked} requests")
     return {
         "benchmark": name,
         "rules": args.rules,
         "judge": args.judge_model or args.judge,
         "notes": notes,
+        "read by": by,
         "scores": benchmark.table(scored),
         "rows": [
-            {"index": s.row.cells["index"], "read": s.read, "hit": s.hit} | s.more for s in scored
+            {"index": s.row.cells["index"], "read": s.read, "hit": s.hit, "by": s.by} | s.more
+            for s in scored
         ],
     }
 
@@ -618,6 +668,7 @@ def flat(scores: dict, above: str = "") -> list[list[str]]:
 
 def run_benchmark(args):
     """--benchmark: the model's answers, if one is named, and the table of all answers."""
+    peers = joined(args)
     name = official_name(args.benchmark)
     beside = Path(args.out).with_suffix("") if args.out else Path(name)
     path = Path(args.predictions or f"{beside}.predictions.jsonl")
@@ -625,9 +676,12 @@ def run_benchmark(args):
         check_out(Path(args.out), args.file, path)
     rows = read_rows(Path(args.file), BENCHMARKS[name])
     if args.init:
-        ask_model(args, name, rows, path)
+        ask_model(args, peers, name, rows, path)
+    if not peers.main:
+        return
     result = benchmark_result(args, name, rows, path)
     print(markdown([[name, "score"], *flat(result["scores"])]))
+    print("answers read by:", ", ".join(f"{who} {n}" for who, n in result["read by"].items()))
     for note in result["notes"]:
         print(f"note: {note}")
     if args.out:
@@ -750,7 +804,7 @@ def check_out(out: Path, *read, flag: str = "--out"):
     try:
         open(out, "a").close()
         if is_new:
-            out.unlink()
+            out.unlink(missing_ok=True)  # another rank may have tried it too
     except OSError as e:
         raise SystemExit(f"{flag} {out}: {e.strerror}") from None
 
@@ -784,17 +838,22 @@ def main(argv=None):
     if args.answers:
         check_out(Path(args.answers), args.data, flag="--answers")
     blind = not args.mode if args.blind is None else args.blind
+    peers = joined(args)
     model, processor = load(args.init, args.device)
+    run = peers if peers.world > 1 else None
     results = {}
     for mode in args.mode or ["plain"]:
         try:
             results[mode] = evaluate(
                 model, processor, args.data, args.limit, mode, blind,
-                args.categories, args.max_new_tokens, args.batch,
+                args.categories, args.max_new_tokens, args.batch, run,
             )
         except ValueError as e:
             raise SystemExit(str(e)) from None
-        print(f"{mode}:\n\n{task_table(results[mode])}\n")
+        if peers.main:
+            print(f"{mode}:\n\n{task_table(results[mode])}\n")
+    if not peers.main:
+        return
     print(board(list(results.items())))
     failures = failures_of(results[mode])  # the same in every mode
     for failure in failures:

@@ -16,16 +16,15 @@ import errno
 import base64
 import csv
 import fcntl
-import http.client
+import glob
 import json
+import os
 import random
 import re
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from string import ascii_uppercase
@@ -38,7 +37,7 @@ from common.clips import Clip
 from common.conversation import media_items, text_of, with_switch
 from common.jsonl import replacing
 from common.measures import Scored, chinese_yes_no, parsed_list, without_thinking, yes_no
-from common.media import MediaError, open_media
+from common.media import MediaError, open_media, reading
 from common.pictures import load_picture
 
 # --------------------------------------------------------------------------------------------------
@@ -54,6 +53,7 @@ NUMBER = re.compile(
     r"\s*[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf(?:inity)?)\s*", re.IGNORECASE
 )
 MOST_CHARACTERS = 32767  # of a cell in the .xlsx that official code keeps predictions in
+FOLDER_FPS = 3  # frames a second of a clip that is a folder of pictures
 REFERENCE = 64  # an image of at most so many characters is the index of another row
 
 
@@ -229,15 +229,15 @@ def frame_numbers(frames: int, n: int) -> list[int]:
 
 
 def mvbench_frame_numbers(
-    frames: int, n: int, fps: float = 0, start: float = 0, end: float = 0
+    frames: int, n: int, fps: float = 0, start: float = 0, end: float = 0, first: int = 0
 ) -> list[int]:
     """MVBench: the middle of each of n equal parts; where there is an end, of that cut in seconds.
 
-    Rounding is to even numbers.
+    first: the number of the first frame. Rounding is to even numbers.
     """
-    first, last = 0, frames - 1
+    last = first + frames - 1
     if end:
-        first, last = max(0, round(start * fps)), min(round(end * fps), last)
+        first, last = max(first, round(start * fps)), min(round(end * fps), last)
     part = (last - first) / n
     return [int(first + part / 2 + round(part * i)) for i in range(n)]
 
@@ -293,11 +293,12 @@ class AnswerFile:
     """Predictions in a JSONL file, a line an answer; how they were asked for stands beside it.
 
     done: {index: what was said}. A kill can leave half a line at the end, which is cut off: its
-    question is asked again. ValueError where the file holds other answers, or another process
-    writes to it.
+    question is asked again. What other ranks have written (see of_rank) is taken in, now and by
+    take_in. ValueError where a file holds other answers, or another process writes to it.
     """
 
     def __init__(self, path: Path, settings: dict, rows: list[Row]):
+        self.path, self.settings, self.rows = path, settings, rows
         self.file = open(path, "a+b", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -305,21 +306,44 @@ class AnswerFile:
             raise ValueError(f"{path}: another process writes to it") from None
         self.file.seek(0)
         said = self.file.read()
-        beside = path.with_name(f"{path.name}.settings")
         if said:
-            refuse_other(path, beside, settings)
+            refuse_other(path, settings_of(path), settings)
         else:
-            with replacing(beside) as part:
+            with replacing(settings_of(path)) as part:
                 part.write_text(json.dumps(settings) + "\n")
         whole = said.rfind(b"\n") + 1
         self.file.truncate(whole)
         self.done = read_predictions(path, rows) if whole else {}
+        self.take_in()
+
+    def take_in(self):
+        """The answers of other ranks, of this run or of one that was killed."""
+        pattern = of_rank(glob.escape(self.path.name), "*[0-9]")
+        for path in sorted(self.path.parent.glob(pattern)):
+            other = AnswerFile(path, self.settings, self.rows)
+            for line in path.read_bytes().splitlines():
+                record = json.loads(line)
+                if str(record["index"]) not in self.done:  # else a kill came before the unlink
+                    self.write(record)
+            self.done = other.done | self.done
+            other.file.close()
+            path.unlink()
+            settings_of(path).unlink()
 
     def write(self, record: dict):
         # One call: it is in the file, whole, even if this process is killed right behind it.
         line = json.dumps(record).encode() + b"\n"
         if self.file.write(line) < len(line):
             raise OSError(errno.ENOSPC, "no room for an answer", str(self.file.name))
+
+
+def of_rank(path: Path | str, rank: int | str) -> str:
+    """The file beside `path` that holds what another rank was told, until the first takes it in."""
+    return f"{path}.rank{rank}"
+
+
+def settings_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.settings")
 
 
 def refuse_other(path, beside, settings):
@@ -419,6 +443,10 @@ class Exam:
         """ValueError naming the row where it cannot be asked, as far as headers say."""
         try:
             BENCHMARKS[self.name].prompt(row)
+            if self.in_folder(row):
+                for path in self.frame_paths(row)[0]:
+                    load_picture(path, self.root, header_only=True)
+                return
             if BENCHMARKS[self.name].video:
                 open_media(clip_path(row), self.root).close()
                 return
@@ -447,20 +475,46 @@ class Exam:
 
     def clip(self, row: Row) -> dict:
         """A clip as the list of those of its frames that official code takes."""
+        frames, seconds = (self.from_folder if self.in_folder(row) else self.from_file)(row)
+        if self.shuffled:
+            random.Random(row.index).shuffle(frames)
+        return {"type": "video", "video": frames, "fps": self.frames / seconds}
+
+    def from_file(self, row: Row) -> tuple[list, float]:
+        """Frames, and the seconds over which they are spread."""
         with Clip(clip_path(row), self.root) as clip:
             count, seconds = len(clip.times), clip.duration
             numbers = frame_numbers(count, self.frames)
             if self.name == "MVBench":
-                start, end = (float(row.cells.get(key, 0)) for key in ("start", "end"))
-                if row.text("bound") == "False":
-                    start = end = 0.0  # the numbers that stand there do not count
+                start, end = cut_of(row)
                 cut = count / seconds, start, end
                 numbers = mvbench_frame_numbers(count, self.frames, *cut)
                 seconds = end - start if end else seconds
-            frames = list(map(Image.fromarray, clip.frames(clip.times[numbers])))
-        if self.shuffled:
-            random.Random(row.index).shuffle(frames)
-        return {"type": "video", "video": frames, "fps": self.frames / seconds}
+            return list(map(Image.fromarray, clip.frames(clip.times[numbers]))), seconds
+
+    def in_folder(self, row: Row) -> bool:
+        """MVBench has clips of TVQA, which are folders of pictures, 00001.jpg the first."""
+        return self.name == "MVBench" and row.text("data_type") == "frame"
+
+    def from_folder(self, row: Row) -> tuple[list, float]:
+        paths, seconds = self.frame_paths(row)
+        return [load_picture(path, self.root) for path in paths], seconds
+
+    def frame_paths(self, row: Row) -> tuple[list[str], float]:
+        folder = clip_path(row)
+        with reading(folder, "missing"):
+            count = len(os.listdir(Path(self.root, folder)))
+        start, end = cut_of(row)
+        numbers = mvbench_frame_numbers(count, self.frames, FOLDER_FPS, start, end, first=1)
+        seconds = end - start if end else count / FOLDER_FPS
+        return [f"{folder}/{number:05d}.jpg" for number in numbers], seconds
+
+
+def cut_of(row: Row) -> tuple[float, float]:
+    """MVBench: from when to when a clip is shown, in seconds; an end of 0: to its own."""
+    if row.text("bound") == "False":
+        return 0.0, 0.0  # the numbers that stand there do not count
+    return float(row.cells.get("start", 0)), float(row.cells.get("end", 0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -587,12 +641,12 @@ def topic_measure(row, reply, rules, ask):
 
 
 def video_mme_measure(row, reply, rules, ask):
-    read = measures.first_capital(reply)
+    read = measures.first_capital(reply) or None
     return read, int(read == row.text("answer")), {}
 
 
 def long_video_measure(row, reply, rules, ask):
-    read = measures.first_capital(reply, "ABCDE")
+    read = measures.first_capital(reply, "ABCDE") or None
     try:
         truth = ascii_uppercase[int(row.text("correct_choice"))]
     except (ValueError, IndexError):
@@ -736,51 +790,50 @@ def score_rows(
     None as answer: the question could not be asked, which is wrong. judge: a judge.Judge, for what
     rules cannot read. ValueError naming the row whose cells its rule cannot use.
     """
-    ask = partial(ask_judge, judge) if judge else None
 
     def measured(row):
         if answers[row.index] is None:
             return Scored(row, None, 0)
+        by = None
+
+        def ask(prompt, tries, read):
+            nonlocal by
+            found, by = ask_judge(judge, prompt, tries, read)
+            return found
+
         try:
             reply = as_read_back(answers[row.index])
-            return Scored(row, *benchmark.measure(row, reply, rules, ask))
+            scored = Scored(row, *benchmark.measure(row, reply, rules, ask if judge else None))
         except ValueError as e:
             raise ValueError(f"{row.where}: {e}") from None
+        scored.by = by or ("fallback" if scored.read in NOTHING else "rules")
+        return scored
 
     asked = [row for row in rows if row.index in answers]
     with ThreadPoolExecutor(8 if judge else 1) as pool:  # ours: so many requests at once
         return list(pool.map(measured, asked))
 
 
-def ask_judge(judge, prompt: str, tries: int, read: Callable):
-    """What `read` finds in the first of the judge's replies that it finds something in, or None."""
+NOTHING = (None, measures.NO_OPTION, "Unknown")  # that rules have read
+
+
+def ask_judge(judge, prompt: str, tries: int, read: Callable) -> tuple:
+    """What `read` finds in the first of a judge's replies that it finds something in; and "judge",
+    or None and "fallback", or where no reply came None and "no reply". A bare prompt is sent, as
+    official code does."""
+    by = "no reply"
     for attempt in range(tries):
-        said = say(judge, prompt, temperature=attempt / 2)
-        found = read(said) if said is not None else None
+        judge.asked += 1
+        messages = [{"role": "user", "content": prompt}]
+        said, why = judge.reply(messages, temperature=attempt / 2)
+        if said is None:
+            judge.failed[why] += 1
+            continue
+        by = "fallback"
+        found = read(said)
         if found:
-            return found
-    return None
-
-
-def say(judge, prompt: str, temperature: float) -> str | None:
-    """A judge's reply to a bare prompt, as official code sends; None where there is none."""
-    messages = [{"role": "user", "content": prompt}]
-    body = {"model": judge.model, "temperature": temperature, "messages": messages}
-    headers = {"Content-Type": "application/json"}
-    if judge.key:
-        headers["Authorization"] = f"Bearer {judge.key}"
-    url = random.choice(judge.addresses).rstrip("/") + "/chat/completions"
-    judge.asked += 1
-    try:
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with judge.opener.open(request, timeout=judge.timeout) as reply:
-            said = json.loads(reply.read(1 << 20))["choices"][0]["message"]["content"]
-        return said.rpartition("</think>")[2]
-    except (OSError, http.client.HTTPException) as e:
-        judge.failed[f"{type(e).__name__} {getattr(e, 'code', '')}".strip()] += 1
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        judge.failed["no valid reply"] += 1
-    return None
+            return found, "judge"
+    return None, by
 
 
 # --------------------------------------------------------------------------------------------------

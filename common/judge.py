@@ -27,6 +27,8 @@ RULES = (
     'one JSON object and nothing else: {"id": "%s", "score": S}, where S is a number from 0 (no) '
     "to 1 (yes)."
 )
+# What reading of a reply raises that is not what was asked for.
+NO_REPLY = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -66,20 +68,12 @@ class Judge:
                 break
             self.asked += 1
             time.sleep(self.wait * (2**attempt - 1))
-            result = self.in_time(request)
+            result = self.ask(*request)
             if isinstance(result, float):
                 self.known[request] = result
             else:
                 self.failed[result] += 1
         return self.known.get(request)
-
-    def in_time(self, request):
-        """ask, or "timeout". A socket's own limit starts again with every byte that drips in."""
-        results = ["timeout"]
-        worker = threading.Thread(target=lambda: results.append(self.ask(*request)), daemon=True)
-        worker.start()
-        worker.join(self.timeout)
-        return results[-1]
 
     def ask(self, task, text):
         """-> score, or the reason why there is none."""
@@ -88,7 +82,27 @@ class Judge:
             {"role": "system", "content": f"{QUESTIONS[task]} {RULES % mark}"},
             {"role": "user", "content": text},
         ]
-        body = {"model": self.model, "temperature": 0, "max_tokens": 512, "messages": messages}
+        said, why = self.reply(messages, temperature=0, max_tokens=512)
+        try:
+            return why if said is None else score_of(said, mark)
+        except NO_REPLY:
+            return "no valid reply"
+
+    def reply(self, messages: list[dict], **how) -> tuple[str | None, str]:
+        """What it says, without its own thinking; or None, and why. how: more of the request.
+
+        A socket's own limit starts again with every byte that drips in: hence a thread.
+        """
+        results = [(None, "timeout")]
+        worker = threading.Thread(
+            target=lambda: results.append(self.post(messages, how)), daemon=True
+        )
+        worker.start()
+        worker.join(self.timeout)
+        return results[-1]
+
+    def post(self, messages, how):
+        body = {"model": self.model, "messages": messages, **how}
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -97,16 +111,15 @@ class Judge:
             request = urllib.request.Request(url, json.dumps(body).encode(), headers)
             with self.opener.open(request, timeout=self.timeout) as reply:
                 said = json.loads(reply.read(1 << 20))  # a longer reply is no whole JSON
-            return score_of(said["choices"][0]["message"]["content"], mark)
+            return said["choices"][0]["message"]["content"].rpartition("</think>")[2].strip(), ""
         except (OSError, http.client.HTTPException) as e:
-            return f"{type(e).__name__} {getattr(e, 'code', '')}".strip()
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return "no valid reply"
+            return None, f"{type(e).__name__} {getattr(e, 'code', '')}".strip()
+        except NO_REPLY:
+            return None, "no valid reply"
 
 
 def score_of(said, mark):
-    """The score in {"id": mark, "score": S}, alone or in ```json, behind a judge's own thinking."""
-    said = said.rpartition("</think>")[2].strip()
+    """The score in {"id": mark, "score": S}, alone or in ```json."""
     said = said.removeprefix("```json").removeprefix("```").removesuffix("```")
     fields = json.loads(said, object_pairs_hook=list)  # a dict would hide that a name comes twice
     reply = dict(fields)

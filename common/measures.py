@@ -373,12 +373,17 @@ def final_answer(reply: str) -> str:
 
 @dataclass
 class Scored:
-    """A question whose answer was measured. read: what was read of it, None where nothing was."""
+    """A question whose answer was measured. read: what was read of it, None where nothing was.
+
+    by: "rules", "judge"; "fallback", what official code takes where neither can read an answer; or
+    "no reply", the same where the judge was asked and did not answer; "": it could not be asked.
+    """
 
     row: object  # a benchmarks.Row
     read: object
     hit: float
     more: dict = field(default_factory=dict)
+    by: str = ""
 
 
 def mean_hit(scored, scale=1.0):

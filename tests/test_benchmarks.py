@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from PIL import Image
 import evaluate as E
 from common import benchmarks as B
 from common import measures as M
+from common import processes
 from common.benchmarks import BENCHMARKS, Row, as_read_back, read_predictions, read_rows
+from common.judge import Judge
 from conftest import write_toy_model
 from generate import Generator
 from stage import in_processes
@@ -549,11 +553,17 @@ def judge():
 
     class Server(http.server.BaseHTTPRequestHandler):
         replies, prompts = [], []
+        reply = drips = None  # a prompt's reply; an event that ends a reply without end
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.prompts.append((body["messages"][-1]["content"], body["temperature"]))
-            reply = self.replies.pop()
+            prompt = body["messages"][-1]["content"]
+            self.prompts.append((prompt, body["temperature"]))
+            if self.drips:
+                while not self.drips.wait(0.1):
+                    self.wfile.write(b"x")
+                return
+            reply = self.reply(prompt) if self.reply else self.replies.pop()
             self.send_response(500 if reply is None else 200)
             self.end_headers()
             self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
@@ -573,7 +583,7 @@ def test_judge_of_conclusions(score, judge):
     row = {"index": 0, "question": "q", "answer": "真值", "image_path": "a"}
     for replies, hit in [
         (["回答正确"], 1), (["回答错误"], 0), (["正确"], 0), (["回答错误，不是回答正确"], 1),
-        ([None, None, "回答正确"], 1), ([None] * 5, 0), (["<think>回答正确</think>回答错误"], 0),
+        ([None, None, "回答正确"], 1), (["<think>回答正确</think>回答错误"], 0),
     ]:
         judge.prompts.clear()
         judge.replies[:] = replies[::-1]
@@ -582,6 +592,13 @@ def test_judge_of_conclusions(score, judge):
         prompt, _ = judge.prompts[0]
         assert "真值" in prompt and "答" in prompt and "xyz" not in prompt
         assert [t for _, t in judge.prompts] == [0, 0.5, 1, 1.5, 2][: len(replies)]
+        assert result["read by"] == {"judge": 1}
+    # five calls that fail are wrong; where none is answered at all there is no score
+    assert B.judged_measure(row_of(answer="x"), "x", "keye", lambda *_: None) == ("", 0, {})
+    judge.replies[:] = [None] * 5
+    with pytest.raises(SystemExit, match="CPV has no score: the judge failed in {'HTTPError 500': 5"):
+        score("CPV", [row], {0: "x"}, *judge.flags)
+    assert judge.replies == []
 
 
 def test_judge_of_lists(score, judge):
@@ -601,8 +618,9 @@ def test_judge_of_what_rules_cannot_read(score, judge):
     assert hits(score("MMStar", [row], {0: "?"}, *judge.flags)) == [1]
     judge.replies[:] = [None] * 3
     result = score("MMStar", [row], {0: "?"}, *judge.flags)
-    assert result["rows"][0]["read"] in "ABZ" and judge.replies == []
-    assert result["notes"] == ["the judge failed in {'HTTPError 500': 3} of 3 requests"]
+    assert result["rows"][0]["read"] == "Z" and judge.replies == []  # none is drawn
+    assert result["notes"] == ["the judge failed in {'HTTPError 500': 3} of 3 requests; it is left "
+        "out, as official code does with one that does not work"]
     judge.replies[:] = ["Yes"]
     row = {"index": 0, "question": "q", "answer": "Yes", "category": "c"}
     assert hits(score("POPE", [row], {0: "I think so"}, *judge.flags)) == [1]
@@ -614,6 +632,41 @@ def test_judge_of_what_rules_cannot_read(score, judge):
     result = score("MathVista_MINI", rows[:1], {0: "0"}, *judge.flags)
     assert hits(result) == [1] and result["rows"][0]["prefetch"] == 0 and result["notes"] == []
     assert hits(score("MathVista_MINI", rows[1:], {1: "so 14"}, *judge.flags)) == [1]
+
+
+def test_who_has_read_the_answers_is_said(score, judge, capsys):
+    """By letters that the replies name: 0 and 1 rules, 2 the judge, 3 none, 4 nobody."""
+
+    def reply(prompt):
+        return {"two": "B", "three": "hm", "four": None}[prompt.split("Answer: ")[1]]
+
+    judge.reply = staticmethod(reply)
+    rows = [choices(index=i, answer="B") for i in range(5)]
+    answers = {0: "B", 1: "blue", 2: "two", 3: "three", 4: "four"}
+    result = score("MMStar", rows, answers, *judge.flags)
+    assert [row["by"] for row in result["rows"]] == ["rules"] * 2 + ["judge", "fallback", "no reply"]
+    assert result["read by"] == {"rules": 2, "judge": 1, "fallback": 1, "no reply": 1}
+    assert hits(result)[:3] == [1, 1, 1] and len(judge.prompts) == 7
+    said = capsys.readouterr().out
+    assert "answers read by: rules 2, judge 1, fallback 1, no reply 1\n" in said
+    assert result["notes"] == ["the judge failed in {'HTTPError 500': 3} of 7 requests"]
+    result = score("MMStar", rows, answers)
+    assert result["read by"] == {"rules": 2, "fallback": 3} and hits(result) == [1, 1, 0, 0, 0]
+    nobody = "--judge", "http://127.0.0.1:9/v1"
+    dead = score("MMStar", rows, answers, *nobody)
+    assert dead["read by"] == {"rules": 2, "no reply": 3} and hits(dead) == hits(result)
+    assert "URLError" in dead["notes"][0]
+    row = mathvista(0, "integer", "14")
+    result = score("MathVista_MINI", [row], {0: "so 14"}, *nobody)
+    assert hits(result) == [0] and "rule part alone" in result["notes"][1]
+
+
+def test_a_judge_that_drips_is_not_waited_for(judge):
+    """Each byte comes in time, and the reply never ends."""
+    judge.drips = threading.Event()
+    asked = Judge([judge.flags[1]], "j", timeout=0.5)
+    assert B.ask_judge(asked, "?", 1, str) == (None, "no reply") and asked.failed == {"timeout": 1}
+    judge.drips.set()
 
 
 # -- clips
@@ -879,6 +932,96 @@ def test_nothing_is_lost_or_asked_twice_after_a_kill(toy, tmp_path, whole, part,
     assert asked(path) == asked(tmp_path / "other.predictions.jsonl")
 
 
+def ask_or_die(argv):
+    """argv: the rank that dies, after how many answers, and the command line."""
+    processes.GRACE = 0.2  # a test need not wait for errors that reach the terminal
+    rank, count, *flags = argv
+    if rank == os.environ.get("RANK", "0"):
+        return killed_while_writing([count, 9, *flags])
+    E.main(flags)
+
+
+def ranks_files(folder):
+    return sorted(path.name for path in folder.glob("*.rank*"))
+
+
+@pytest.fixture(scope="module")
+def alone(toy):
+    """The answers and the result of one process."""
+    E.main(flags_of(toy, toy / "alone.json"))
+    return asked(toy / "alone.predictions.jsonl"), json.loads((toy / "alone.json").read_text())
+
+
+def assert_as_alone(out, alone):
+    lines, result = alone
+    found = asked(out.with_suffix(".predictions.jsonl"))
+    assert sorted(found, key=lambda line: line["index"]) == lines
+    assert json.loads(out.read_text()) == result and ranks_files(out.parent) == []
+
+
+def test_ranks_ask_a_share_each_and_the_first_one_scores(toy, tmp_path, alone):
+    in_processes(ask_or_die, [-1, 0, *flags_of(toy, tmp_path / "r.json")], ranks=2)
+    assert_as_alone(tmp_path / "r.json", alone)
+    found = [line["index"] for line in asked(tmp_path / "r.predictions.jsonl")]
+    assert sorted(found[:3]) == [0, 2, 4] and sorted(found[3:]) == [1, 3]
+
+
+@pytest.mark.parametrize("rank, count", [(0, 0), (0, 2), (1, 0), (1, 1)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nothing_is_lost_after_the_death_of_a_rank(toy, tmp_path, alone, rank, count, ranks):
+    """The same command goes on, on as many ranks or on others."""
+    flags = flags_of(toy, tmp_path / "r.json", "--batch", "1")
+    codes = [1, 1]
+    codes[rank] = -signal.SIGKILL
+    in_processes(ask_or_die, [rank, count, *flags], ranks=2, code=codes)
+    path = tmp_path / "r.predictions.jsonl"
+    files = [file for file in tmp_path.glob("*.jsonl*") if file.suffix != ".settings"]
+    lines = [line for file in files for line in file.read_bytes().splitlines(True)]
+    kept = {line for line in lines if line.endswith(b"\n")}
+    assert len(kept) >= count and not (tmp_path / "r.json").exists()
+    in_processes(ask_or_die, [-1, 0, *flags], ranks=ranks)
+    assert_as_alone(tmp_path / "r.json", alone)
+    assert kept <= set(path.read_bytes().splitlines(True))
+
+
+def test_what_ranks_have_left_is_taken_in_once_and_only_if_asked_alike(tmp_path):
+    rows = [Row(str(i), f"x.tsv:{i + 2}", {"index": i}) for i in range(3)]
+    path = tmp_path / "p[1].jsonl"
+    other = B.AnswerFile(Path(B.of_rank(path, 1)), {"a": 1}, rows)
+    for i in (0, 1):
+        other.write({"index": i, "prediction": f"{i}"})
+    with pytest.raises(ValueError, match="rank1: another process writes to it"):
+        B.AnswerFile(path, {"a": 1}, rows).file.close()
+    other.file.write(b'{"index": 2, "pre')
+    other.file.close()
+    with pytest.raises(ValueError, match="rank1: these answers were made with a 1, not 2"):
+        B.AnswerFile(path, {"a": 2}, rows)
+    path.unlink()
+    said(path, {1: "1"})  # as if a kill had come in the middle of this
+    B.settings_of(path).write_text('{"a": 1}')
+    first = B.AnswerFile(path, {"a": 1}, rows)
+    assert asked(path) == [{"index": i, "prediction": f"{i}"} for i in (1, 0)]
+    assert first.done == {"0": "0", "1": "1"} and ranks_files(tmp_path) == []
+    first.file.close()
+
+
+def fail_on_one(argv):
+    broken, *flags = argv
+    if os.environ["RANK"] == "1":
+        B.AnswerFile.write = lambda *_: open(broken)
+    with pytest.raises(SystemExit) as error:
+        E.main(flags)
+    print(error.value, file=sys.stderr)
+
+
+def test_an_error_of_one_rank_is_a_line_of_all(toy, tmp_path):
+    flags = flags_of(toy, tmp_path / "r.json")
+    text = in_processes(fail_on_one, [tmp_path / "none", *flags], ranks=2)
+    assert text.count("not all asked: rank 1: FileNotFoundError") == 2
+    assert not (tmp_path / "r.json").exists()
+    assert len(asked(tmp_path / "r.predictions.jsonl")) == 3  # the others' answers are kept
+
+
 def test_two_processes_do_not_write_to_one_file(tmp_path):
     rows = [Row("1", "x.tsv:2", {})]
     first = B.AnswerFile(tmp_path / "p.jsonl", {"a": 1}, rows)
@@ -933,6 +1076,38 @@ def test_frames_are_those_of_official_code(clip):
     plain, _ = greys("TempCompass", 9)
     assert shuffled != plain and sorted(shuffled) == plain
     assert greys("Video-MME", 30)[0][:3] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("cells, n, numbers, fps", [
+    # official get_index with first_idx 1 and as many as there are: seg = (30 - 1) / 4
+    ({}, 4, [4, 11, 18, 26], 0.4),
+    ({"bound": "False", "start": 2.0, "end": 3.0}, 4, [4, 11, 18, 26], 0.4),
+    # seconds 2 to 4 at 3 fps: 6 to 12, seg = 2: 7 + 0, 2, 4
+    ({"bound": "True", "start": 2.0, "end": 4.0}, 3, [7, 9, 11], 1.5),
+    ({"bound": "True", "start": 0.0, "end": 99.0}, 2, [8, 22], 2 / 99),  # the last one is the 30th
+])
+def test_a_clip_that_is_a_folder_of_frames(tmp_path, cells, n, numbers, fps):
+    folder = tmp_path / "tvqa" / "house_clip_03"
+    folder.mkdir(parents=True)
+    for i in range(1, 31):
+        Image.new("RGB", (56, 56), (8 * i,) * 3).save(folder / f"{i:05d}.jpg")
+    row = row_of(video=folder.name, prefix="tvqa/", question="q", candidates="['x']", answer="x",
+                 data_type="frame", **cells)
+    exam = B.Exam("MVBench", [row], tmp_path, "plain", n, False)
+    exam.check(row)
+    [item] = [i for i in exam.conversation(row)["messages"][0]["content"] if i["type"] == "video"]
+    assert [round(np.asarray(f).mean() / 8) for f in item["video"]] == numbers
+    assert item["fps"] == pytest.approx(fps)
+    other = B.Exam("TempCompass", [row], tmp_path, "plain", n, False)
+    row.cells |= {"task_type": "multi-choice"}
+    with pytest.raises(ValueError, match="x.tsv:2: .*house_clip_03: unsupported"):
+        other.check(row)
+    (folder / f"{numbers[-1]:05d}.jpg").rename(folder / "x.jpg")
+    with pytest.raises(ValueError, match=f"x.tsv:2: .*{numbers[-1]:05d}.jpg: missing"):
+        exam.check(row)
+    row.cells["video"] = "house_clip_04"
+    with pytest.raises(ValueError, match="x.tsv:2: tvqa/house_clip_04: missing"):
+        exam.check(row)
 
 
 def test_a_model_sees_frames(toy, clip, tmp_path, monkeypatch):
