@@ -841,6 +841,7 @@ def main(argv=None):
     peers = joined(args)
     model, processor = load(args.init, args.device)
     run = peers if peers.world > 1 else None
+    errors = (ValueError, RuntimeError) if run else ValueError  # the second says whose it is
     results = {}
     for mode in args.mode or ["plain"]:
         try:
@@ -848,7 +849,7 @@ def main(argv=None):
                 model, processor, args.data, args.limit, mode, blind,
                 args.categories, args.max_new_tokens, args.batch, run,
             )
-        except ValueError as e:
+        except errors as e:
             raise SystemExit(str(e)) from None
         if peers.main:
             print(f"{mode}:\n\n{task_table(results[mode])}\n")

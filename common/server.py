@@ -642,17 +642,16 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request, address):
         if self.places.acquire(blocking=False):
             super().process_request(request, address)
-        else:
-            with suppress(OSError):
-                request.settimeout(0)
-                request.sendall(BUSY)
-            self.shutdown_request(request)
+            return
+        with suppress(OSError):
+            request.settimeout(0)
+            request.sendall(BUSY)
+            request.shutdown(socket.SHUT_WR)
+        self.close_request(request)
 
-    def process_request_thread(self, request, address):
-        try:
-            super().process_request_thread(request, address)
-        finally:
-            self.places.release()
+    def shutdown_request(self, request):  # the end of every one that has a place
+        super().shutdown_request(request)
+        self.places.release()
 
     def server_bind(self):
         TCPServer.server_bind(self)  # not HTTPServer's, which asks the network for a name

@@ -972,6 +972,23 @@ def test_a_rank_that_cannot_ask_ends_the_score_and_not_the_run(model, processor,
     assert not (folder / "score.json").exists() and not (folder / "samples.md").exists()
 
 
+def test_the_command_line_on_ranks_is_that_of_one_process(
+    model, processor, world, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    argv = ["--init", folder, "--data", world, "--device", "cpu"]
+    results, answers = [], []
+    for ranks in (1, 2):
+        out, lines = folder / f"{ranks}.json", folder / f"{ranks}.jsonl"
+        in_processes(E.main, [*argv, "--out", out, "--answers", lines], ranks)
+        results.append(json.loads(out.read_text()))
+        assert results[-1]["plain"].pop("seconds") > 0
+        answers.append(lines.read_text())
+    assert results[0] == results[1] and answers[0] == answers[1]
+
+
 def lay(folder, **scores):
     for name, score in scores.items():
         (folder / name).mkdir(parents=True)
