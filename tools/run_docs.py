@@ -123,7 +123,7 @@ def run_all(commands: list[Command], folder: Path) -> int:
         fault = run(command, folder)
         wrong += bool(fault)
         said = "as written" if command.expected else "ended well"
-        print(f"    {fault or said}, {time.time() - begin:.0f} s", flush=True)
+        print(f"    {time.time() - begin:.0f} s, {fault.rstrip() or said}", flush=True)
     ran = len(commands) - skipped
     print(f"{ran} commands run, {wrong} of them wrong; {skipped} not run")
     return wrong
