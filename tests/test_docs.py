@@ -1,5 +1,6 @@
 """The documents name what is there: links, anchors, files, flags, words of the code."""
 
+import ast
 import re
 from collections import Counter
 from functools import cache
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from tools.run_docs import commands_of
 
 FOLDERS = "kernels common toyworld tools tests docs .github".split()
 FILES = [
@@ -21,6 +23,8 @@ CODE = re.compile(r"`([^`\n]+)`")
 FILE = re.compile(r"[\w./-]+\.(?:py|md|cpp|cuh?|toml|svg|cff)|[\w./-]+/")
 FLAG = re.compile(r"--[a-z][\w-]+")
 TORCHRUNS = {"--nnodes"}
+# Quoted code: where it stands, and below that its lines, of which "..." leaves some out.
+QUOTE = re.compile(r"^\[[^]]+\]\(([^)]+)\), `([\w.]+)`:\n\n```\w+\n(.*?)^```$", re.M | re.S)
 WORDS = re.compile(r"[A-Za-z_]\w{2,}(?:\.\w+)*")
 MODULE = re.compile(r"python -m (\w+)((?:\.\w+)*)")
 # Paths that runs, users and data sets have, or that hold a word to fill in, such as STAGE.
@@ -102,7 +106,41 @@ def unknown_words(page: Path) -> list[str]:
 
 def unknown_flags(page: Path) -> set[str]:
     known = {*FLAG.findall(code()), *TORCHRUNS}
-    return {flag for span in CODE.findall(text_of(page)) for flag in FLAG.findall(span)} - known
+    spans = CODE.findall(text_of(page)) + [command.script for command in commands_of(page, "")]
+    return {flag for span in spans for flag in FLAG.findall(span)} - known
+
+
+def source_of(path: Path, name: str) -> list[str]:
+    """Lines of a function or class of a Python file; of other languages from it to the end."""
+    lines = text_of(path).splitlines()
+    if path.suffix != ".py":
+        begins = re.compile(rf"(?!//)\S.*\b{name}\(")
+        return lines[next(i for i, line in enumerate(lines) if begins.match(line)) :]
+    node = ast.parse(text_of(path))
+    for part in name.split("."):
+        node = next(inner for inner in node.body if getattr(inner, "name", "") == part)
+    return lines[node.lineno - 1 : node.end_lineno]
+
+
+def bare(lines: list[str]) -> str:
+    return "\n".join(["", *map(str.strip, lines), ""])
+
+
+def false_quotes(page: Path) -> list[str]:
+    """Quoted lines that do not stand so in their function; between ... they follow each other."""
+    wrong = []
+    for link, name, quoted in QUOTE.findall(text_of(page)):
+        try:
+            rest = bare(source_of((page.parent / link).resolve(), name))
+        except (OSError, StopIteration):
+            wrong.append(f"{link}, {name}")
+            continue
+        for part in re.split(r"(?m)^ *\.\.\.\n", quoted):
+            part = bare(part.splitlines())
+            if part not in rest:
+                wrong.append(f"{name}: {part.strip()}")
+            rest = rest[rest.find(part) + len(part) - 1 :]
+    return wrong
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -110,6 +148,7 @@ def test_links_files_and_flags_exist(page):
     assert broken_links(page) == []
     assert missing_files(page) == []
     assert unknown_flags(page) == set()
+    assert false_quotes(page) == []
 
 
 @pytest.mark.parametrize("name", ["docs/design.md", "docs/faq.md"])
@@ -133,3 +172,28 @@ def test_what_is_not_there_is_found(tmp_path):
     assert missing_files(page) == gone
     assert unknown_words(page) == ["Run.lostword"]
     assert unknown_flags(page) == {"--faster"}
+
+
+def test_a_false_quote_is_found(tmp_path):
+    python = ["class A:", "    def f(x):", "        a = 1", "        b = 2", "        c = 3", ""]
+    cpp = ["// says f(x)", "int g() {}", "void f(int x) {", "    x = 1;", "    x = 2;", "}", ""]
+    (tmp_path / "code.py").write_text("\n".join(python))
+    (tmp_path / "code.cpp").write_text("\n".join(cpp))
+    page = tmp_path / "page.md"
+
+    def wrong(link, name, *lines):
+        quoted = "\n".join(lines)
+        page.write_text(f"[{link}]({link}), `{name}`:\n\n```python\n{quoted}\n```\n")
+        text_of.cache_clear()
+        return false_quotes(page)
+
+    assert wrong("code.py", "A.f", "a = 1", "b = 2", "...", "c = 3") == []
+    assert wrong("code.py", "A.f", "a = 1", "...", "c = 3") == []
+    assert wrong("code.py", "A.f", "...", "c = 3") == []
+    assert wrong("code.py", "A.f", "a = 1", "c = 3") == ["A.f: a = 1\nc = 3"]
+    assert wrong("code.py", "A.f", "c = 3", "...", "a = 1") == ["A.f: a = 1"]
+    assert wrong("code.py", "A.f", "a = 12") == ["A.f: a = 12"]
+    assert wrong("code.py", "A.g", "a = 1") == ["code.py, A.g"]
+    assert wrong("gone.py", "A.f", "a = 1") == ["gone.py, A.f"]
+    assert wrong("code.cpp", "f", "x = 1;", "...", "}") == []
+    assert wrong("code.cpp", "f", "int g() {}") == ["f: int g() {}"]
