@@ -1,9 +1,9 @@
-"""Files of a data set: JSON lines or a JSON array, plain or packed by gzip, or tars of samples.
+"""Files of a data set: JSON lines or a JSON array, plain or packed by gzip; tars; parquet.
 
     lines = Lines("data/train/vqa.jsonl", check_conversation)
     record = lines[3]                # a dict in our form; only this record is read
     print(lines.where(3))            # data/train/vqa.jsonl:4
-    lines = Lines("data/train/web")  # a folder of shards, .jsonl or .tar: one set, end to end
+    lines = Lines("data/train/web")  # a folder of shards: one set, end to end
     write_lines("kept.jsonl", (record for record in lines if wanted(record)))
     data_files(Path("data/train"))   # {"vqa": Path("data/train/vqa.jsonl"), ...}
 """
@@ -27,27 +27,25 @@ import numpy as np
 
 from common.forms import FORMS, to_ours
 from common.index import is_large, made_once, table, write_places
+from common.media import Part
+from common.parquet import read_row, row_places
 from common.tars import read_sample, spans, with_places
 
 log = logging.getLogger("jsonl")
 
-SUFFIX = re.compile(r"\.jsonl?(\.gz)?$", re.IGNORECASE)
-LINES = re.compile(r"\.jsonl(\.gz)?$", re.IGNORECASE)
-UNREAD = re.compile(r"\.(parquet|arrow|jsonl?\.(?!gz$)\w+)$", re.IGNORECASE)  # data all the same
+SUFFIX = re.compile(r"\.(jsonl?(\.gz)?|parquet)$", re.IGNORECASE)
+LINES = re.compile(r"\.(jsonl(\.gz)?|parquet)$", re.IGNORECASE)
+UNREAD = re.compile(r"\.(arrow|jsonl?\.(?!gz$)\w+)$", re.IGNORECASE)  # data all the same
 SHARD = re.compile(r"\.(jsonl(\.\w+)?|parquet|arrow)$", re.IGNORECASE)  # makes a folder a set
 TAR = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)  # so do many of these
 BLANK = re.compile(r"[ \t\r\n]*")  # JSON's own
 
 GZIP = b"\x1f\x8b"
-PARQUET = (
-    "parquet is not read: write it as JSON lines, pictures as files (with pandas: "
-    "read_parquet(..).to_json(.., orient='records', lines=True)), or both into tar shards"
-)
 SETTINGS = 2**26  # ours: bytes; no settings are longer
 PACKED = "packed: samples are read from their places in a .tar, so unpack it (gunzip, unzstd)"
 UTF_16 = "UTF-16, not utf-8: save it as UTF-8"
 FOREIGN = {  # how files begin that hold no JSON in UTF-8
-    b"PAR1": PARQUET,
+    b"PAR1": "parquet: its name must end with .parquet",
     b"version https://git-lfs": "a pointer of Git LFS, not the data: run git lfs pull",
     b"\xff\xfe": UTF_16,
     b"\xfe\xff": UTF_16,
@@ -67,9 +65,9 @@ def data_name(path: Path) -> str:
 def data_files(folder: Path) -> dict[str, Path]:
     """{name: file, or folder of shards} of a folder's data sets, sorted; {} where there is none.
 
-    A folder NAME with .jsonl files or tar shards in it is one set NAME. A .json file that holds no
-    records (a config.json) is passed over, and that is said. ValueError for two sets of one name, a
-    form that is not read (parquet), a link to nothing.
+    A folder NAME with .jsonl files, parquet or tar shards in it is one set NAME. A .json file that
+    holds no records (a config.json) is passed over, and that is said. ValueError for two sets of
+    one name, a form that is not read (arrow), a link to nothing.
     """
     files = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -96,7 +94,7 @@ def shards_of(path: Path) -> list[Path]:
     shards = [file for file in files if _is_data(file)]
     tars = [file for file in files if TAR.search(file.name)]
     if shards and tars:
-        log.warning("%s: %d tars are passed over beside JSON lines", path, len(tars))
+        log.warning("%s: %d tars are passed over beside %s", path, len(tars), shards[0].name)
     for file in () if shards else tars:
         if not file.name.lower().endswith(".tar"):
             raise ValueError(f"{file}: {PACKED}")
@@ -115,8 +113,7 @@ def _is_sharded(folder: Path, changed: int) -> bool:
 def _is_data(path: Path) -> bool:
     """Whether a file holds records, by its name; .json may be anything, so by what is in it."""
     if UNREAD.search(path.name):
-        why = PARQUET if path.suffix.lower() == ".parquet" else "not read"
-        raise ValueError(f"{path}: {why}; .jsonl, .json, .jsonl.gz and .json.gz are")
+        raise ValueError(f"{path}: not read; .jsonl, .json, .jsonl.gz, .json.gz and .parquet are")
     if not SUFFIX.search(path.name):
         return False
     if not path.exists():
@@ -210,21 +207,26 @@ def _elements(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 class File:
     """One file of records: how its bytes are read, and where its records stand.
 
-    A .tar holds samples, see common/tars.py. Any other is an array where it begins with "[", else
-    each line is an object; what its name says does not matter. What gzip has packed is unpacked
-    into memory, if large into the cache. A line ends at b"\\n" alone, as JSON strings may hold
-    other line separators (U+2028).
+    A .tar holds samples, see common/tars.py, and a .parquet rows, see common/parquet.py. Any other
+    is an array where it begins with "[", else each line is an object; what its name says does not
+    matter. What gzip has packed is unpacked into memory, if large into the cache. A line ends at
+    b"\\n" alone, as JSON strings may hold other line separators (U+2028).
 
-    places: (n, 3) int64, offset, length and number from 1 of each record. Of a large file those of
-    all records, found once and kept; else whoever has read it sets them.
+    name: of a shard below the root of its media, where path is a link to it.
+    places: (n, 3) int64, offset, length (of a row its group, its place there) and number from 1 of
+    each record. Of a large file those of all records, found once and kept; else whoever has read it
+    sets them.
     """
 
-    def __init__(self, path: Path, large: bool = False):
+    def __init__(self, path: Path, large: bool = False, name: str = ""):
         self.path = path
+        self.name = name or path.name
         self._plain, self._unpacked = path, None
         self._is_tar = path.suffix.lower() == ".tar"
+        self._is_parquet = path.suffix.lower() == ".parquet"
+        self._is_shard = self._is_tar or self._is_parquet
         with open(path, "rb") as file:
-            packed = file.read(2) == GZIP and not self._is_tar
+            packed = file.read(2) == GZIP and not self._is_shard
         if packed and large:
             self._plain = made_once(path, "unpacked", self._unpack)
         elif packed:
@@ -259,21 +261,30 @@ class File:
         with self.open() as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         for begin, why in FOREIGN.items():
-            if start.startswith(begin):
+            if start.startswith(begin) and not (self._is_parquet and begin == b"PAR1"):
                 raise ValueError(f"{self.path}:1: {why}")
-        if b"\0" in start:
+        if b"\0" in start and not self._is_parquet:
             raise ValueError(f"{self.path}:1: NUL bytes, as of {UTF_16}")
         return start.startswith(b"[")
 
     def records(self) -> Iterator[tuple[tuple, Callable[[], dict]]]:
         """(place, what reads it) of all records. ValueError where an array or tar breaks."""
-        if self._is_tar:
-            for place in spans(self.path):
+        if self._is_shard:
+            for place in spans(self.path) if self._is_tar else self._rows():
                 yield place, partial(self._sample, *place)
             return
         with self.open() as file:
             for number, offset, data in self._array(file) if self._is_array else _lines(file):
                 yield (offset, len(data), number), partial(_parse, data)
+
+    def _rows(self):
+        try:
+            yield from row_places(self._part(), str(self.path))
+        except ValueError as e:
+            raise ValueError(f"{self.path}: {e}") from None
+
+    def _part(self):
+        return Part(os.open(self.path, os.O_RDONLY))
 
     def _array(self, file):
         data = file.read()
@@ -288,7 +299,7 @@ class File:
             raise ValueError(f"{self.path}: nested too deeply") from None
 
     def _write_places(self, target: Path):
-        if not self._is_array and not self._is_tar:
+        if not self._is_array and not self._is_shard:
             write_places(self._plain, target)
             return
         rows = array("q")
@@ -299,19 +310,23 @@ class File:
     def read(self, i: int) -> dict:
         """Record i, as it is written. ValueError where it is not readable."""
         offset, length, number = self.places[i].tolist()
-        if self._is_tar:
+        if self._is_shard:
             return self._sample(offset, length, number)
         with self.open() as file:
             file.seek(offset)
             return _parse(file.read(length))
 
     def _sample(self, *place) -> dict:
-        data, media = read_sample(self.path, *place)
+        if self._is_parquet:
+            return read_row(self._part(), self.name, *place[:2])
+        data, media = read_sample(self.path, self.name, *place)
         return with_places(_parse(data), media)
 
     def place(self, number: int) -> str:
         if self._is_tar:
             return f"{self.path}: sample {abs(number)}"
+        if self._is_parquet:
+            return f"{self.path}: row {number}"
         return f"{self.path}: record {number}" if self._is_array else f"{self.path}:{number}"
 
     def where(self, i: int) -> str:
@@ -350,7 +365,7 @@ class Lines(Sequence):
         self._check = check if self.large else None  # of what is asked for
         self._files = []
         for shard in shards:
-            file = File(shard, self.large)
+            file = File(shard, self.large, "" if real.is_dir() else real.name)
             if not self.large:
                 file.places = self._read_all(file, check)
             self._files.append(file)

@@ -18,10 +18,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.parquet import bytes_of
+
 PICTURES = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO"]
 PIXEL_LIMIT = 2**26  # ours: pixels of a picture or frame, 8192x8192; as RGB they take 201 MB
 MAX_PATH = 4096  # characters; Linux opens no longer path
-MEMBER = re.compile(r"(.+\.tar)@(\d{1,18})\+(\d{1,18})/[^/]*\w[^/]*", re.DOTALL | re.IGNORECASE)
+PLACE = r"(.+\.(tar|parquet))@(\d{1,18})\+(\d{1,18})/([^/]*\w[^/]*)"
+MEMBER = re.compile(PLACE, re.DOTALL | re.IGNORECASE)
 
 
 # Errors
@@ -88,6 +91,7 @@ def open_media(path: str | Path, root: str | Path | None, allow_outside: bool = 
     """Open a data set's file, or a data URL, or "shard.tar@OFFSET+SIZE/name", to read bytes.
 
     The last is a member of a tar, see common/tars.py: so many bytes from there, whatever the name.
+    In "shard.parquet@GROUP+ROW/K-name" it is bytes of a row, see common/parquet.py.
     MediaError for other URLs, for anything whose real place (links followed) is not below root,
     unless allow_outside, and for whatever is not a regular file.
     """
@@ -110,7 +114,9 @@ def open_media(path: str | Path, root: str | Path | None, allow_outside: bool = 
     info = os.fstat(fd)
     regular = stat.S_ISREG(info.st_mode)
     if regular and member:
-        begin, size = int(member[2]), int(member[3])
+        begin, size = int(member[3]), int(member[4])
+        if member[2].lower() == "parquet":
+            return io.BytesIO(_bytes_of_row(fd, name, begin, size, member[5]))
         if 0 < size <= info.st_size - begin:
             return io.BufferedReader(Part(fd, begin, size))
         os.close(fd)
@@ -125,9 +131,13 @@ def open_media(path: str | Path, root: str | Path | None, allow_outside: bool = 
 
 
 class Part(io.RawIOBase):
-    """Bytes of an open file as a file of their own, which ends where they do. Closes it."""
+    """Bytes of an open file as a file of their own, which ends where they do. Closes it.
 
-    def __init__(self, fd: int, begin: int, size: int):
+    size None: all there are. Processes that share it share no position.
+    """
+
+    def __init__(self, fd: int, begin: int = 0, size: int | None = None):
+        size = os.fstat(fd).st_size if size is None else size
         self.fd, self.begin, self.size, self.at = fd, begin, size, 0
 
     def readable(self):
@@ -154,6 +164,14 @@ class Part(io.RawIOBase):
         if not self.closed:
             os.close(self.fd)
         super().close()
+
+
+def _bytes_of_row(fd, name, group, row, member):
+    with reading(name):
+        data = bytes_of(Part(fd), group, row, int(member.partition("-")[0]))
+    if not data:
+        raise MediaError(name, "empty")
+    return data
 
 
 def _open_inside(name, base, allow_outside):

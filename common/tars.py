@@ -83,8 +83,13 @@ def split(name: str) -> tuple[str, str]:
     return found.groups() if found else (name, "")
 
 
-def read_sample(path: Path, offset: int, length: int, number: int) -> tuple[bytes, dict]:
-    """A sample's JSON, and {file name: place} of its media. ValueError saying what is wrong."""
+def read_sample(
+    path: Path, shard: str, offset: int, length: int, number: int
+) -> tuple[bytes, dict]:
+    """A sample's JSON, and {file name: place} of its media. ValueError saying what is wrong.
+
+    shard: the tar's name in these places.
+    """
     record, media = None, {}
     with io.BufferedReader(Part(os.open(path, os.O_RDONLY), offset, length)) as part:
         found = [member for member, _ in members(part, whole=False)]
@@ -104,7 +109,7 @@ def read_sample(path: Path, offset: int, length: int, number: int) -> tuple[byte
             elif PICTURE.fullmatch(kind) or CLIP.fullmatch(kind):
                 base = name.rpartition("/")[2]
                 begin = offset + member.offset_data
-                media[base] = f"{path.name}@{begin}+{member.size}/{base}"
+                media[base] = f"{shard}@{begin}+{member.size}/{base}"
             else:
                 raise ValueError(f"{name} is neither JSON nor a picture or clip: nothing reads it")
     if record is None:

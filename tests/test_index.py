@@ -121,7 +121,7 @@ def test_a_bad_line_of_a_large_file_is_said_when_it_is_asked_for(tmp_path):
 @pytest.mark.parametrize("data, why", [
     (b"\n \n", "a.jsonl: no lines"),
     (b"", "a.jsonl: no lines"),
-    (b"PAR1", "a.jsonl:1: parquet is not read"),
+    (b"PAR1", "a.jsonl:1: parquet: its name must end"),
     (gzip.compress(plain(RECORDS), mtime=0)[:-30], "a.jsonl: gzip cannot unpack it"),
     (b'[{"n": 1},\n{"n"', "a.jsonl:2: .*the array breaks here"),
 ])

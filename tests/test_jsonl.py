@@ -191,7 +191,7 @@ def test_records_of_an_array_can_be_bad_by_themselves(tmp_path):
     (array_of(RECORDS).decode().encode("utf-16-le"), ":1: NUL bytes"),
     (array_of(RECORDS).decode().encode("utf-16-be"), ":1: NUL bytes"),
     ('{"n": "\u989c"}\n'.encode("gbk"), ":1: no utf-8 text at byte 8"),
-    (b"PAR1\x15\x04", ":1: parquet is not read: write it as JSON lines"),
+    (b"PAR1\x15\x04", ":1: parquet: its name must end with .parquet"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ":1: a pointer of Git LFS"),
     (zipped(b'{"n": 1}\n' * 99)[:-20], ": gzip cannot unpack it"),
     (zipped('{"n": 1}'.encode("utf-16")), ":1: UTF-16"),
@@ -236,7 +236,8 @@ def test_the_files_of_a_folder_have_names(tmp_path):
 
 @pytest.mark.parametrize("names, why", [
     (["a.jsonl", "a.json.gz"], "a.json.gz have one name|a.jsonl and a.json.gz have one name"),
-    (["a.jsonl", "b.parquet"], r"b\.parquet: parquet is not read: write it as JSON lines"),
+    (["a.jsonl", "a.parquet"], "a.parquet and a.jsonl have one name|a.jsonl and a.parquet have"),
+    (["a.jsonl", "b.arrow"], r"b\.arrow: not read; \.jsonl, .* and \.parquet are"),
     (["a.jsonl.zst"], r"a\.jsonl\.zst: not read; \.jsonl, \.json"),
 ])
 def test_a_folder_with_a_file_that_is_not_read(tmp_path, names, why):
@@ -277,7 +278,7 @@ def test_a_folder_of_shards_is_one_set(tmp_path):
 
 
 @pytest.mark.parametrize("names, why", [
-    (["0.parquet", "1.parquet"], "0.parquet: parquet is not read"),
+    (["0.arrow", "1.arrow"], "0.arrow: not read"),
     (["0.jsonl", "1.jsonl.zst"], "1.jsonl.zst: not read"),
     (["0.tar.gz", "1.tar.gz"], "0.tar.gz: packed: samples are read from their places in a .tar"),
 ])

@@ -987,7 +987,10 @@ def test_files_of_all_kinds_are_known_by_their_names(tmp_path):
     with pytest.raises(SystemExit, match="caption.jsonl and caption.json have one name"):
         pretrain.mixture(tmp_path, "2", "8b")
     (train / "caption.jsonl").rename(train / "caption.parquet")
-    with pytest.raises(SystemExit, match="caption.parquet: parquet is not read"):
+    with pytest.raises(SystemExit, match="caption.parquet and caption.json have one name"):
+        pretrain.mixture(tmp_path, "2", "8b")
+    (train / "caption.parquet").rename(train / "caption.arrow")
+    with pytest.raises(SystemExit, match="caption.arrow: not read"):
         pretrain.mixture(tmp_path, "2", "8b")
 
 

@@ -141,9 +141,9 @@ def test_the_command(folder):
     write(folder / "heldout" / "colour.jsonl", [shown("a.png")])
     ill = run("--check", folder, "--size", "tiny")
     assert ill.returncode == 1 and 'meta with "answer"' in ill.stdout and not ill.stderr
-    (folder / "train" / "caption.parquet").write_bytes(b"PAR1")
+    (folder / "train" / "caption.arrow").write_bytes(b"ARROW1")
     for flags, why in (
-        (["--check", folder], "caption.parquet: parquet is not read"),
+        (["--check", folder], "caption.arrow: not read"),
         (["--check", folder / "none"], "none: no .jsonl or .json file"),
         (["--check", folder, "--size", "8b"], "--size 8b needs a vocabulary"),
         (["--check", folder, "--init", folder], str(folder)),

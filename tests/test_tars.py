@@ -308,5 +308,5 @@ def test_which_folders_are_sets(tmp_path, caplog):
     (mixed / "a.jsonl").write_text("{}")
     assert set(data_files(tmp_path)) == {"web", "mixed"}
     assert shards_of(mixed) == [mixed / "a.jsonl"]
-    assert "1 tars are passed over beside JSON lines" in caplog.text
+    assert "1 tars are passed over beside a.jsonl" in caplog.text
     assert len(Lines(tmp_path / "lone.tar")) == 1
