@@ -441,11 +441,6 @@ class KeyeVL(nn.Module):
             return [self.projector]
         return [self.projector, self.decoder.embed_tokens, self.lm_head]
 
-    def compile_blocks(self):
-        """torch.compile for each block by itself: all blocks of a kind share one compilation."""
-        for block in [*self.vit.layers, *self.decoder.layers]:
-            block.compile(dynamic=True)
-
     def init_weights(self) -> "KeyeVL":
         """Fresh weights, from torch's generator.
 
@@ -609,6 +604,13 @@ class KeyeVL(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         save_weights(self.state_dict(), self.config.to_json(), folder)
+
+
+def compile_blocks(*stacks: nn.Module):
+    """torch.compile for each block by itself: all blocks of a kind share one compilation."""
+    for stack in stacks:
+        for block in stack.layers:
+            block.compile(dynamic=True)
 
 
 def rest_of(model: KeyeVL) -> list[nn.Module]:

@@ -45,14 +45,14 @@ from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.packing import join, packing
 from common.parallel import assign, pass_around, ring_pass, shard
 from common.processes import Peers, join_processes
-from common.questions import check_heldout, files_or_exit
+from common.questions import check_heldout, files_or_exit, say_files
 from common.run import (
-    MADE_HERE,
     Run,
     arguments,
     data_folder,
     pick_device,
     plan_of,
+    released,
     start,
 )
 from common.sources import renewed
@@ -74,6 +74,7 @@ from model import (
     SCALE,
     Config,
     KeyeVL,
+    compile_blocks,
     init_weights,
     sample_flops,
     rest_of,
@@ -378,8 +379,7 @@ def contrastive(
     at_once = packs_at_once(run, cfg, ("vit",))
     keep = fit(run, model, ("vit",), tokens * at_once)
     if keep.get("compiled"):
-        for block in tower.layers:
-            block.compile(dynamic=True)
+        compile_blocks(tower)
     siglip.to(next(model.vit.parameters()).dtype)  # all of it as its ViT is held
     shard(siglip, run)
     for part in rest_of(model):
@@ -563,7 +563,7 @@ def first_processor(args) -> Processor:
     if args.init:
         return Processor.from_pretrained(args.init)
     vocab = args.vocab
-    if vocab is None and args.size in MADE_HERE:
+    if vocab is None and not released(args.size):
         vocab = Path(__file__).parent / "toyworld" / "vocab.json"
     if vocab is None:
         vocab = vocab_file(args.init_llm) if args.init_llm else QWEN_VOCAB
@@ -597,8 +597,8 @@ def train_stage(run: Run, name: str, before: Path | None, processor: Processor, 
     stage = name.split("-")[0]
     folder = data_folder(run.args)
     steps = run.args.steps or plan["steps"][stage]
-    released = [path for path in (run.args.init_llm, run.args.init_vit) if path]
-    run.say(f"starting from {before or ', '.join(['fresh weights', *released])}")
+    given = [path for path in (run.args.init_llm, run.args.init_vit) if path]
+    run.say(f"starting from {before or ', '.join(['fresh weights', *given])}")
     if stage == "0":
         contrastive(run, before, processor, folder, steps, plan)
     else:
@@ -632,7 +632,7 @@ def draw_world(args, folder: Path):
 
 def say_what_is_missing(run: Run, args, before: Path | None):
     """One line for each thing that released sizes are meant to start from, and were not given."""
-    if args.size in MADE_HERE or before:
+    if before or not released(args.size):
         return
     if not args.init_llm:
         run.say("no --init-llm: the decoder starts from fresh weights, not from Qwen3's")
@@ -680,9 +680,11 @@ def main(args):
         facts = {"init": before, "llm": args.init_llm, "vit": args.init_vit}
         facts["weights"] = before and fingerprint(before)
         run.made_from(**facts)
-        if renewed(run, [path for path, _ in mixture(folder, name, args.size)], {}):
+        files = [path for path, _ in mixture(folder, name, args.size)]
+        if renewed(run, files, {}):
             run.made_from(**facts)
         if not run.trained():
+            say_files(run, folder, files)
             train_stage(run, name, before, processor, plan)
             run.mark_trained()
             trained_now.append(run.folder / "model")
@@ -701,7 +703,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__, eval_limit=100)
+    parser = arguments(__doc__, eval_limit=100, asks=False)
     parser.add_argument("--stage", help="which stages, e.g. 2 or 0,1 (default: all)")
     parser.add_argument("--init-llm", metavar="FOLDER", help="Qwen3 folder for the decoder")
     parser.add_argument("--init-vit", metavar="FOLDER", help="SigLIP folder for the ViT")

@@ -32,9 +32,9 @@ from common.media import MediaError
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.packing import join, packing
 from common.parallel import shard
-from common.questions import Question, check_heldout, files_or_exit, read_or_exit
+from common.questions import Question, check_heldout, files_or_exit, read_or_exit, say_files
 from common.rollout import Prompt, Rollout, sample_groups, use_sandbox
-from common.run import MADE_HERE, Run, arguments, data_folder, plan_of, previous_model, start
+from common.run import Run, arguments, data_folder, plan_of, previous_model, released, start
 from common.sources import note_media, renewed
 from common.verifiers import verify
 from data import Processor
@@ -218,8 +218,10 @@ def start_from(args, stage: str, init: Path, files=(), numbers=None, last="", **
     run = start(args, stage)
     facts |= {"init": init, "weights": fingerprint(init), "sandbox": args.sandbox}
     run.made_from(**facts)
-    if files and renewed(run, files, numbers or {}, last):
-        run.made_from(**facts)
+    if files:
+        say_files(run, data_folder(args), files)
+        if renewed(run, files, numbers or {}, last):
+            run.made_from(**facts)
     return run
 
 
@@ -245,7 +247,7 @@ def trainable(
 def frozen(run: Run, folder: Path) -> KeyeVL:
     """The model in `folder`, to be asked only; sharded as one that is trained."""
     model = KeyeVL.shapes(folder).requires_grad_(False)
-    if run.args.size not in MADE_HERE:
+    if released(run.args.size):
         model.to(run.dtype)  # released weights are in bf16, as they are computed with
     return shard(model, run).load(folder)
 
@@ -283,7 +285,8 @@ def finetune(run: Run, init: Path, mix: list[tuple[Path, float]], lr: float, ste
         opt.zero_grad(set_to_none=True)
         run.log(
             step, steps, loss=loss, norm=norm, lr=now, targets=targets,
-            skipped=run.sum(sum(info["skipped"].values())), **step_work(model.config, batches),
+            skipped=run.sum(sum(info["skipped"].values())), **info["shares"],
+            **step_work(model.config, batches),
         )
         save_if_due(run, step + 1, steps, model, opt, info["state"])
     say_failures(run, loader.failures, run.sum(loader.tried), "samples")

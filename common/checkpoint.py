@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from common.jsonl import replacing
 from common.parallel import whole
 from common.processes import Peers, groups
-from common.run import MADE_HERE, Run, seed_everything
+from common.run import Run, released, seed_everything
 from common.weights import plan_files, write_file, write_index
 
 KEEP = 2  # checkpoints kept: the newest, and one to fall back on
@@ -153,7 +153,7 @@ def save_if_due(run: Run, step: int, steps: int, model, opt, loader_state=None, 
     """
     end = step >= steps
     due = run.late or step % run.args.save_every == 0
-    if end and run.args.size not in MADE_HERE:
+    if end and released(run.args.size):
         due = run.args.keep_checkpoint
     elif end:
         due = True
@@ -396,7 +396,7 @@ def export(run: Run, model, processor):
 
     At released sizes in bf16, as Keye's own are. Files of weights are shared out over the ranks.
     """
-    dtype = None if run.args.size in MADE_HERE else torch.bfloat16
+    dtype = torch.bfloat16 if released(run.args.size) else None
     folder = run.folder / "model"
     tmp = folder.with_name("model.tmp")
     doing = f"cannot export to {folder}"

@@ -13,8 +13,8 @@ from torch.utils._triton import has_triton
 
 from common.memory import BEST, choose, job_of, plan_of, table
 from common.packing import packing
-from common.run import MADE_HERE, Run
-from model import Config
+from common.run import Run, released
+from model import Config, compile_blocks
 
 EVERYTHING = ("vit", "projector", "decoder")  # that can learn
 
@@ -29,9 +29,9 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
     """
     compiled = wants_compile(run)
     if compiled:
-        model.compile_blocks()
+        compile_blocks(model.vit, model.decoder)
     if run.device.type != "cuda":
-        if run.args.size not in MADE_HERE:
+        if released(run.args.size):
             model.decoder.recompute = model.config.num_hidden_layers
             model.vit.recompute = model.config.vision.num_hidden_layers
         return {}
@@ -51,7 +51,7 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
     model.vit.recompute = plan.recompute_vit
     if plan.recipe == "bf16":
         model.to(torch.bfloat16)
-    elif run.args.size not in MADE_HERE and run.dtype == torch.bfloat16:
+    elif released(run.args.size) and run.dtype == torch.bfloat16:
         # Frozen parts lose nothing: released weights are in bf16, as they are computed with.
         for name, part in model.named_children():
             if name not in learns and not (name == "lm_head" and "decoder" in learns):

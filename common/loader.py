@@ -151,7 +151,8 @@ def in_workers(dataset, workers: int, **options):
             dataset,
             batch_size=None,
             num_workers=workers,
-            # fork: they start at once. This process decodes nothing that could hold locks.
+            # fork: they start at once. The thread that forks is the only one that opens or decodes
+            # media in this process, so that no decoder's lock is held meanwhile.
             multiprocessing_context="fork" if sys.platform == "linux" else None,
             collate_fn=unchanged,
             worker_init_fn=end_with_the_trainer,

@@ -158,6 +158,15 @@ def files_or_exit(folder: Path) -> dict[str, Path]:
         return data_files(folder)
 
 
+def say_files(run, folder: Path, read: list[Path]):
+    """A line: which files of folder/train a phase reads, by their names, and which it leaves."""
+    files = files_or_exit(folder / "train")
+    names = [name for name, path in files.items() if path in read]
+    rest = ", ".join(name for name in files if name not in names)
+    run.say(f"{run.stage} reads {', '.join(names) or 'nothing'} of {folder / 'train'}"
+            + f"; it leaves {rest}" * bool(rest))
+
+
 def read_or_exit(path: Path, limit_per_task: int | None = None) -> list[Question]:
     with or_exit():
         return read_questions(path, limit_per_task)

@@ -160,12 +160,22 @@ def read_answers(path, notes):
 # numbers
 
 
-def mixed(result: dict) -> tuple[float, float]:
-    """Mean accuracy of the categories but APART, and half its 95 % interval; both in %."""
+def mixed(result: dict) -> tuple[float, float] | None:
+    """Mean accuracy of the categories but APART, and half its 95 % interval; both in %.
+
+    None where there is no other category.
+    """
     known = [c for name, c in result["categories"].items() if name not in APART]
+    if not known:
+        return None
     half = math.sqrt(sum((c["high"] - c["low"]) ** 2 for c in known)) / 2
-    n = len(known) or 1
-    return 100 * sum(c["accuracy"] for c in known) / n, 100 * half / n
+    return 100 * sum(c["accuracy"] for c in known) / len(known), 100 * half / len(known)
+
+
+def best(scores: dict) -> tuple[float, str] | None:
+    """(mixed accuracy in %, mode) of a phase's best mode."""
+    means = {mode: mixed(result) for mode, result in scores.items()}
+    return max(((mean[0], mode) for mode, mean in means.items() if mean), default=None)
 
 
 def modes_of(found):
@@ -253,8 +263,8 @@ def board_charts(found, moved=None):
     ticks = [PHASES[phase][0] for phase in found.scores]
 
     def mean(result):
-        middle, half = mixed(result)
-        return middle, middle - half, middle + half
+        found = mixed(result)
+        return found and (found[0], found[0] - found[1], found[0] + found[1])
 
     def of(category):
         def numbers(result):
@@ -266,7 +276,7 @@ def board_charts(found, moved=None):
     if not found.scores:
         return []
     means = by_phase(found, mean)
-    ys = [y for line in means.values() for point in line for y in point[1:]]
+    ys = [y for line in means.values() for point in line for y in point[1:]] or [0, 100]
     limits = 10 * math.floor(min(ys) / 10), 10 * math.ceil(max(ys) / 10)
     categories = {name: by_phase(found, of(name)) for name in category_names(found)}
     shown = sorted(categories, key=lambda name: -spread(categories[name]))[:moved]
@@ -378,9 +388,9 @@ def legend(found):
 
 def top(found):
     parts = []
-    if found.scores:
-        ends = [(phase, *max((mixed(r)[0], m) for m, r in found.scores[phase].items()))
-                for phase in (list(found.scores)[0], list(found.scores)[-1])]
+    means = [(phase, *best(scores)) for phase, scores in found.scores.items() if best(scores)]
+    if means:
+        ends = (means[0], means[-1])
         said = " to ".join(f"{mean:.1f} % ({phase}, {mode})" for phase, mean, mode in ends)
         parts.append(f"<p>Right on held-out questions, best mode, mean of categories: {said}.</p>")
     if found.notes:
@@ -414,8 +424,10 @@ def change_table(found):
             sure = [n for n, (d, half) in by_category.items() if abs(d) > half]
             sure.sort(key=lambda name: -abs(by_category[name][0]))
             most = ", ".join(f"{escape(n)} {moved(*by_category[n])}" for n in sure)
+            alone = mixed(scores[mode])
             rows.append([
-                mode, old or "the first", moved(*mean) if mean else f"{mixed(scores[mode])[0]:.1f}",
+                mode, old or "the first",
+                moved(*mean) if mean else f"{alone[0]:.1f}" if alone else "",
                 f"<td class=words>{most or ('none for sure' if old else '')}</td>",
             ])
     sure = "<span class=words>categories that moved by more than their interval</span>"
@@ -451,10 +463,10 @@ def score_table(found):
                 name: share(c, beside_chance(c) if name in APART else "")
                 for name, c in categories.items()
             }
-            middle, half = mixed(scores[mode])
+            mean = mixed(scores[mode])
             rows.append([
                 f"<b>{phase}</b> {mode}", *(cells.get(name, "") for name in common),
-                f"<b>{middle:.1f}</b> <small>± {half:.1f}</small>",
+                "<b>{:.1f}</b> <small>± {:.1f}</small>".format(*mean) if mean else "",
                 *(cells.get(name, "") for name in apart),
             ])
     head = ["phase and mode", *map(escape, common), "mixed", *apart]

@@ -47,6 +47,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MADE_HERE = ["toy", "tiny", "small"]  # sizes without released weights
 SIZES = [*MADE_HERE, "0.6b", "1.7b", "4b", "8b"]
 
+
+def released(size: str) -> bool:
+    """Whether weights of this size are released: then they are held in bf16, and blocks run again.
+
+    And its runs are dear: what cost weeks is not thrown away, and not saved twice.
+    """
+    return size not in MADE_HERE
+
+
 # Dense bf16 peaks of the data sheets, FLOP/s; the first name contained in the device's name counts.
 PEAKS = {
     "B200": 2250e12,
@@ -83,8 +92,11 @@ def at_least(low: int):
     return number
 
 
-def arguments(doc: str, eval_limit: int = 40) -> argparse.ArgumentParser:
-    """A parser with the flags that every training script has."""
+def arguments(doc: str, eval_limit: int = 40, asks: bool = True) -> argparse.ArgumentParser:
+    """A parser with the flags that every training script has.
+
+    asks: the script asks a model in modes with tools, so there is --sandbox too.
+    """
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     add = parser.add_argument
     add("--size", default="toy", choices=SIZES, help="the one dial: every default follows from it")
@@ -111,7 +123,7 @@ def arguments(doc: str, eval_limit: int = 40) -> argparse.ArgumentParser:
     add("--gpu-memory", type=at_least(1), metavar="GB", help="as if each card had no more")
     add("--workers", type=at_least(0), help="loading processes (default: 1, on a GPU up to 8)")
     add("--threads", type=at_least(1), help="CPU threads (default: OMP_NUM_THREADS or cores)")
-    return add_sandbox_argument(parser)
+    return add_sandbox_argument(parser) if asks else parser
 
 
 def add_sandbox_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

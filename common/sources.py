@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.checkpoint import checkpoints, pieces, sha256
 from common.jsonl import replacing, shards_of
-from common.run import MADE_HERE, Run
+from common.run import Run, released
 
 # ours, in ns: a file that has changed so lately may change again within one tick of its clock
 SETTLED = 2 * 10**9
@@ -43,7 +43,7 @@ def renewed(run: Run, files: list[Path], numbers: dict, last: str = "") -> bool:
         return False
     if run.args.resume:
         raise SystemExit(f"--resume: {what}; without --resume it starts over")
-    if run.args.size not in MADE_HERE and run.gather_objects(checkpoints(run))[0]:
+    if released(run.args.size) and run.gather_objects(checkpoints(run))[0]:
         raise SystemExit(f"{what}, and it has checkpoints: undo that, or start over with --fresh")
     run.say(f"{what}: it starts over")
     run.attempt(f"cannot clean {run.folder}", run.forget)

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from common.optim import clip_gradients, make_optimizer
-from model import PRESETS, Config, KeyeVL, training_flops
+from model import PRESETS, Config, KeyeVL, compile_blocks, training_flops
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -38,7 +38,7 @@ def ours(cfg: Config, ids: torch.Tensor, weights, moments, compiled: bool):
     """A step of our decoder. ids (T,): one document."""
     model = KeyeVL.empty(cfg, weights, "cuda").init_weights()
     if compiled:
-        model.compile_blocks()
+        compile_blocks(model.vit, model.decoder)
     opt = make_optimizer(model, {"decoder": 1e-5}, moments=moments, compiled=compiled)
     tokens = len(ids)
     batch = {
