@@ -296,7 +296,8 @@ class Loop:
             self.events.append("draw")
             skipped = {"missing": 1, "too_long": 2}
             state = {"place": place}
-            yield self.BATCHES, {"skipped": skipped, "state": state, "shares": {}}
+            shares = {"share_of_tokens/vqa": 0.25}
+            yield self.BATCHES, {"skipped": skipped, "state": state, "shares": shares}
 
     def prepare(self):
         """The next step may be loaded early: nothing changes by it."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from common import fit as fit_module
-from common.fit import fit
-from common.memory import FRAGMENTS, GIB, RECIPES, Job, choose, plan_of
-from model import PRESETS, KeyeVL
+from common.fit import fit, packs_at_once
+from common.memory import BEST, FRAGMENTS, GIB, RECIPES, Job, choose, job_of, plan_of
+from model import PRESETS, SCALE, KeyeVL
 from phases import FakeRun
 
 EVERYTHING = ("vit", "projector", "decoder")
@@ -252,6 +252,59 @@ def test_what_does_not_fit_is_refused_with_its_arithmetic(tmp_path, monkeypatch,
     [said] = run.said
     assert " NO" in said and "weights, trained" in said
     assert {p.dtype for p in model.parameters()} == {FP32}, "nothing was changed"
+
+
+# ----------------------------------------------------------------------------------------------
+# packs at once
+
+
+@pytest.mark.parametrize("size, world, learns", [
+    ("small", 1, EVERYTHING), ("small", 2, ("vit",)), ("0.6b", 8, ("decoder",)),
+    ("4b", 16, ("projector",)), ("8b", 8, EVERYTHING),
+])
+def test_joined_packs_never_need_more_than_the_card_has(
+    tmp_path, monkeypatch, size, world, learns
+):
+    """And the next larger number of packs would: with no block run again, in the best recipe."""
+    cfg = PRESETS[size]
+    mine = SCALE[size].packs // world
+    counts = []
+    for total in (2, 24, 80, 141, 10_000):
+        Cards(monkeypatch, total, held=1)
+        run = run_on(tmp_path, size, world=world, packs=None)
+        n = packs_at_once(run, cfg, learns)
+        assert mine % n == 0
+
+        def fits(packs, total=total):
+            job = job_of(cfg, learns, packs * SCALE[size].pack, world, compiled=False)
+            return plan_of(job, BEST, (0, 0), (total - 1) * GIB).fits
+
+        larger = [k for k in range(n + 1, mine + 1) if mine % k == 0]
+        assert n == 1 or fits(n)
+        assert not any(map(fits, larger))
+        if n > 1:  # what is then planned for so many tokens runs nothing again, and fits
+            tokens, room = n * SCALE[size].pack, (total - 1) * GIB
+            plan = choose(cfg, learns, tokens, world, room, compiled=False)
+            assert plan.fits and (plan.recompute_decoder, plan.recompute_vit) == (0, 0)
+        counts.append(n)
+    assert counts == sorted(counts) and counts[0] == 1
+    assert counts[-1] == mine, "enough memory takes all of them"
+
+
+@pytest.mark.parametrize("size, flags", [
+    ("small", {"packs": None}), ("8b", {"packs": None}), ("toy", {"packs": 12}),
+])
+def test_on_a_cpu_packs_go_one_by_one(tmp_path, size, flags):
+    run = run_on(tmp_path, size, device="cpu", **flags)
+    assert packs_at_once(run, PRESETS[size], EVERYTHING) == 1
+
+
+def test_the_card_with_least_room_decides_how_many_packs(tmp_path, monkeypatch):
+    Cards(monkeypatch, 80)
+    run = run_on(tmp_path, "small", packs=None)
+    alone = packs_at_once(run, PRESETS["small"], EVERYTHING)
+    run.gather = lambda values: [values, [4 * GIB]]
+    assert alone == 4 and packs_at_once(run, PRESETS["small"], EVERYTHING) == 1
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """common/packing.py: samples into packs, and sums over the samples of one."""
 
+import pytest
 import torch
+from conftest import make_batch
 
 from common.packing import (
     even_packs,
@@ -55,6 +57,34 @@ def test_on_one_rank_there_is_nothing_to_fill_up(tmp_path):
     run, _, _ = begin(tmp_path)
     samples = samples_of(4, 7)
     assert lengths_of(even_packs(run, samples, 10, blank={"tokens": [0]})) == [[4], [7]]
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 6])
+def test_joined_packs_teach_what_packs_one_by_one_do(model, at_once):
+    """In fp32: the loss of the step, and the gradient of every parameter."""
+    packs = []
+    for k in range(6):
+        samples = [[9 + k, (1, 4, 6), 5], [20 - k], [(2, 4, 4), 7 + k]][: 1 + k % 3]
+        packs.append(make_batch(model.config, samples, seed=k))
+    packs[4]["labels"][:] = -100  # a pack in which nothing is to be learnt
+    targets = sum(int((pack["labels"] != -100).sum()) for pack in packs)
+
+    def step(batches):
+        model.zero_grad()
+        loss = 0
+        for batch in batches:
+            loss_sum, _ = model.loss(batch)
+            (loss_sum / targets).backward()
+            loss += loss_sum.item() / targets
+        return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    loss, grads = step(packs)
+    joined, theirs = step(join(packs, at_once))
+    model.zero_grad(set_to_none=True)
+    assert joined == pytest.approx(loss, abs=1e-6)
+    assert grads.keys() == theirs.keys() and len(grads) > 50
+    for name, grad in grads.items():
+        torch.testing.assert_close(theirs[name], grad, atol=1e-6, rtol=1e-6, msg=name)
 
 
 def test_joined_packs_hold_the_same_samples(processor):

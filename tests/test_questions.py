@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ from common.questions import check_heldout
 from common.questions import draw_prompts
 from common.questions import question_pool
 from common.questions import read_questions
+from common.questions import say_files
 
 
 def record(text="What is 1 + 1?", answer="2", verifier="number", **meta):
@@ -32,6 +34,22 @@ def write(path, records):
 
 
 # -- reading
+
+
+def test_a_phase_says_which_files_it_reads_and_which_it_leaves(tmp_path):
+    for name in ("instruct", "vqa", "mine"):
+        write(tmp_path / "train" / f"{name}.jsonl", [record()])
+    said = []
+    run = SimpleNamespace(stage="sft", say=said.append)
+    files = [tmp_path / "train" / f"{name}.jsonl" for name in ("vqa", "instruct", "mine")]
+    for read in (files[:2], files, []):
+        say_files(run, tmp_path, read)
+    where = tmp_path / "train"
+    assert said == [
+        f"sft reads instruct, vqa of {where}; it leaves mine",
+        f"sft reads instruct, mine, vqa of {where}",
+        f"sft reads nothing of {where}; it leaves instruct, mine, vqa",
+    ]
 
 
 def test_a_question_knows_its_place_and_its_task(tmp_path):

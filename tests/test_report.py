@@ -302,6 +302,22 @@ def test_categories_apart_are_in_no_mean(world, tmp_path):
     assert "chance 25.0" in page_of(tmp_path).text
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_where_all_categories_are_apart_there_is_no_mean(world, tmp_path, before):
+    """None, as in score.json; and a page all the same, with no 0.0 that nobody scored."""
+    if before:
+        lay(tmp_path, "sft", plain=answers_of(world, [True] * 6 + [False] * 2))
+    found = answers_of(world, [True] * 4 + [False] * 4)
+    for answer in found:
+        answer.question.meta["category"] = "discover"
+    results = lay(tmp_path, "grpo", think=found)
+    assert results["think"]["mixed"] is None and report.mixed(results["think"]) is None
+    text = page_of(tmp_path).text
+    assert "0.0 ± 0.0" not in text and "chance 25.0" in text
+    assert ("mean of categories: 75.0 % (sft, plain) to 75.0 % (sft, plain)" in text) == before
+    assert ("mean of categories" in text) == before
+
+
 def test_a_change_counts_the_answers_that_differ(world, tmp_path):
     first = [True, False, False, False, True, True, False, False]
     second = [True, True, True, False, True, True, False, False]

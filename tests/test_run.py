@@ -15,12 +15,14 @@ import torch
 from common import checkpoint
 from common import run as run_module
 from common.run import (
+    SIZES,
     add_judge_arguments,
     arguments,
     data_folder,
     datasheet_peak,
     plan_of,
     previous_model,
+    released,
     seed_everything,
     share_cores,
     start,
@@ -92,6 +94,18 @@ def test_every_size_has_a_scale():
     from model import SCALE
 
     assert set(run_module.SIZES) == set(SCALE)
+
+
+def test_a_script_that_asks_no_model_with_tools_has_no_sandbox(capsys):
+    assert parse("--sandbox", "python").sandbox == "python"
+    with pytest.raises(SystemExit):
+        arguments("A script.", asks=False).parse_args(["--sandbox", "python"])
+    assert "unrecognized arguments: --sandbox python" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_weights_are_released_of_the_sizes_of_qwen(size):
+    assert released(size) == (size not in ("toy", "tiny", "small"))
 
 
 def test_judges_may_be_several():

@@ -323,6 +323,7 @@ def test_a_step_adds_up_its_micro_batches_before_the_weights_move(tmp_path, monk
     loop = finetune(monkeypatch, tmp_path, steps=2, world=2)
     loop.check_order(steps=2)
     loop.check_numbers()
+    assert [record["share_of_tokens/vqa"] for record in loop.run.logged] == [0.25, 0.25]
 
 
 def test_the_rate_rises_stays_and_falls_in_the_last_part(tmp_path, monkeypatch):
