@@ -74,6 +74,7 @@ STEPS_BEFORE_GRAPH = 8
 # a CPU 1. A look costs a small model a step; a row that ends before the next one has taken some
 # steps for nothing.
 STRIDE = 8
+PART = 512  # ours: of a vocabulary, in which a drawn token is looked for
 
 
 def max_answer(cfg: Config) -> int:
@@ -126,19 +127,43 @@ def drawn(logits: Tensor, draws: list | Tensor, top_k: int, top_p: float) -> Ten
     if k < vocab or top_p < 1:
         logits, order = logits.topk(k, dim=-1)  # (B, k) each, the most likely token first
 
-    # fp64: a sum of 150,000 fp32 shares is off by more than the rarest tokens have.
     p = (logits - logits.amax(-1, keepdim=True)).exp()  # (B, k), in units of the largest
-    cdf = p.cumsum(-1, dtype=torch.float64)
     if top_p < 1:
+        cdf = p.cumsum(-1, dtype=torch.float64)
         before = cdf - p  # of all likelier tokens
-        cdf = (p * (before < top_p * cdf[:, -1:])).cumsum(-1, dtype=torch.float64)
-
-    # Inverse of the distribution function: the first token at which it exceeds the draw.
+        p = p * (before < top_p * cdf[:, -1:])
     if not isinstance(draws, Tensor):
-        draws = to_device(torch.tensor(draws, dtype=torch.float64), cdf.device)
-    u = draws[:, None] * cdf[:, -1:]  # (B, 1)
-    ids = torch.searchsorted(cdf, u, right=True).clamp(max=k - 1)  # (B, 1)
+        draws = to_device(torch.tensor(draws, dtype=torch.float64), p.device)
+    ids = first_beyond(p, draws[:, None])
     return (ids if order is None else order.gather(1, ids))[:, 0]
+
+
+def first_beyond(p: Tensor, share: Tensor) -> Tensor:
+    """The first place (B, 1) of each row of p (B, K) where the sum so far exceeds share (B, 1) of
+    all: the inverse of a distribution function.
+
+    In fp64: a sum of 150,000 fp32 shares is off by more than the rarest tokens have. A GPU adds up
+    so long a row slowly: of one with many parts the part is found first, then the place in it.
+    """
+    if p.shape[1] <= 16 * PART:
+        cdf = p.cumsum(-1, dtype=torch.float64)
+        return first_above(cdf, share * cdf[:, -1:])
+    parts = F.pad(p, (0, -p.shape[1] % PART)).double().unflatten(1, (-1, PART))  # (B, n, PART)
+    sums = parts.sum(-1)  # (B, n)
+    ends = sums.cumsum(-1)
+    wanted = share * ends[:, -1:]
+    part = first_above(ends, wanted)  # (B, 1)
+    inside = parts.take_along_dim(part[:, :, None], 1)[:, 0].cumsum(-1)  # (B, PART)
+    return PART * part + first_above(inside, wanted - (ends - sums).gather(1, part))
+
+
+def first_above(cdf: Tensor, wanted: Tensor) -> Tensor:
+    """The first place (B, 1) where a row of cdf (B, n) is above wanted (B, 1).
+
+    Where rounding makes that none: the last place at which it rises.
+    """
+    last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)
+    return torch.minimum(torch.searchsorted(cdf, wanted, right=True), last)
 
 
 def penalised(logits: Tensor, seen: list[set], penalty: float) -> Tensor:

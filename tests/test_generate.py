@@ -17,7 +17,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 import generate
 from conftest import ROOT
 from data import pack
-from generate import Generator, Row, Schedule, choose, max_answer
+from generate import Generator, Row, Schedule, choose, first_beyond, max_answer
 from model import PRESETS, KeyeVL
 
 
@@ -483,6 +483,23 @@ def peak(ids, height=1e4):
     logits = torch.zeros(1024)
     logits[ids] = height
     return logits
+
+
+@pytest.mark.parametrize("vocab", [3, 512, 513, 20_000])
+def test_a_token_is_drawn_where_the_distribution_function_passes_the_draw(vocab):
+    """numpy's sums in float64; ids at both ends have no share, and whole parts have none."""
+    p = torch.randn(40, vocab, generator=torch.Generator().manual_seed(vocab)).mul(3).exp()
+    p[:, -1] = 0
+    p[1::2, 0] = 0
+    p[::5, vocab // 3 + 1 :] = 0
+    share = torch.rand(40, 1, dtype=torch.float64)
+    share[:6, 0] = torch.tensor([0.0, 0.0, 1 - 2**-53, 1 - 2**-53, 1.0, 1.0])
+    ids = first_beyond(p, share)[:, 0]
+    cdf = p.numpy().astype("float64").cumsum(1)
+    for row, i, below in zip(cdf, ids.tolist(), share[:, 0].tolist()):
+        assert row[i] - (row[i - 1] if i else 0) > 0, "never a token without a share"
+        assert row[i] >= below * row[-1] * (1 - 1e-12)
+        assert i == 0 or row[i - 1] <= below * row[-1] * (1 + 1e-12)
 
 
 def test_banned_tokens_are_never_sampled(model, processor, prompts, rigged):
