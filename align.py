@@ -101,10 +101,9 @@ WEIGHTS = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
 # round_*: of each round of iterate
 PLAN = {
     "toy": {
-        "steps": 100, "lr": 5e-4, "asked": 300, "samples": 3, "replay": 1.0,
+        "steps": 150, "lr": 5e-4, "asked": 300, "samples": 3, "replay": 1.0,
         "rounds": 2, "prompts": 320, "group": 4, "round_steps": 25, "round_lr": 1e-4,
     },
-    # not yet measured
     "tiny": {
         "steps": 100, "lr": 2e-4, "asked": 6000, "samples": 4, "replay": 1.0,
         "rounds": 2, "prompts": 500, "group": 4, "round_steps": 30, "round_lr": 3e-5,

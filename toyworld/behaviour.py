@@ -66,11 +66,12 @@ def denial(what):
     return f"There is no {what}."
 
 
-def premise_pairs(u, item, scene, premise, found):
+def premise_pairs(u, item, scene, premise, found, kinds=("absent", "present")):
     """The pairs about a false and a true premise; held out, also their questions."""
     absent, present = found
     asked = PREMISES[premise]
-    for kind, t in (("absent", absent), ("present", present)):
+    for kind in kinds:
+        t = absent if kind == "absent" else present
         name = called(t, premise)
         task = f"{kind}_{premise}"
         text = QUESTIONS[premise].format(name)
@@ -128,8 +129,8 @@ OTHERS = [invented_pair, form_pair, stop_pair]
 def behaviour_unit(u: Unit):
     """A picture with a pair of each kind.
 
-    In train two premises of each side, and of the others one in turn: SFT leaves a model that
-    mostly does those right, and takes every premise for true.
+    In train two false premises, a true one, and one of the last three kinds: SFT leaves a model
+    that does those right, and takes every premise for true.
     """
     premises = list(PREMISES)
     asked = [premises[(u.index + k) % len(premises)] for k in range(1 if u.heldout else 2)]
@@ -138,7 +139,8 @@ def behaviour_unit(u: Unit):
         scene = u.scene(u.rng.randint(2, 5))
         found = [absent_and_present(u.rng, scene, premise) for premise in asked]
     item = u.scene_picture(scene)
-    for premise, things in zip(asked, found):
-        premise_pairs(u, item, scene, premise, things)
+    premise_pairs(u, item, scene, asked[0], found[0])
+    if not u.heldout:
+        premise_pairs(u, item, scene, asked[1], found[1], ["absent"])
     for pair in OTHERS if u.heldout else [OTHERS[u.index % len(OTHERS)]]:
         pair(u, item, scene)
