@@ -12,7 +12,7 @@ from common.packing import sample_of_label, sum_per_sample
 from common.rewards import total, turn_of
 from common.rollout import CLOSE_CALL, Prompt, Rollout, reward_groups, tool_turns, trajectory
 from data import pack
-from generate import Generator, Graphs, Row, choose, drawn, new_rows
+from generate import Generator, Graphs, Row, choose, drawn, first_beyond, new_rows
 from model import KVCache
 from tools.walkthrough.drawings import bars, crop_drawing
 from tools.walkthrough.page import Walk, num
@@ -40,7 +40,8 @@ def decoding(w: Walk):
     w.quote(KVCache.attend, "for held, new", "held.flatten")
     w.quote(Generator.prefill, "hidden =", "logits =")
     w.quote(choose, "logp = logits", "ids = drawn")
-    w.quote(drawn, "u =", "ids = torch.searchsorted")
+    w.quote(drawn, "p = (logits", "ids = first_beyond")
+    w.quote(first_beyond, "cdf =", "return first_above")
     how = (1.0, 20, 0.95, w.generator.banned)  # temperature, top_k, top_p, banned
     rows = []
     for name in ("prefill", "decode", "decode"):
