@@ -440,6 +440,12 @@ def table(*plans: Plan) -> str:
     return "\n".join(lines)
 
 
+def rounded(n: float) -> str:
+    if n >= 1e6:
+        return f"{n / 1e6:,.1f} M"
+    return f"{n:,.1f}" if n < 100 else f"{n:,.0f}"
+
+
 def dry_run(cfg: Config, stages: dict[str, tuple], pack: int, gpu: str, world: int) -> str:
     """What each stage would need on so many cards. stages: {name: what learns}, as for choose.
 
@@ -461,5 +467,5 @@ def dry_run(cfg: Config, stages: dict[str, tuple], pack: int, gpu: str, world: i
         ("tokens/s", speeds, "of all cards"),
         ("days", days, "for 600 billion, as Keye trains on"),
     ):
-        lines.append(line(name, [f"{n:,.1f}" if n < 100 else f"{n:,.0f}" for n in numbers], note))
+        lines.append(line(name, [rounded(n) for n in numbers], note))
     return "\n".join([*lines, "", LEGEND, ASSUMED])
