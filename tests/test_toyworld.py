@@ -1227,7 +1227,25 @@ def pool(world):
     for name in ("questions", "detail", "instruct"):
         for record in cold_start(world, name):
             replies[key(record)] = record["messages"][1]["content"]
+    # Premises are asked in no other file of train: their pairs tell what is right.
+    chosen = {json.dumps(r["messages"][0]): r["chosen"] for r in cold_start(world, "preferences")}
+    for record in filter(is_premise, cold_start(world, "think")):
+        replies[key(record)] = chosen[json.dumps(record["messages"][0])]
     return replies
+
+
+def is_premise(record):
+    return record["meta"]["category"] in ("absent", "present")
+
+
+def test_the_cold_start_thinks_about_false_and_true_premises(world):
+    """And says so before it answers; half of them are false."""
+    asked = list(filter(is_premise, cold_start(world, "think")))
+    false = [r["meta"] for r in asked if r["meta"]["category"] == "absent"]
+    assert len(asked) / 3 < len(false) < len(asked)
+    for meta in false:
+        assert meta["steps"][-1] == meta["answer"].replace("There is ", "").rstrip(".")
+    assert not (world / "train" / "premise.jsonl").exists()
 
 
 def test_cold_start_answers_the_train_questions_in_each_form(world):
@@ -1323,7 +1341,7 @@ def test_cold_start_takes_a_fixed_choice_of_at_most_so_many_questions(tmp_path, 
     for name in ("a", "b"):
         make_world(tmp_path / name, workers=1, **TINY)
         records = cold_start(tmp_path / name, "think") + cold_start(tmp_path / name, "clips")
-        chosen.append([key(record) for record in records])
+        chosen.append([key(record) for record in records if not is_premise(record)])
     assert len(set(chosen[0])) == 20 < len(pool(tmp_path / "a"))
     assert chosen[0] == chosen[1]
 

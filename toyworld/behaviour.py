@@ -8,16 +8,18 @@
 
 preferences.jsonl holds the pairs: of train to learn from, of heldout to measure. Of the first two
 heldout/premise.jsonl asks the answer itself, in two categories: who denies everything is right on
-all of one and on none of the other.
+all of one and on none of the other. In train some are asked so for the cold start alone, with steps
+to the answer: a model that learns to think only about what is there would never deny again.
 """
 
 from dataclasses import replace
 
 from toyworld.drawing import COLOUR_NAMES, PLACES, SHAPES
 from toyworld.instructions import in_sentence
-from toyworld.pictures import attribute_question
+from toyworld.pictures import attribute_question, look_at_all
 from toyworld.unit import CHOICES, Unit, ask, sentence
 
+THOUGHT_ABOUT = 3  # ours: of so many of train's pictures one brings questions for the cold start
 # What a false premise is about -> the attribute that is asked for
 PREMISES = {"shape": "colour", "colour": "shape", "name": "place", "place": "colour"}
 QUESTIONS = {
@@ -67,7 +69,7 @@ def denial(what):
 
 
 def premise_pairs(u, item, scene, premise, found, kinds=("absent", "present")):
-    """The pairs about a false and a true premise; held out, also their questions."""
+    """The pairs about a false and a true premise; held out and for the cold start, questions."""
     absent, present = found
     asked = PREMISES[premise]
     for kind in kinds:
@@ -78,10 +80,12 @@ def premise_pairs(u, item, scene, premise, found, kinds=("absent", "present")):
         guess = attribute(u.rng.choice(scene.things), asked)  # of something that is there
         answers = [denial(name), guess] if kind == "absent" else [attribute(t, asked), denial(name)]
         u.pair(item, kind, text, *answers)
-        if u.heldout:
+        if u.heldout or u.index % THOUGHT_ABOUT == 0:
             choices = CHOICES["position" if asked == "place" else asked]
             choices = choices if kind == "present" else None
-            u.line("premise", [item], [ask(task, text, answers[0], choices=choices, category=kind)])
+            steps = look_at_all(scene, t.seen if kind == "present" else f"no {name}")
+            how = {"choices": choices, "category": kind, "steps": steps}
+            u.line("premise", [item], [ask(task, text, answers[0], **how)])
 
 
 def wrong_caption(rng, scene):
