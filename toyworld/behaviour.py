@@ -19,7 +19,7 @@ from toyworld.instructions import in_sentence
 from toyworld.pictures import attribute_question, look_at_all
 from toyworld.unit import CHOICES, Unit, ask, sentence
 
-THOUGHT_ABOUT = 3  # ours: of so many of train's pictures one brings questions for the cold start
+THOUGHT_ABOUT = 2  # ours: of so many of train's pictures one brings questions for the cold start
 # What a false premise is about -> the attribute that is asked for
 PREMISES = {"shape": "colour", "colour": "shape", "name": "place", "place": "colour"}
 QUESTIONS = {
@@ -72,6 +72,7 @@ def premise_pairs(u, item, scene, premise, found, kinds=("absent", "present")):
     """The pairs about a false and a true premise; held out and for the cold start, questions."""
     absent, present = found
     asked = PREMISES[premise]
+    both = len(kinds) == 2  # whoever thinks shall meet as many false premises as true ones
     for kind in kinds:
         t = absent if kind == "absent" else present
         name = called(t, premise)
@@ -80,7 +81,7 @@ def premise_pairs(u, item, scene, premise, found, kinds=("absent", "present")):
         guess = attribute(u.rng.choice(scene.things), asked)  # of something that is there
         answers = [denial(name), guess] if kind == "absent" else [attribute(t, asked), denial(name)]
         u.pair(item, kind, text, *answers)
-        if u.heldout or u.index % THOUGHT_ABOUT == 0:
+        if u.heldout or (both and u.index % THOUGHT_ABOUT == 0):
             choices = CHOICES["position" if asked == "place" else asked]
             choices = choices if kind == "present" else None
             steps = look_at_all(scene, t.seen if kind == "present" else f"no {name}")
