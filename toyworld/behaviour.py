@@ -19,7 +19,7 @@ from toyworld.instructions import in_sentence
 from toyworld.pictures import attribute_question, look_at_all
 from toyworld.unit import CHOICES, Unit, ask, sentence
 
-THOUGHT_ABOUT = 3  # ours: one of so many pictures is for the cold start too; four premises take turns
+THOUGHT_ABOUT = 3  # ours: one picture of so many is for the cold start too; premises take turns
 # What a false premise is about -> the attribute that is asked for
 PREMISES = {"shape": "colour", "colour": "shape", "name": "place", "place": "colour"}
 QUESTIONS = {
