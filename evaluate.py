@@ -35,6 +35,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -800,11 +801,11 @@ def check_out(out: Path, *read, flag: str = "--out"):
         is_data = place.parent == path.resolve() and data_name(place) != place.name
         if is_data or place == path.resolve():
             raise SystemExit(f"{flag} {out}: in or as {path} it would be read; name another place")
-    is_new = not out.exists()
     try:
-        open(out, "a").close()
-        if is_new:
-            out.unlink(missing_ok=True)  # another rank may have tried it too
+        if out.exists():
+            open(out, "a").close()
+        else:  # not under its own name, as all ranks try at once
+            tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as e:
         raise SystemExit(f"{flag} {out}: {e.strerror}") from None
 

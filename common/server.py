@@ -26,6 +26,7 @@ import ipaddress
 import json
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -925,8 +926,10 @@ def open_server(generator, args, max_tokens: int) -> Server:
 
 
 def serve(generator, args, max_tokens: int):
-    """Answers until ctrl-C."""
+    """Answers until ctrl-C or SIGTERM; also where a shell in the background has both ignored."""
     server = open_server(generator, args, max_tokens)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     print(f"{server.url} is the page, {server.url}/v1 the API; ctrl-C ends", file=sys.stderr)
     if not server.local:
         print("whoever reaches this address can ask; nobody is asked for a key", file=sys.stderr)

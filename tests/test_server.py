@@ -724,12 +724,17 @@ def test_other_sites_cannot_use_it(served, headers, status):
     assert send(served, None, "/v1/models", "GET", **headers)[0] == status
 
 
-def test_the_command_line(model, processor, tmp_path):
+@pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_line(model, processor, tmp_path, ends):
+    """A shell starts what is in the background with ctrl-C ignored: the server hears it even so."""
     model.save_pretrained(tmp_path / "m")
     processor.save_pretrained(tmp_path / "m")
     command = [sys.executable, "generate.py", "--init", str(tmp_path / "m"), "--device", "cpu"]
     command += ["--serve", "--port", "0", "--max-new-tokens", "3"]
-    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    background = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    run = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=background
+    )
     try:
         lines = iter(run.stderr.readline, "")
         url = next(re.search(r"http://(127\.0\.0\.1):(\d+)", line) for line in lines if "API" in line)
@@ -738,7 +743,7 @@ def test_the_command_line(model, processor, tmp_path):
         assert answer["usage"]["completion_tokens"] == 3
         assert answer["model"] == str(tmp_path / "m")
     finally:
-        run.send_signal(signal.SIGINT)
+        run.send_signal(ends)
         assert run.wait(300) == 0
         run.stderr.close()
 
