@@ -34,7 +34,7 @@ def test_its_gradient_is_that_of_the_mean_over_all_targets(tmp_path, run):
     mean = sum(model.loss(batch)[0] for batch in batches) / targets
     mean.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert replay.backward(model, 0.5) == pytest.approx(float(mean), rel=1e-5)
+    assert replay.backward(model, 0.5) == pytest.approx(mean.item(), rel=1e-5)
     for name, p in model.named_parameters():
         if name in expected:
             assert torch.allclose(p.grad, 1.5 * expected[name], atol=1e-6), name
