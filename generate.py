@@ -18,8 +18,8 @@ Prefill: all tokens of a prompt go through the model at once, as in training, an
 and values in a cache. Copy: rows that were asked the same, as a group's are, get theirs from the
 one that has read it. Decode: from then on one token at a time goes through the model, reads the
 cache, adds its own keys and values, and the logits at its place give the next token. On a GPU
-such a step is a CUDA graph, and with NANOKEYE_ATTENTION=ours several follow one another before
-the host looks at what was written.
+such a step is a CUDA graph, and several follow one another before the host looks at what was
+written.
 
 Conversations of any lengths are decoded together. Prompts enter packed, without padding. The rows
 that are decoded are always the first ones of the cache: when one ends, the last one takes its

@@ -388,7 +388,7 @@ def legend(found):
 
 def top(found):
     parts = []
-    means = [(phase, *best(scores)) for phase, scores in found.scores.items() if best(scores)]
+    means = [(phase, *mean) for phase, scores in found.scores.items() if (mean := best(scores))]
     if means:
         ends = (means[0], means[-1])
         said = " to ".join(f"{mean:.1f} % ({phase}, {mode})" for phase, mean, mode in ends)

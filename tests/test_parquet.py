@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from test_clips import write_clip
 from test_data import assistant, image, talk, user
 from test_media import noise
-from test_tars import picture_of, png
+from test_tars import assert_goes_on, picture_of, png
 
 from common import index, parquet
 from common.clips import Clip
@@ -385,17 +384,7 @@ def test_training_on_rows_goes_on_with_exactly_the_next_sample(
         lines.append(json.dumps(record))
     (tmp_path / "web.jsonl").write_text("\n".join(lines))
 
-    def steps(path, n, state=None):
-        loader = Loader([(path, 1.0)], processor, 300, 2, workers=workers, state=state)
-        return list(islice(loader, n))
-
-    plain = steps(tmp_path / "web.jsonl", 6)
-    rows = steps(folder, 2)
-    rows += steps(folder, 4, json.loads(json.dumps(rows[-1][1]["state"])))
-    for (batches, info), (same, of_rows) in zip(plain, rows, strict=True):
-        assert info["state"]["deferred"] == of_rows["state"]["deferred"]
-        for batch, other in zip(batches, same, strict=True):
-            assert all(torch.equal(batch[key], other[key]) for key in batch)
+    assert_goes_on(tmp_path / "web.jsonl", folder, processor, workers)
 
 
 def test_broken_pictures_of_rows_are_left_out_by_name(tmp_path, processor, caplog):

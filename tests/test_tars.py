@@ -271,6 +271,22 @@ def test_media_of_a_tar_can_be_kept_by_a_run(tmp_path):
     assert np.array_equal(np.asarray(same), np.asarray(noise(41, 50, 1)))
 
 
+def assert_goes_on(plain, packed, processor, workers):
+    """Training on packed samples, left and gone on with, has the batches of those in files."""
+
+    def steps(path, n, state=None):
+        loader = Loader([(path, 1.0)], processor, 300, 2, workers=workers, state=state)
+        return list(islice(loader, n))
+
+    in_files = steps(plain, 6)
+    seen = steps(packed, 2)
+    seen += steps(packed, 4, json.loads(json.dumps(seen[-1][1]["state"])))
+    for (batches, info), (same, of_packed) in zip(in_files, seen, strict=True):
+        assert info["state"]["deferred"] == of_packed["state"]["deferred"]
+        for batch, other in zip(batches, same, strict=True):
+            assert all(torch.equal(batch[key], other[key]) for key in batch)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_on_shards_goes_on_with_exactly_the_next_sample(
     tmp_path, processor, large, workers
@@ -284,17 +300,7 @@ def test_training_on_shards_goes_on_with_exactly_the_next_sample(
         lines.append(record.decode())
     (tmp_path / "web.jsonl").write_text("\n".join(lines))
 
-    def steps(path, n, state=None):
-        loader = Loader([(path, 1.0)], processor, 300, 2, workers=workers, state=state)
-        return list(islice(loader, n))
-
-    plain = steps(tmp_path / "web.jsonl", 6)
-    tars = steps(folder, 2)
-    tars += steps(folder, 4, json.loads(json.dumps(tars[-1][1]["state"])))
-    for (batches, info), (same, of_tars) in zip(plain, tars, strict=True):
-        assert info["state"]["deferred"] == of_tars["state"]["deferred"]
-        for batch, other in zip(batches, same, strict=True):
-            assert all(torch.equal(batch[key], other[key]) for key in batch)
+    assert_goes_on(tmp_path / "web.jsonl", folder, processor, workers)
 
 
 def test_which_folders_are_sets(tmp_path, caplog):

@@ -68,20 +68,17 @@ def denial(what):
     return f"There is no {what}."
 
 
-def premise_pairs(u, item, scene, premise, found, kinds=("absent", "present")):
-    """The pairs about a false and a true premise; held out and for the cold start, questions."""
-    absent, present = found
+def premise_pairs(u, item, scene, premise, things, asks):
+    """A pair about each of some things, {"absent": .., "present": ..}. asks: and its question."""
     asked = PREMISES[premise]
-    both = len(kinds) == 2  # whoever thinks shall meet as many false premises as true ones
-    for kind in kinds:
-        t = absent if kind == "absent" else present
+    for kind, t in things.items():
         name = called(t, premise)
         task = f"{kind}_{premise}"
         text = QUESTIONS[premise].format(name)
         guess = attribute(u.rng.choice(scene.things), asked)  # of something that is there
         answers = [denial(name), guess] if kind == "absent" else [attribute(t, asked), denial(name)]
         u.pair(item, kind, text, *answers)
-        if u.heldout or (both and u.index % THOUGHT_ABOUT == 0):
+        if asks:
             choices = CHOICES["position" if asked == "place" else asked]
             choices = choices if kind == "present" else None
             steps = look_at_all(scene, t.seen if kind == "present" else f"no {name}")
@@ -144,8 +141,11 @@ def behaviour_unit(u: Unit):
         scene = u.scene(u.rng.randint(2, 5))
         found = [absent_and_present(u.rng, scene, premise) for premise in asked]
     item = u.scene_picture(scene)
-    premise_pairs(u, item, scene, asked[0], found[0])
+    absent, present = found[0]
+    both = {"absent": absent, "present": present}
+    # Asked are as many false premises as true ones: held out to measure, in train to think about.
+    premise_pairs(u, item, scene, asked[0], both, u.heldout or u.index % THOUGHT_ABOUT == 0)
     if not u.heldout:
-        premise_pairs(u, item, scene, asked[1], found[1], ["absent"])
+        premise_pairs(u, item, scene, asked[1], {"absent": found[1][0]}, False)
     for pair in OTHERS if u.heldout else [OTHERS[u.index % len(OTHERS)]]:
         pair(u, item, scene)
