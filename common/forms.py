@@ -4,7 +4,9 @@
         {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]})
 
     what is said   "messages" (ours, OpenAI, TRL, ms-swift), "conversations" (LLaVA, ShareGPT);
-                   "query" and "response", "instruction", "input" and "output", with "history";
+                   "texts", pairs of "user" and "assistant" (The Cauldron, FineVision), with all
+                   pictures before the first; "query" and "response", "instruction", "input" and
+                   "output", with "history";
                    "prompt" and "completion" (TRL), texts or messages; "system" before these
     what is shown  items with a path or data URL (ours, OpenAI, transformers); or top-level "images"
                    and "videos" for "<image>" and "<video>" in the texts and for items without a
@@ -36,7 +38,7 @@ KEYS = {"text": {"loss"}, "image": PICTURE_KEYS, "video": CLIP_KEYS}
 
 QUESTIONS = ("instruction", "query", "question", "prompt")
 ANSWERS = ("response", "output", "completion")
-FORMS = ("messages", "conversations", *QUESTIONS, *ANSWERS, "chosen", "rejected")
+FORMS = ("messages", "conversations", "texts", *QUESTIONS, *ANSWERS, "chosen", "rejected")
 EMPTY = (None, "", [], {})
 
 # Words in a name at the top level that say: this is more than a note about the record ...
@@ -49,7 +51,10 @@ MEANING = set(
     "chosen rejected".split()
 )
 # ... unless one of these stands beside it: "image_id" is harmless, and so is "num_images".
-NOTE = set("id ids source num count hash license score rating model type length ended".split())
+NOTE = set(
+    "id ids source num count hash license score rating ratings correspondence model type length "
+    "ended".split()
+)
 
 PLACE = re.compile("<(image|video|audio)>")
 LLAVA_PLACE = re.compile(rf"\n?{PLACE.pattern}\n?")  # there a line feed parts it from the text
@@ -124,13 +129,32 @@ def _turns(rest, media):
     """Takes the turns out of a record, as they are written there."""
     system = rest.pop("system", None)
     turns = _pop(rest, "messages", "conversations")
-    if turns is None and rest.keys() & QUESTIONS:
+    if turns is None and "texts" in rest:
+        turns = _pairs(rest.pop("texts"), media)
+    elif turns is None and rest.keys() & QUESTIONS:
         turns = _asked(rest, media)
     elif turns is None and _are_turns(rest.get("chosen")):
         turns = rest["chosen"][:-1]  # each of the two answers is a whole conversation
     if not isinstance(turns, list) or not turns:
         raise ValueError('expected an object with a non-empty list "messages", or a question')
     return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def _pairs(texts, media):
+    """The turns of pairs of a question and its answer; the pictures belong to the first."""
+    if not isinstance(texts, list):
+        raise ValueError('texts: expected a list of {"user": a text, "assistant": a text}')
+    turns = []
+    for i, pair in enumerate(texts):
+        where = f"texts[{i}]"
+        said = [pair.get(role) for role in ("user", "assistant")] if isinstance(pair, dict) else []
+        if not said or not all(isinstance(text, str) for text in said):
+            raise ValueError(f'{where}: expected {{"user": a text, "assistant": a text}}')
+        _refuse(pair.keys() - {"user", "assistant", "source"}, where)
+        if not turns:
+            said[0] = media.before(said[0], first=True)
+        turns += map(_turn, ("user", "assistant"), said)
+    return turns
 
 
 def _asked(rest, media):
@@ -308,10 +332,11 @@ class _Media:
             for i, source in enumerate(value if isinstance(value, list) else [value]):
                 self.given[kind].append(_source(source, kind, f"{name}[{i}]"))
 
-    def before(self, text):
-        """LLaVA's single picture or clip stands before a question that has no place for it."""
+    def before(self, text, first=False):
+        """Before a question without places stands LLaVA's single picture or clip; and before the
+        first of a conversation that never has any, all of them."""
         for kind, values in self.given.items():
-            if self.llava and f"<{kind}>" not in text:
+            if (self.llava or first) and f"<{kind}>" not in text:
                 text = f"<{kind}>" * len(values) + text
         return text
 

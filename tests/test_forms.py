@@ -70,6 +70,9 @@ PNG = "data:image/png;base64,iVBORw0KGgo="
     {"instruction": "<image>What?", "input": "", "output": "A cat.", "images": ["a.jpg"]},
     {"conversations": [said("human", "<image>What?"), said("gpt", "A cat.")],
      "images": ["a.jpg"], "system": "", "tools": ""},
+    # The Cauldron and FineVision
+    {"images": ["a.jpg"], "texts": [{"user": "What?", "assistant": "A cat.", "source": "vqa"}],
+     "image_correspondence_ratings": [5], "image_correspondence_min": 5, "relevance_min": 4},
     # LLaVA
     {"id": 7, "image": "a.jpg",
      "conversations": [said("human", "<image>\nWhat?"), said("gpt", "A cat.")]},
@@ -120,6 +123,14 @@ def test_pictures_and_clips_take_their_places_in_order():
         video(["f0.jpg", "f1.jpg"]), text("Then "), image("0.jpg"), image(PNG), text(", which?"),
     ]
     assert second["content"] == [text("This: "), image("2.jpg")] and third == user("Why?")
+
+
+def test_pictures_of_pairs_stand_before_the_first_question():
+    pairs = [{"user": "Which?", "assistant": "Both."}, {"user": "Why?", "assistant": "So."}]
+    messages = to_ours({"images": ["0.jpg", "1.jpg"], "texts": pairs})["messages"]
+    assert messages[0] == user([image("0.jpg"), image("1.jpg"), text("Which?")])
+    assert messages[1:] == [assistant("Both."), user("Why?"), assistant("So.")]
+    assert to_ours({"texts": pairs, "images": None})["messages"][0] == user("Which?")
 
 
 def test_a_line_feed_beside_a_place_is_llavas_own():
@@ -212,6 +223,10 @@ def test_no_preference(record, why):
     ({"messages": "hello"}, 'non-empty list "messages"'),
     ({"messages": []}, 'non-empty list "messages"'),
     ({"messages": [3]}, r"messages\[0\]: expected an object, not int"),
+    ({"texts": "What?"}, "texts: expected a list"),
+    ({"texts": [{"user": "What?"}]}, r"texts\[0\]: expected .*assistant"),
+    ({"texts": ["What?"]}, r"texts\[0\]: expected .*assistant"),
+    ({"texts": [{"user": "a", "assistant": "b", "system": "c"}]}, r'texts\[0\]: "system"'),
     ({"messages": [{"role": ["user"], "content": ""}]}, r"messages\[0\]: role"),
     ({"conversations": [said("human", "x"), said(None, "y")]}, r"conversations\[1\]: role"),
     ({"messages": [user("<image>")], "images": ["a", "b"]}, '1 places for images .* 2 of them'),
