@@ -163,13 +163,16 @@ def test_muon_on_cuda_equals_cpu():
     on_cpu, on_cuda = SmallModel(), SmallModel()
     on_cuda.load_state_dict(on_cpu.state_dict())
     on_cuda.cuda()
+    start = [p.detach().clone() for p in on_cpu.parameters()]
     optimizers = [make_optimizer(model, RATES, muon=3) for model in (on_cpu, on_cuda)]
     for seed in range(3):
         set_gradients(on_cpu, on_cuda, seed=seed)
         for optimizer in optimizers:
             optimizer.step()
-    for a, b in zip(on_cpu.parameters(), on_cuda.parameters()):
-        torch.testing.assert_close(b.cpu(), a, atol=1e-4, rtol=1e-4)
+    for before, a, b in zip(start, on_cpu.parameters(), on_cuda.parameters()):
+        # orthogonal() computes directions in bf16 there: equal within a few hundredths of the way
+        way = (a - before).abs().max().item()
+        torch.testing.assert_close(b.cpu(), a, atol=0.05 * way + 1e-6, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------------

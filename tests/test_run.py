@@ -267,8 +267,12 @@ def test_a_batch_moves_but_what_the_host_reads_stays(tmp_path):
 def test_a_batch_on_the_gpu_may_be_moved_again(tmp_path):
     run, _, _ = begin(tmp_path)
     run.device = torch.device("cuda")
-    moved = run.to(run.to({"tokens": torch.arange(3), "grids": torch.ones(1, 3)}))
+    labels = torch.tensor([-100, 5, 6])
+    batch = {"tokens": torch.arange(3), "labels": labels, "grids": torch.ones(1, 3)}
+    moved = run.to(run.to(batch))
     assert moved["tokens"].tolist() == [0, 1, 2]
+    assert moved["labelled"].tolist() == [1, 2], "found on the host, where nothing waits"
+    assert moved["labelled"].is_cuda
     assert moved["grids"].device.type == "cpu"
 
 
