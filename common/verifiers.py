@@ -20,8 +20,9 @@ meta says what is true and how it is compared, as in {"verifier": "number", "ans
 | interval | "[start, end]", seconds  | IoU of 0.5 or more                                         |
 
 Boxes and points are in 1/1000 of the picture; boxes in pixels where meta["size"] = [width, height].
-meta["duration"] is the length of a clip in seconds. An answer that cannot be read is wrong, and
-raises no error; a truth that cannot be read is a ValueError. Nothing in an answer is evaluated.
+meta["duration"] is the length of a clip in seconds. Where meta["near"] = 0.5, the outcome of a
+wrong number is 0.5 / (1 + its distance). An answer that cannot be read is wrong, and raises no
+error; a truth that cannot be read is a ValueError. Nothing in an answer is evaluated.
 """
 
 import json
@@ -62,8 +63,11 @@ def verify(text: str | None, meta: dict, strict: bool = False) -> tuple[float, f
         # ours: of a few things in a new order none may ever be sampled whole, and nothing be learnt
         outcome = sum(map(operator.eq, got, truth)) / len(truth)
     elif kind == "number":
-        tolerance = Fraction(str(meta.get("tolerance", 0)))
-        outcome = right = abs(got - truth) <= tolerance * abs(truth)
+        tolerance, near = (Fraction(str(meta.get(name, 0))) for name in ("tolerance", "near"))
+        distance = abs(got - truth)
+        right = distance <= tolerance * abs(truth)
+        # ours, as above: what is farther off than another answer of its group is pushed away from
+        outcome = right or near / (1 + distance)
     elif kind == "point":
         outcome = right = all_hit(got, truth, meta)
     elif kind in COORDINATES and got and truth:

@@ -266,6 +266,14 @@ def test_an_order_is_worth_the_things_that_stand_at_their_places(answer, worth):
     assert outcome == pytest.approx(worth) and right == (worth == 1)
 
 
+@pytest.mark.parametrize("answer, worth", [("7", 1), ("8", 0.25), ("5", 1 / 6), ("two", 1 / 12)])
+def test_a_wrong_number_is_worth_something_where_meta_says_so(answer, worth):
+    """The less the farther it lies; it is as wrong as any."""
+    outcome, right = verify(answer, meta("number", "7", near=0.5))
+    assert outcome == pytest.approx(worth) and right == (worth == 1)
+    assert verify(answer, meta("number", "7")) == (right, right)
+
+
 def test_boxes():
     one = meta("box", "[[0, 0, 100, 100]]")
     two = meta("box", "[[0, 0, 100, 100], [500, 500, 600, 600]]")

@@ -9,7 +9,7 @@ from collections import Counter
 
 from toyworld.clips import motion_clip
 from toyworld.drawing import SHAPES
-from toyworld.unit import PLURAL, Unit, ask, in_turn
+from toyworld.unit import PLURAL, VERIFIERS, Unit, ask, in_turn
 
 CORNERS = {"circle": 0, "square": 4, "triangle": 3, "star": 10, "cross": 12, "ring": 0}
 BACKWARDS = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -131,6 +131,8 @@ DISCOVER = [*SCENES, "backwards"]
 # Of the tasks whose answers do not take turns. plus: its objects do, one to five, as its words tell
 # the rest. ranking: three shapes have six orders.
 CHANCE = {"plus": 0.2, "ranking": round(1 / 6, 4)}
+# What a wrong number next to the right one is worth: right ones are rarely sampled at first.
+NEAR = 0.5
 
 
 def discover_unit(u: Unit):
@@ -150,5 +152,6 @@ def discover_unit(u: Unit):
             break
     text, answer = found
     chance = CHANCE.get(u.task, 0)
-    question = ask(u.task, text, str(answer), chance=chance, difficulty=difficulty)
+    near = {"near": NEAR} if VERIFIERS.get(u.task) == "number" else {}
+    question = ask(u.task, text, str(answer), chance=chance, difficulty=difficulty, **near)
     u.line("discover", [u.scene_picture(scene)], [question])
