@@ -90,7 +90,7 @@ def write_report(folder: Path) -> str:
     page = re.sub(rf"\{{({'|'.join(parts)})\}}", lambda match: parts[match[1]], template)
     if found.scores:
         # as wide as a phone, so of the categories only those of which there is something to tell
-        figure = board_charts(found, moved=5) + habit_charts(found, ["repetitive", "tokens"])
+        figure = board_charts(found, moved=7) + habit_charts(found, ["repetitive", "tokens"])
         write(folder / "phases.svg", sheet(figure, 2, modes_of(found)))
     write(folder / "report.html", page)
     size = (folder / "report.html").stat().st_size / 1e6
