@@ -36,7 +36,7 @@ smoke: .venv/run
 	$(BIN)python coldstart.py $(FEW) --plan measured=8 --plan kept=20
 	$(BIN)python grpo.py $(FEW) --plan prompts=8 --plan group=2 --plan max_tokens=24
 	$(BIN)python align.py --phase iterate $(FEW) --plan prompts=64 --plan group=3 --plan rounds=1
-	$(BIN)python evaluate.py --init runs-smoke/toy/align/model --data data/smoke/heldout
+	$(BIN)python evaluate.py --init runs-smoke/toy/align/model --data data/smoke/heldout --categories ocr_vqa
 	$(BIN)python generate.py --init runs-smoke/toy/align/model --max-new-tokens 8 "What is this?"
 	@echo "Every script ran; these models have learned nothing. make toy trains one that has."
 
@@ -47,6 +47,7 @@ setup: .venv/test
 
 .venv/run: pyproject.toml
 	$(PYTHON) -m venv .venv
+	@echo "installing PyTorch and the rest into .venv: some minutes"
 	$(BIN)pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)pip install --quiet --disable-pip-version-check .
 	touch $@

@@ -121,6 +121,7 @@ PLAN = {
 WARMUP = 0.05
 HELD_EVERY = 10  # of the pairs one in so many is kept from training, to measure preferences
 HELD_MOST = 1000
+KEPT = "the pairs that were kept from training"
 MARGIN = 0.25  # least difference of the scores of a round's pair; they reach from -1 to 1.5
 ASKED = {"think": 2, "no_think": 1, "auto_think": 3, "agentic_think": 2}  # modes, by weight
 
@@ -361,7 +362,7 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int, mix=(), weight:
     heldout = data / "heldout" / "pairs.jsonl"  # what is compared, of the held-out folder
     if progress.step == 0:
         right, _ = preference_accuracy(run, model, processor, held)
-        run.say(f"before: the chosen answer is the likelier one in {right:.1%} of held-out pairs")
+        run.say(f"before: the chosen answer is the likelier one in {right:.1%} of {KEPT}")
         run.write({"preference_accuracy_before": right})
         compare_heldout(run, model, processor, heldout, "before")
     loader = Loader(
@@ -422,7 +423,7 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int, mix=(), weight:
         replay.say_failures()
     right, moved = preference_accuracy(run, model, processor, held)
     run.say(
-        f"after: the chosen answer is the likelier one in {right:.1%} of held-out pairs; "
+        f"after: the chosen answer is the likelier one in {right:.1%} of {KEPT}; "
         f"{moved:.1%} moved towards it"
     )
     run.write({"preference_accuracy": right, "preference_moved": moved})

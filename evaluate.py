@@ -725,7 +725,8 @@ def arguments():
     what.add_argument("--decontaminate", metavar="FOLDER", help="list which training lines share "
         "pictures or words with the questions of --file")
     add = parser.add_argument
-    add("--data", default="data/toy/heldout", help="folder of *.jsonl questions")
+    add("--data", default="data/toy/heldout",
+        help="folder of *.jsonl questions, or one that holds it as heldout")
     add("--limit", type=at_least(1), help="questions per task (default: all)")
     add("--categories", nargs="+", metavar="NAME", help="categories or tasks to ask (default: all)")
     add("--mode", nargs="+", choices=MODES, metavar="MODE", help="ask in these modes: "
@@ -819,7 +820,7 @@ def main(argv=None):
     if args.board:
         rows = phases(Path(args.board))
         if not rows:
-            raise SystemExit(f"{args.board}: no finished phase ({', '.join(PHASES)}) here")
+            raise SystemExit(f"{args.board}: no phase ({', '.join(PHASES)}) with a score.json here")
         table = board(rows)
         Path(args.board, "scoreboard.md").write_text(table + "\n", encoding="utf-8")
         print(table)
@@ -839,6 +840,8 @@ def main(argv=None):
     if args.answers:
         check_out(Path(args.answers), args.data, flag="--answers")
     blind = not args.mode if args.blind is None else args.blind
+    if (Path(args.data) / "heldout").is_dir():  # the folder that training takes
+        args.data = str(Path(args.data) / "heldout")
     peers = joined(args)
     model, processor = load(args.init, args.device)
     run = peers if peers.world > 1 else None

@@ -200,7 +200,9 @@ def build_mixture(run: Run, init: Path, folder: Path, plan: dict) -> list[tuple[
         if path.stat().st_size:  # not all of a file may be easy
             mix.append((path, MIX[name]))
     if not mix:
-        raise SystemExit(f"sft needs one of {', '.join(MIX)}.jsonl in {folder / 'train'}")
+        found = ", ".join(files_or_exit(folder / "train")) or "none"
+        names = ", ".join(MIX)
+        raise SystemExit(f"sft needs one of {names}.jsonl in {folder / 'train'}, which has {found}")
     return mix
 
 
@@ -234,6 +236,7 @@ def trainable(
     are not the size's; copies: of the model in bf16, that must fit on each card beside it; options:
     of make_optimizer.
     """
+    run.say(f"starting from {init}")
     scale = SCALE[run.args.size]
     processor = Processor.from_pretrained(init)
     model = KeyeVL.shapes(init)

@@ -14,7 +14,7 @@ from torch.utils._triton import has_triton
 from common.memory import BEST, choose, job_of, plan_of, table
 from common.packing import packing
 from common.run import Run, released
-from model import Config, compile_blocks
+from model import PRESETS, Config, compile_blocks
 
 EVERYTHING = ("vit", "projector", "decoder")  # that can learn
 
@@ -27,6 +27,7 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
     common/memory.py), and the arithmetic is said; elsewhere all is in fp32, and released sizes
     recompute all blocks. Returns what make_optimizer takes of the choice.
     """
+    say_other_shape(run, model.config)
     compiled = wants_compile(run)
     if compiled:
         compile_blocks(model.vit, model.decoder)
@@ -58,6 +59,18 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
                 part.to(torch.bfloat16)
     moments = torch.float32 if plan.recipe == "fp32" else torch.bfloat16
     return {"moments": moments, "compiled": compiled}
+
+
+def say_other_shape(run: Run, cfg: Config):
+    """A line where the model is not of --size's shape: its steps, rates and packs are those."""
+    size = run.args.size
+    shapes = [(c.num_hidden_layers, c.hidden_size) for c in (cfg, PRESETS[size])]
+    if shapes[0] != shapes[1]:
+        own, expected = (f"{layers} layers of {width}" for layers, width in shapes)
+        run.say(
+            f"the model has {own}, --size {size} would have {expected}: its shape stays, and the "
+            f"plan is that of {size}"
+        )
 
 
 def packs_at_once(run: Run, cfg: Config, learns: tuple[str, ...]) -> int:

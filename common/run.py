@@ -460,7 +460,9 @@ class Run(Peers):
     def write_page(self):
         """The page of all phases so far; one that cannot be written costs nothing else."""
         try:
-            self.say(write_report(self.folder.parent))
+            line = write_report(self.folder.parent)
+            if self.args.eval_limit:
+                self.say(line)
         except Exception as e:
             traceback.print_exc()
             self.say(f"WARNING: no report.html: {type(e).__name__}: {e}")

@@ -98,15 +98,24 @@ def official(name: str) -> str:
 # reading
 
 
+def why_no_model(path: Path) -> str:
+    """Why a model folder lacks this file, as far as the disk tells."""
+    folder = path.parent
+    if not folder.exists():
+        return "no such folder on this disk, and nothing is downloaded; `make toy` trains a model"
+    inside = next((p.parent for p in sorted(folder.glob(f"*/{path.name}"))), None)
+    if inside is None:
+        inside = next((p.parent for p in sorted(folder.glob(f"*/*/{path.name}"))), None)
+    hint = f"; did you mean {inside}?" if inside else ""
+    return f"no {path.name} here; a model folder in the official layout was expected{hint}"
+
+
 def read_json(path: Path) -> dict:
     """A file of a model folder. FileNotFoundError or ValueError name it."""
     try:
         facts = json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path.parent}: no {path.name} here; a model folder in the official layout was "
-            "expected"
-        ) from None
+        raise FileNotFoundError(f"{path.parent}: {why_no_model(path)}") from None
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not JSON ({e}); {BROKEN}") from None
     if not isinstance(facts, dict):

@@ -1102,11 +1102,15 @@ def test_a_wrong_command_line_says_what_is_wrong(run, tmp_path, capsys):
         assert message in f"{error.value} {capsys.readouterr().err}" and error.value.code != 0
 
 
-def test_modes_on_the_command_line(model, processor, world, tmp_path, capsys, monkeypatch):
+def test_modes_on_the_command_line(
+    model, processor, world, tmp_path, tmp_path_factory, capsys, monkeypatch
+):
     monkeypatch.setattr(E, "load", lambda folder, device: (model, processor))
     scripted(monkeypatch, lambda prompt: boxed(1) if "/think" in prompt else "2")
     (world / "1.png").unlink()
-    argv = ["--init", "x", "--data", str(world), "--limit", "2", "--mode", "think", "no_think"]
+    folder = tmp_path_factory.mktemp("data")  # as training takes it
+    (folder / "heldout").symlink_to(world)
+    argv = ["--init", "x", "--data", str(folder), "--limit", "2", "--mode", "think", "no_think"]
     path = tmp_path / "scores" / "out.json"
     path.parent.mkdir()
     E.main([*argv, "--out", str(path)])
@@ -1134,5 +1138,5 @@ def test_board_on_the_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as error:  # a text as its code: python exits with 1
             E.main(["--board", str(tmp_path / name)])
         assert str(tmp_path / name) in error.value.code
-        assert "no finished phase (pretrain, sft, " in error.value.code
+        assert "no phase (pretrain, sft, " in error.value.code
         assert not (tmp_path / name / "scoreboard.md").exists()

@@ -77,6 +77,13 @@ def test_without_a_card_all_is_fp32_and_released_sizes_recompute(tmp_path, size,
     assert run.said == []
 
 
+def test_a_model_of_another_shape_than_the_sizes_is_said(tmp_path):
+    run = run_on(tmp_path, "tiny", device="cpu", dtype=FP32)
+    fit(run, shapes("toy"), EVERYTHING, 4096)
+    [said] = run.said
+    assert "3 layers of 96, --size tiny would have 8 layers of 384" in said
+
+
 # ----------------------------------------------------------------------------------------------
 # recipes
 

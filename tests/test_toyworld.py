@@ -1419,7 +1419,10 @@ def test_the_command_draws_a_world(tmp_path, monkeypatch, capsys):
     for done in ("drawn in", "reused"):
         toyworld.__main__.main()
         said = capsys.readouterr().out
-        assert said.startswith(f"{out}: {done}") and "train/clips.jsonl" in said
+        first, train, heldout = said.splitlines()
+        assert first.startswith(f"{out}: {done}")
+        assert re.match(r"train: \d+ clips, \d+ pictures; lines of agentic \d+, .*, vqa \d+", train)
+        assert heldout.startswith("heldout: ")
     settings = json.loads((tmp_path / "w" / "world.json").read_text())["settings"]
     assert settings.items() >= {"size": "toy", "pictures": 10, "clips": 2, "heldout": 0}.items()
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -481,6 +482,16 @@ def test_a_wrong_config_is_named(folder):
     path.unlink()
     with pytest.raises(FileNotFoundError, match="no config.json"):
         KeyeVL.from_pretrained(folder)
+
+
+def test_a_folder_without_a_model_says_where_one_may_be(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder on this disk, and nothing is down"):
+        KeyeVL.from_pretrained("Kwai-Keye/Keye-VL-8B-Preview")
+    run = tmp_path / "runs" / "toy"
+    shutil.copytree(folder, run / "align" / "model")
+    for above in (run, run / "align"):
+        with pytest.raises(FileNotFoundError, match=f"did you mean {run}/align/model"):
+            KeyeVL.from_pretrained(above)
 
 
 def test_a_sum_of_models(keye, folder):

@@ -3,7 +3,7 @@
     python -m tools.run_docs                all, one after the other, in a fresh copy of the files
     python -m tools.run_docs --folder .     here, where `make toy` may have been already
     python -m tools.run_docs --list
-    python -m tools.run_docs --folder . --only docs/lessons/1-attention.md
+    python -m tools.run_docs --folder . --only docs/lessons/1-attention.md --show
 
 A command is a block that opens with ```sh; bash runs it up to its first error. Words behind the sh
 say why it is not run: "```sh eight GPUs". The lines of a ```text block right behind it are printed
@@ -86,14 +86,16 @@ def missing_line(expected: list[str], printed: str) -> str | None:
     return None
 
 
-def run(command: Command, folder: Path) -> str:
-    """Runs it -> what is wrong, or ""."""
+def run(command: Command, folder: Path, show: bool = False) -> str:
+    """Runs it -> what is wrong, or "". show: also prints what it printed."""
     path = [folder / ".venv" / "bin", Path(sys.executable).parent, os.environ["PATH"]]
     env = os.environ | {"PATH": os.pathsep.join(map(str, path))}
     done = subprocess.run(
         ["bash", "-e", "-c", command.script], cwd=folder, env=env, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )
+    if show:
+        print(done.stdout, end="", flush=True)
     if done.returncode:
         last = "\n".join(done.stdout.splitlines()[-10:])
         return f"exit code {done.returncode}, at the end:\n{last}"
@@ -109,7 +111,7 @@ def copy_to(folder: Path):
         shutil.copy2(ROOT / name, folder / name)
 
 
-def run_all(commands: list[Command], folder: Path) -> int:
+def run_all(commands: list[Command], folder: Path, show: bool = False) -> int:
     """Runs and reports them one by one -> how many are wrong."""
     wrong = skipped = 0
     for command in commands:
@@ -120,7 +122,7 @@ def run_all(commands: list[Command], folder: Path) -> int:
             skipped += 1
             continue
         begin = time.time()
-        fault = run(command, folder)
+        fault = run(command, folder, show)
         wrong += bool(fault)
         said = "as written" if command.expected else "ended well"
         print(f"    {time.time() - begin:.0f} s, {fault.rstrip() or said}", flush=True)
@@ -134,6 +136,7 @@ def main(argv: list[str] | None = None):
     add = parser.add_argument
     add("--folder", type=Path, help="where to run (default: a fresh copy, removed at the end)")
     add("--only", metavar="FILE", help="the commands of this page")
+    add("--show", action="store_true", help="print what the commands print")
     add("--list", action="store_true", help="print the commands, and run none")
     args = parser.parse_args(argv)
     commands = all_commands(args.folder or ROOT, args.only)
@@ -143,10 +146,10 @@ def main(argv: list[str] | None = None):
             print(f"{command.where}{reason}\n{command.script}")
         return
     if args.folder:
-        raise SystemExit(run_all(commands, args.folder.resolve()) > 0)
+        raise SystemExit(run_all(commands, args.folder.resolve(), args.show) > 0)
     with tempfile.TemporaryDirectory() as folder:
         copy_to(Path(folder))
-        raise SystemExit(run_all(commands, Path(folder)) > 0)
+        raise SystemExit(run_all(commands, Path(folder), args.show) > 0)
 
 
 if __name__ == "__main__":

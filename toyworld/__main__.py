@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 import toyworld
 from toyworld.world import SIZES, make_world
@@ -25,7 +26,18 @@ def main():
     args = parser.parse_args()
     world = make_world(**vars(args))
     done = "reused" if "reused" in world else f"drawn in {world['seconds']} s"
-    print(f"{args.out}: {done};", world["files"] | world["lines"])
+    print(f"{args.out}: {done}")
+    for split in ("train", "heldout"):
+        media, lines = (of_split(world[key], split) for key in ("files", "lines"))
+        media = ", ".join(f"{number} {name}" for name, number in media.items())
+        lines = ", ".join(f"{name} {number}" for name, number in lines.items())
+        print(f"{split}: {media or 'no media'}; lines of {lines or 'nothing'}")
+
+
+def of_split(numbers: dict[str, int], split: str) -> dict[str, int]:
+    """{"train/vqa.jsonl": 7, ..} -> {"vqa": 7, ..} of one split."""
+    paths = {Path(path): number for path, number in numbers.items()}
+    return {path.stem: number for path, number in paths.items() if path.parts[0] == split}
 
 
 if __name__ == "__main__":
