@@ -5,9 +5,10 @@ r"""Mix-mode reinforcement learning: GRPO on responses in all modes (arXiv 2507.
     python grpo.py --judge http://localhost:8000/v1 --judge-model name
     torchrun --nproc_per_node=8 grpo.py --size 8b --data mydata
 
-In: questions with known answers: --data's train/questions.jsonl, detail.jsonl, instruct.jsonl, and
-discover.jsonl, what no phase before has shown an answer to; most of the prompts are of that. Lines
-of the cold start, where it has left some, are learnt on beside the rewards: nothing is forgotten.
+In: questions with known answers: --data's train/questions.jsonl, detail.jsonl, instruct.jsonl,
+premise.jsonl, and discover.jsonl, what no phase before has shown an answer to: half of the prompts
+or more. Lines of the cold start, where it has left some, are learnt on beside the rewards, so that
+nothing is forgotten.
 Out: runs/SIZE/grpo/model; reward and its parts in metrics.jsonl.
 
 Each step draws prompts, gives each a mode, and samples a group of G responses y_i to it; tools run

@@ -117,6 +117,7 @@ LEARNS = {
 
 POST_TRAINING = {  # files that later phases read
     "questions", "instruct", "think", "no_think", "agentic", "clips", "preferences", "discover",
+    "premise",
 }
 MIX = {  # weights of the files in --data's train folder, by samples drawn
     "text": {"text": 1},

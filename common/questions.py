@@ -27,7 +27,7 @@ from common.verifiers import verify
 
 log = logging.getLogger("questions")
 
-POOL = ("questions", "detail", "instruct")  # files that post-training asks from
+POOL = ("questions", "detail", "instruct", "premise")  # files that post-training asks from
 DISCOVER = "discover"  # the file, and category, that reinforcement alone asks from
 PAIRS = "preferences"  # the file that holds no questions, but pairs of answers
 

@@ -885,7 +885,7 @@ def contents(world, split):
     """{kind: every canonical content of a split}, read from its lines and pictures."""
     found = defaultdict(set)
     names = "caption vqa grounding reasoning ocr interleaved text video instruct discover".split()
-    names += ["preferences", "pairs" if split == "train" else "premise"]
+    names += ["preferences", "premise", *["pairs"] * (split == "train")]
     for name in names:
         for record in lines(world, split, name):
             task = record.get("meta", {}).get("task")
@@ -1224,13 +1224,9 @@ def key(record):
 def pool(world):
     """{key: the true reply} of the questions that the cold start answers."""
     replies = {}
-    for name in ("questions", "detail", "instruct"):
+    for name in ("questions", "detail", "instruct", "premise"):
         for record in cold_start(world, name):
             replies[key(record)] = record["messages"][1]["content"]
-    # Premises are asked in no other file of train: their pairs tell what is right.
-    chosen = {json.dumps(r["messages"][0]): r["chosen"] for r in cold_start(world, "preferences")}
-    for record in filter(is_premise, cold_start(world, "think")):
-        replies[key(record)] = chosen[json.dumps(record["messages"][0])]
     return replies
 
 
@@ -1246,7 +1242,13 @@ def test_the_cold_start_thinks_about_false_and_true_premises(world):
     assert len({meta["task"] for meta in false}) > 1, "one premise after the other"
     for meta in false:
         assert meta["steps"][-1] == meta["answer"].replace("There is ", "").rstrip(".")
-    assert not (world / "train" / "premise.jsonl").exists()
+    # they are those that reinforcement asks, and the pairs tell the same
+    told = {json.dumps(r["messages"][0]): r["chosen"] for r in cold_start(world, "preferences")}
+    practised = cold_start(world, "premise")
+    assert len(practised) == len(asked)
+    for record in practised:
+        question, reply = record["messages"]
+        assert told[json.dumps(question)] == reply["content"]
 
 
 def test_cold_start_answers_the_train_questions_in_each_form(world):

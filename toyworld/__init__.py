@@ -15,7 +15,7 @@ clips/, and world.json. A tenth of all contents, by hash, is held out and never 
     think no_think agentic clips                            answers for the cold start
     discover                                                reinforcement alone asks this
     preferences                                             pairs of answers, for behaviour
-    premise                                                 held out: what is there, and what is not
+    premise                                                 is there what a question asks about
 
 A single question's "meta" holds its answer, the verifier that judges it, and true "steps" towards
 it. Every number here is ours; the formats of boxes, points, texts and times are Keye's (table 1).

@@ -7,9 +7,10 @@
     stops     better an answer that ends than one that comes again and again
 
 preferences.jsonl holds the pairs: of train to learn from, of heldout to measure. Of the first two
-heldout/premise.jsonl asks the answer itself, in two categories: who denies everything is right on
-all of one and on none of the other. In train some are asked so for the cold start alone, with steps
-to the answer: a model that learns to think only about what is there would never deny again.
+premise.jsonl asks the answer itself, in two categories: who denies everything is right on all of
+one and on none of the other. SFT does not read it: preferences are the first to teach denial. The
+cold start thinks about such questions, and reinforcement asks them: a model that learns to think,
+or is rewarded, only about what is there would never deny again.
 """
 
 from dataclasses import replace
@@ -19,7 +20,7 @@ from toyworld.instructions import in_sentence
 from toyworld.pictures import attribute_question, look_at_all
 from toyworld.unit import CHOICES, Unit, ask, sentence
 
-THOUGHT_ABOUT = 3  # ours: one picture of so many is for the cold start too; premises take turns
+THOUGHT_ABOUT = 3  # ours: of train one picture of so many is asked about; premises take turns
 # What a false premise is about -> the attribute that is asked for
 PREMISES = {"shape": "colour", "colour": "shape", "name": "place", "place": "colour"}
 QUESTIONS = {
@@ -143,7 +144,7 @@ def behaviour_unit(u: Unit):
     item = u.scene_picture(scene)
     absent, present = found[0]
     both = {"absent": absent, "present": present}
-    # Asked are as many false premises as true ones: held out to measure, in train to think about.
+    # Asked are as many false premises as true ones.
     premise_pairs(u, item, scene, asked[0], both, u.heldout or u.index % THOUGHT_ABOUT == 0)
     if not u.heldout:
         premise_pairs(u, item, scene, asked[1], {"absent": found[1][0]}, False)

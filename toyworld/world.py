@@ -154,7 +154,7 @@ def draw_all(folder, counts, size, seed, workers, progress):
         questions = texts["train/questions"] + texts["train/detail"] + texts["train/instruct"]
         n = min(len(questions), SIZES[size].questions)
         chosen = random.Random(f"{seed}/thinking").sample(list(enumerate(questions)), n)
-        chosen += enumerate(texts.pop("train/premise"), len(questions))  # asked nowhere else
+        chosen += enumerate(texts["train/premise"], len(questions))
         collect(imap(partial(conversations, folder / "train", seed), sorted(chosen)))
     return texts
 
