@@ -835,13 +835,14 @@ def main(argv=None):
             return run_benchmark(args) if args.benchmark else decontaminate(args)
         except (OSError, ValueError) as e:
             raise SystemExit(str(e)) from None
+    data = Path(args.data)
+    if (data / "heldout").is_dir():  # the folder that training takes
+        data /= "heldout"
     if args.out:
-        check_out(Path(args.out), args.data)
+        check_out(Path(args.out), args.data, data)
     if args.answers:
-        check_out(Path(args.answers), args.data, flag="--answers")
+        check_out(Path(args.answers), args.data, data, flag="--answers")
     blind = not args.mode if args.blind is None else args.blind
-    if (Path(args.data) / "heldout").is_dir():  # the folder that training takes
-        args.data = str(Path(args.data) / "heldout")
     peers = joined(args)
     model, processor = load(args.init, args.device)
     run = peers if peers.world > 1 else None
@@ -850,7 +851,7 @@ def main(argv=None):
     for mode in args.mode or ["plain"]:
         try:
             results[mode] = evaluate(
-                model, processor, args.data, args.limit, mode, blind,
+                model, processor, data, args.limit, mode, blind,
                 args.categories, args.max_new_tokens, args.batch, run,
             )
         except errors as e:

@@ -342,8 +342,9 @@ def grpo_step(
             batch = run.to(batch_of(samples))
             with run.autocast():
                 logp, entropy = policy.logprobs(batch)  # (N,) each
-            old = batch.get("old", logp.detach())
-            start = batch.get("reference", logp.detach())  # without a reference beta is 0
+            now = logp.detach()
+            old = batch.get("old", now)
+            start = batch.get("reference", now)  # without a reference beta is 0
             loss, clipped = policy_loss(
                 logp, old, start, batch["advantage"], batch["weight"],
                 sample_of_label(batch), algo, beta, clip,
@@ -352,7 +353,7 @@ def grpo_step(
             loss_sum += loss.item()
             log["clipped"] += clipped.tolist()
             log["entropy"] += entropy.tolist()
-            log["kl"] += k3(logp.detach(), start).tolist()
+            log["kl"] += k3(now, start).tolist()
             log["mismatch"] += (old - batch["sampler"]).abs().tolist()
             batches.append(batch)
         if replay:

@@ -45,7 +45,7 @@ from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.packing import join, packing
 from common.parallel import assign, pass_around, ring_pass, shard
 from common.processes import Peers, join_processes
-from common.questions import check_heldout, files_or_exit, say_files
+from common.questions import check_heldout, files_or_exit, needs_one, say_files
 from common.run import (
     Run,
     arguments,
@@ -163,8 +163,7 @@ def mixture(folder: Path, stage: str, size: str) -> list[tuple[Path, float]]:
             chosen.append((path, weight))
     if not chosen:
         raise SystemExit(
-            f"stage {stage} needs one of {', '.join(weights)}.jsonl in {folder / 'train'}, which "
-            f"has {', '.join(files) or 'no .jsonl file'}. "
+            f"stage {stage} {needs_one(weights, folder, files)}. "
             f"`python -m toyworld --out {folder}` draws a toy world."
         )
     return chosen

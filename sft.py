@@ -32,7 +32,14 @@ from common.media import MediaError
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.packing import join, packing
 from common.parallel import shard
-from common.questions import Question, check_heldout, files_or_exit, read_or_exit, say_files
+from common.questions import (
+    Question,
+    check_heldout,
+    files_or_exit,
+    needs_one,
+    read_or_exit,
+    say_files,
+)
 from common.rollout import Prompt, Rollout, sample_groups, use_sandbox
 from common.run import Run, arguments, data_folder, plan_of, previous_model, released, start
 from common.sources import note_media, renewed
@@ -200,9 +207,7 @@ def build_mixture(run: Run, init: Path, folder: Path, plan: dict) -> list[tuple[
         if path.stat().st_size:  # not all of a file may be easy
             mix.append((path, MIX[name]))
     if not mix:
-        found = ", ".join(files_or_exit(folder / "train")) or "none"
-        names = ", ".join(MIX)
-        raise SystemExit(f"sft needs one of {names}.jsonl in {folder / 'train'}, which has {found}")
+        raise SystemExit(f"sft {needs_one(MIX, folder, files_or_exit(folder / 'train'))}")
     return mix
 
 

@@ -147,14 +147,21 @@ def _pairs(texts, media):
     turns = []
     for i, pair in enumerate(texts):
         where = f"texts[{i}]"
-        said = [pair.get(role) for role in ("user", "assistant")] if isinstance(pair, dict) else []
-        if not said or not all(isinstance(text, str) for text in said):
-            raise ValueError(f'{where}: expected {{"user": a text, "assistant": a text}}')
-        _refuse(pair.keys() - {"user", "assistant", "source"}, where)
+        asked, answer = _question_and_answer(pair, where)
         if not turns:
-            said[0] = media.before(said[0], first=True)
-        turns += map(_turn, ("user", "assistant"), said)
+            asked = media.before(asked, first=True)
+        turns += [_turn("user", asked), _turn("assistant", answer)]
     return turns
+
+
+def _question_and_answer(pair, where):
+    if not isinstance(pair, dict):
+        pair = {}
+    said = [pair.get(role) for role in ("user", "assistant")]
+    if not all(isinstance(text, str) for text in said):
+        raise ValueError(f'{where}: expected {{"user": a text, "assistant": a text}}')
+    _refuse(pair.keys() - {"user", "assistant", "source"}, where)
+    return said
 
 
 def _asked(rest, media):

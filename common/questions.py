@@ -158,6 +158,12 @@ def files_or_exit(folder: Path) -> dict[str, Path]:
         return data_files(folder)
 
 
+def needs_one(names, folder: Path, files: dict) -> str:
+    """What a script says that finds none of these names among the files of folder/train."""
+    there = ", ".join(files) or "no .jsonl file"
+    return f"needs one of {', '.join(names)}.jsonl in {folder / 'train'}, which has {there}"
+
+
 def say_files(run, folder: Path, read: list[Path]):
     """A line: which files of folder/train a phase reads, by their names, and which it leaves."""
     files = files_or_exit(folder / "train")

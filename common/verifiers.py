@@ -63,7 +63,8 @@ def verify(text: str | None, meta: dict, strict: bool = False) -> tuple[float, f
         # ours: of a few things in a new order none may ever be sampled whole, and nothing be learnt
         outcome = sum(map(operator.eq, got, truth)) / len(truth)
     elif kind == "number":
-        tolerance, near = (Fraction(str(meta.get(name, 0))) for name in ("tolerance", "near"))
+        tolerance = Fraction(str(meta.get("tolerance", 0)))
+        near = Fraction(str(meta.get("near", 0)))
         distance = abs(got - truth)
         right = distance <= tolerance * abs(truth)
         # ours, as above: what is farther off than another answer of its group is pushed away from

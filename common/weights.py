@@ -103,11 +103,12 @@ def why_no_model(path: Path) -> str:
     folder = path.parent
     if not folder.exists():
         return "no such folder on this disk, and nothing is downloaded; `make toy` trains a model"
-    inside = next((p.parent for p in sorted(folder.glob(f"*/{path.name}"))), None)
-    if inside is None:
-        inside = next((p.parent for p in sorted(folder.glob(f"*/*/{path.name}"))), None)
-    hint = f"; did you mean {inside}?" if inside else ""
-    return f"no {path.name} here; a model folder in the official layout was expected{hint}"
+    why = f"no {path.name} here; a model folder in the official layout was expected"
+    for below in ("*", "*/*"):  # of a phase's folder, or of a run's
+        found = sorted(folder.glob(f"{below}/{path.name}"))
+        if found:
+            return f"{why}; did you mean {found[0].parent}?"
+    return why
 
 
 def read_json(path: Path) -> dict:

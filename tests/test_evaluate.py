@@ -1069,14 +1069,17 @@ def test_a_file_of_results_that_cannot_be_written_is_refused_before_the_question
         E.main(argv)
 
 
-def test_results_never_lie_among_the_questions(world, tmp_path):
+def test_results_never_lie_among_the_questions(world, tmp_path, tmp_path_factory):
     """At the second run they would be read as questions; and a file of questions is never lost."""
+    outer = tmp_path_factory.mktemp("data")
+    (outer / "heldout").symlink_to(world)
     before = {path: path.read_bytes() for path in world.iterdir()}
     (tmp_path / "link").symlink_to(world)
     for data, out in [
         (world, world / "out.json"),
         (world, world / "OUT.JSONL.gz"),
         (tmp_path / "link", world / "out.jsonl"),
+        (outer, outer / "heldout" / "out.json"),
         (world, tmp_path / "link" / "out.json"),
         (world / "look.jsonl", world / "look.jsonl"),
     ]:
@@ -1102,14 +1105,17 @@ def test_a_wrong_command_line_says_what_is_wrong(run, tmp_path, capsys):
         assert message in f"{error.value} {capsys.readouterr().err}" and error.value.code != 0
 
 
+@pytest.mark.parametrize("above", [False, True])
 def test_modes_on_the_command_line(
-    model, processor, world, tmp_path, tmp_path_factory, capsys, monkeypatch
+    model, processor, world, tmp_path, tmp_path_factory, capsys, monkeypatch, above
 ):
     monkeypatch.setattr(E, "load", lambda folder, device: (model, processor))
     scripted(monkeypatch, lambda prompt: boxed(1) if "/think" in prompt else "2")
     (world / "1.png").unlink()
-    folder = tmp_path_factory.mktemp("data")  # as training takes it
-    (folder / "heldout").symlink_to(world)
+    folder = world
+    if above:  # as training takes it
+        folder = tmp_path_factory.mktemp("data")
+        (folder / "heldout").symlink_to(world)
     argv = ["--init", "x", "--data", str(folder), "--limit", "2", "--mode", "think", "no_think"]
     path = tmp_path / "scores" / "out.json"
     path.parent.mkdir()

@@ -965,8 +965,9 @@ def test_every_step_draws_other_prompts_by_its_number(monkeypatch, run, start_mo
     loop = Loop(monkeypatch, run)
     loop.train(start_model, "--steps", "3")
     asked = [[prompt.asked for prompt in step.prompts] for step in loop.steps]
+    modes = {"think": 3, "no_think": 4, "auto_think": 3, "agentic_think": 2}
     for step, same in enumerate(asked):
-        assert same == [("questions", 48, grpo.ASKED, f"4/{step}", {})] * 5
+        assert same == [("questions", 48, modes, f"4/{step}", {})] * 5
 
 
 def test_a_share_of_the_prompts_is_of_what_nobody_has_shown(monkeypatch):
@@ -1117,7 +1118,7 @@ def test_training_goes_on_where_it_was_and_is_saved(monkeypatch, run, start_mode
 def test_the_plan_of_a_size_is_the_default(monkeypatch, run, start_model):
     loop = Loop(monkeypatch, run)
     loop.train(start_model)
-    assert len(loop.steps) == grpo.PLAN["toy"]["steps"]
+    assert len(loop.steps) == 100
     assert "judge_failed" not in loop.logged[0][2]
 
 

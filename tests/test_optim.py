@@ -169,10 +169,13 @@ def test_muon_on_cuda_equals_cpu():
         set_gradients(on_cpu, on_cuda, seed=seed)
         for optimizer in optimizers:
             optimizer.step()
+    by_muon = [p for group in optimizers[0].param_groups if group["muon"] for p in group["params"]]
     for before, a, b in zip(start, on_cpu.parameters(), on_cuda.parameters()):
-        # orthogonal() computes directions in bf16 there: equal within a few hundredths of the way
-        way = (a - before).abs().max().item()
-        torch.testing.assert_close(b.cpu(), a, atol=0.05 * way + 1e-6, rtol=0)
+        bounds = dict(atol=1e-4, rtol=1e-4)
+        if any(a is p for p in by_muon):
+            # directions are computed in bf16 there: equal within a few hundredths of the way
+            bounds = dict(atol=0.05 * (a - before).abs().max().item(), rtol=0)
+        torch.testing.assert_close(b.cpu(), a, **bounds)
 
 
 # ----------------------------------------------------------------------------------------------

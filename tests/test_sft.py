@@ -302,7 +302,8 @@ def test_the_filter_asks_its_files_once_and_the_others_are_trained_on_as_they_ar
 
 def test_a_folder_without_any_file_of_the_mixture_is_said(tmp_path):
     sums(tmp_path / "data" / "train" / "pairs.jsonl", 1)
-    with pytest.raises(SystemExit, match="one of instruct, questions, .* in .*train, which has"):
+    said = "one of instruct, questions, vqa, .*.jsonl in .*train, which has pairs"
+    with pytest.raises(SystemExit, match=said):
         sft.build_mixture(FakeRun(tmp_path), tmp_path, tmp_path / "data", {})
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from pathlib import Path
 
 import toyworld
 from toyworld.world import SIZES, make_world
@@ -28,16 +27,19 @@ def main():
     done = "reused" if "reused" in world else f"drawn in {world['seconds']} s"
     print(f"{args.out}: {done}")
     for split in ("train", "heldout"):
-        media, lines = (of_split(world[key], split) for key in ("files", "lines"))
-        media = ", ".join(f"{number} {name}" for name, number in media.items())
-        lines = ", ".join(f"{name} {number}" for name, number in lines.items())
-        print(f"{split}: {media or 'no media'}; lines of {lines or 'nothing'}")
+        media = [f"{number} {name}" for name, number in of_split(world["files"], split)]
+        lines = [f"{name} {number}" for name, number in of_split(world["lines"], split)]
+        print(f"{split}: {', '.join(media)}; lines of {', '.join(lines) or 'nothing'}")
 
 
-def of_split(numbers: dict[str, int], split: str) -> dict[str, int]:
-    """{"train/vqa.jsonl": 7, ..} -> {"vqa": 7, ..} of one split."""
-    paths = {Path(path): number for path, number in numbers.items()}
-    return {path.stem: number for path, number in paths.items() if path.parts[0] == split}
+def of_split(numbers: dict[str, int], split: str) -> list[tuple[str, int]]:
+    """{"train/vqa.jsonl": 7, ..} -> [("vqa", 7), ..], those of one split."""
+    found = []
+    for path, number in numbers.items():
+        folder, _, name = path.partition("/")
+        if folder == split:
+            found.append((name.removesuffix(".jsonl"), number))
+    return found
 
 
 if __name__ == "__main__":
