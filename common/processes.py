@@ -138,25 +138,29 @@ class Heart:
     The training could not: a rank that waits in a collective for a dead one hears neither errors,
     under NCCL, nor torchrun's SIGTERM, which python takes up only between two calls. Twice a
     second the threads of all ranks meet; where one is gone, its closed connection is an error.
+
+    group: of gloo, which nobody else refers to.
     """
 
     def __init__(self, group):
+        self.group = group
         self.state = ALIVE
         self.ending = threading.Event()
-        self.thread = threading.Thread(target=self.beat, args=[group], daemon=True)
+        self.thread = threading.Thread(target=self.beat, daemon=True)
         self.thread.start()
 
-    def beat(self, group):
+    def beat(self):
         why = ""
         worst = ALIVE
         while worst == ALIVE:
             self.ending.wait(BEAT)
             state = torch.tensor(self.state)
             try:
-                dist.all_reduce(state, dist.ReduceOp.MAX, group)
+                dist.all_reduce(state, dist.ReduceOp.MAX, self.group)
                 worst = state.item()
             except RuntimeError as e:
                 worst, why = FAILED, f" ({e})"
+                self.pass_on()
         if worst == FAILED and not self.ending.wait(GRACE):
             print(
                 f"rank {dist.get_rank()} ends: another rank has failed or was killed, "
@@ -164,6 +168,15 @@ class Heart:
                 file=sys.stderr, flush=True,
             )
             os._exit(1)
+
+    def pass_on(self):
+        """Closes the connections of this rank too, as the dead one's are, before its grace.
+
+        The sum goes round in a ring: only the neighbours of the dead rank hear of it at once.
+        Their own neighbours wait for them, and would each begin their grace after the last one's.
+        """
+        dist.destroy_process_group(self.group)
+        self.group = None  # with the last reference the connections close
 
     def stop(self, state: int):
         """This process ends by itself: LEFT or FAILED."""

@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -39,6 +41,28 @@ def one_is_killed(argv):
     if run.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     wait_for_ever(run)
+
+
+def test_a_death_goes_round_before_the_first_rank_has_ended(tmp_path):
+    codes = [1, 1, 1, -signal.SIGKILL, 1]
+    said = in_processes(neighbours_outlast_the_others, [tmp_path], ranks=5, code=codes)
+    assert said.count("another rank has failed or was killed") == 2
+
+
+def neighbours_outlast_the_others(argv):
+    """Rank 3 is killed; 2 and 4, which hear it first, end only after rank 0."""
+    run = joined(*argv)
+    processes.GRACE = 1000 if run.rank in (2, 4) else 0.2
+    pids = run.gather_objects(os.getpid())
+    if run.rank == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if run.rank in (0, 1):
+        wait_for_ever(run)
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(pids[0], 0)  # asks whether it is there
+            time.sleep(0.1)
+    os._exit(1)
 
 
 def test_ranks_end_when_one_has_failed_and_its_own_lines_come_first(tmp_path):
