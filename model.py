@@ -32,7 +32,8 @@ from kernels import (
     decoder_step,
     enter_heads,
     few_kernels,
-    swiglu,
+    project,
+    project_swiglu,
     to_device,
 )
 from vit import ViT, ViTConfig, index_of, recomputed, rotate
@@ -323,7 +324,8 @@ class Decoder(nn.Module):
         x (B, C), positions (B,), tokens before (B,), and the cache's keys and values.
 
         A small decoder's layers are one call on a CPU (kernels/step.py); on a GPU a layer's small
-        operations are two (kernels/layer.py).
+        operations are two (kernels/layer.py), and few tokens' products have kernels of their own
+        (kernels/products.py).
         """
         cfg = self.cfg
         weight = self.norm.weight
@@ -339,18 +341,20 @@ class Decoder(nn.Module):
         lengths = before.int()
         for layer, k_cache, v_cache in zip(self.layers, keys, values):
             attn, mlp = layer.self_attn, layer.mlp
-            h = layer.input_layernorm(x)
+            weights = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
             q, k, v = (
-                project(h).unflatten(1, (-1, attn.head_dim))
-                for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+                heads.unflatten(1, (-1, attn.head_dim))
+                for heads in project(x, weights, norm=layer.input_layernorm)
             )
             norms = attn.q_norm.weight, attn.k_norm.weight
             cache = k_cache, v_cache
             q = enter_heads(q, k, v, norms, rope, places, cache, attn.q_norm.eps)
             out = cached_attention(q[:, None], k_cache, v_cache, lengths)  # (B, 1, H, D)
-            x = x + attn.o_proj(out.flatten(1))
-            h = layer.post_attention_layernorm(x)
-            x = x + mlp.down_proj(swiglu(mlp.gate_proj(h), mlp.up_proj(h)))
+            (x,) = project(out.flatten(1), [attn.o_proj.weight], plus=x)
+            h = project_swiglu(
+                x, mlp.gate_proj.weight, mlp.up_proj.weight, norm=layer.post_attention_layernorm
+            )
+            (x,) = project(h, [mlp.down_proj.weight], plus=x)
         return self.norm(x)
 
 

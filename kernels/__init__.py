@@ -11,9 +11,11 @@ from kernels.attention import (
     forced,
     to_device,
 )
-from kernels.layer import enter_heads, swiglu
+from kernels.layer import enter_heads
+from kernels.products import project, project_swiglu
 
 __all__ = [
     "Segments", "attention", "attention_path", "attention_reference", "cached_attention",
-    "decoder_step", "enter_heads", "few_kernels", "forced", "swiglu", "to_device",
+    "decoder_step", "enter_heads", "few_kernels", "forced", "project", "project_swiglu",
+    "to_device",
 ]

@@ -18,6 +18,7 @@
 //
 // Built by kernels/build.py; only CUDA's own headers are needed.
 
+#include "chain.cuh"
 #include "tiles.cuh"
 
 constexpr int QUERIES = 16;  // rows of a product: query heads times new tokens
@@ -108,6 +109,8 @@ template <typename T, int D>
 static __global__ void __launch_bounds__(THREADS) read_part(const Work work) {
     using S = Shape<D>;
     extern __shared__ __align__(1024) char memory[];
+    let_next_begin();
+    wait_for_last();
     int kv_head = blockIdx.x % work.kv_heads, first = blockIdx.x / work.kv_heads * QUERIES;
     int part = blockIdx.y, b = blockIdx.z, warp = threadIdx.x / 32;
     int begin = part * work.part_keys, end = min(work.keys_of(b), begin + work.part_keys);
@@ -189,6 +192,8 @@ static __global__ void __launch_bounds__(THREADS) read_part(const Work work) {
 
 template <typename T, int D>
 static __global__ void __launch_bounds__(D) merge_parts(const Work work) {
+    let_next_begin();
+    wait_for_last();
     int head = blockIdx.x % work.heads, token = blockIdx.x / work.heads;
     int b = token / work.queries, query = token % work.queries, group = work.group();
     int count = (max(work.keys_of(b), 0) + work.part_keys - 1) / work.part_keys;
@@ -208,9 +213,10 @@ static int run(const Work& work, cudaStream_t stream) {
     cudaError_t error = cudaFuncSetAttribute(
         read_part<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::MEMORY);
     if (error != cudaSuccess) return error;
-    read_part<T, D><<<blocks, THREADS, S::MEMORY, stream>>>(work);
-    merge_parts<T, D><<<work.batch * work.queries * work.heads, D, 0, stream>>>(work);
-    return cudaGetLastError();
+    error = launch_early(read_part<T, D>, blocks, THREADS, S::MEMORY, stream, work);
+    if (error != cudaSuccess) return error;
+    int merged = work.batch * work.queries * work.heads;
+    return launch_early(merge_parts<T, D>, merged, D, 0, stream, work);
 }
 
 template <typename T>

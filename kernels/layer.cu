@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "chain.cuh"
+
 constexpr int WARPS = 4;  // of a block
 
 // As kernels/layer.py lays it out.
@@ -29,6 +31,8 @@ struct Heads {
 // normed and turned by their position, keys and values enter the cache.
 template <typename T, int D>
 static __global__ void enter_heads(const Heads x) {
+    let_next_begin();
+    wait_for_last();
     int lane = threadIdx.x % 32, task = blockIdx.x * WARPS + threadIdx.x / 32;
     int all = x.heads + 2 * x.kv_heads, token = task / all, head = task % all;
     if (token >= x.tokens) return;
@@ -79,10 +83,10 @@ static __global__ void swiglu(T* gate, const T* up, int64_t count) {
 template <typename T>
 static int run(const Heads& x, int width, cudaStream_t stream) {
     int tasks = x.tokens * (x.heads + 2 * x.kv_heads), blocks = (tasks + WARPS - 1) / WARPS;
-    if (width == 64) enter_heads<T, 64><<<blocks, 32 * WARPS, 0, stream>>>(x);
-    else if (width == 128) enter_heads<T, 128><<<blocks, 32 * WARPS, 0, stream>>>(x);
-    else return cudaErrorInvalidValue;
-    return cudaGetLastError();
+    if (width != 64 && width != 128) return cudaErrorInvalidValue;
+    void (*kernel)(Heads) = enter_heads<T, 128>;
+    if (width == 64) kernel = enter_heads<T, 64>;
+    return launch_early(kernel, blocks, 32 * WARPS, 0, stream, x);
 }
 
 template <typename T>

@@ -1,14 +1,16 @@
-"""Steps of decoding in few calls, kernels/step.py and kernels/layer.py, against the layers one by
-one."""
+"""Steps of decoding in few calls, kernels/step.py, layer.py and products.py, against the layers one
+by one."""
 
 from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import model as model_file
-from kernels import decode, layer, step
+from kernels import decode, layer, products, step
 from model import PRESETS, KeyeVL, RMSNorm
 from vit import rotate
 
@@ -133,7 +135,7 @@ def test_the_layers_of_few_kernels_are_those_of_forward(shape, monkeypatch):
     """On a CPU, with operators of PyTorch in the kernels' places."""
     monkeypatch.setattr(model_file, "few_kernels", lambda *of: True)
     monkeypatch.setattr(model_file, "enter_heads", enter_heads)
-    monkeypatch.setattr(model_file, "swiglu", swiglu)
+    monkeypatch.setattr(products, "swiglu", swiglu)
     for found, want in zip(*both_ways(drawn(SHAPES[shape]), 7)):
         torch.testing.assert_close(found, want, atol=3e-5, rtol=1e-5)
 
@@ -172,10 +174,62 @@ def test_the_kernels_are_pytorchs_operators(dtype, heads, kv, width):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", layer.DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("width", [8, 264, 2048, 12288])
+def test_products_are_as_near_to_float64_as_pytorchs(dtype, tokens, width):
+    if products.load("products.cu") is None:
+        pytest.skip("no CUDA compiler")
+    torch.manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, device="cuda").to(dtype)
+
+    x, plus = draw(tokens, width), draw(tokens, 1001)
+    weights = [draw(rows, width) / width**0.5 for rows in (1001, 1, 70)]
+    norm = RMSNorm(width, 1e-6).to("cuda", dtype)
+    norm.weight.data = draw(width)
+    cases = {
+        "alone": partial(products.project, weights=weights[:1]),
+        "three, normed": partial(products.project, weights=weights, norm=norm),
+        "added": partial(products.project, weights=weights[:1], plus=plus),
+        "swiglu": partial(
+            products.project_swiglu, gate=weights[0], up=weights[0].flip(0), norm=norm
+        ),
+    }
+    for name, work in cases.items():
+        found = work(x)
+        assert products.fits(x, weights, norm, None), name
+        with mock.patch.object(products, "fits", lambda *of: False):
+            want = work(x)
+        for one, two in zip(found, want):
+            torch.testing.assert_close(one, two, atol=0.03, rtol=0.02, msg=name)
+    one = products.project(x, weights[:1])[0].double()
+    exact = x.double() @ weights[0].double().T
+    half_a_step = torch.finfo(dtype).eps / 2
+    assert ((one - exact).abs() <= 1.1 * half_a_step * exact.abs() + 1e-5).all()
+
+
+@pytest.mark.cuda
+def test_products_that_do_not_fit():
+    if products.load("products.cu") is None:
+        pytest.skip("no CUDA compiler")
+    x, weight = (torch.ones(n, 64, device="cuda", dtype=torch.bfloat16) for n in (2, 10))
+    with pytest.raises(ValueError, match=r"x \(2, 64\) and \[\(10, 32\)\] do not fit"):
+        products.project(x, [weight[:, :32].contiguous()])
+    assert not products.fits(torch.cat([x] * 3), [weight], None, None), "too many tokens"
+    assert not products.fits(x[:, :60], [weight[:, :60]], None, None), "no whole 16 bytes"
+    assert not products.fits(x.float(), [weight.float()], None, None)
+    want = torch.full((6, 10), 64.0, device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(products.project(torch.cat([x] * 3), [weight])[0], want)
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("shape", ["toy", "heads of 128"])
 def test_a_step_of_few_kernels_on_a_gpu(shape):
     model = drawn(SHAPES[shape], torch.bfloat16, "cuda")
     if not layer.available(model.head_weight, model.config.head_dim) or not decode.available():
         pytest.skip("no CUDA compiler")
-    for found, want in zip(*both_ways(model, 7)):
-        torch.testing.assert_close(found, want, atol=0.1, rtol=0.05)
+    for rows in (1, 2, 7):
+        for found, want in zip(*both_ways(model, rows)):
+            torch.testing.assert_close(found, want, atol=0.1, rtol=0.05)
