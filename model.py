@@ -36,7 +36,7 @@ from kernels import (
     project_swiglu,
     to_device,
 )
-from vit import ViT, ViTConfig, index_of, recomputed, rotate
+from vit import ViT, ViTConfig, recomputed, rotate
 
 # --------------------------------------------------------------------------------------------------
 # sizes
@@ -397,10 +397,20 @@ class Projector(nn.Module):
         """features (N, C_vit) in raster order, grids (M, 3) -> (N / 4, C), row by row."""
         x = self.pre_norm(features)
         # One gather for all pictures: pictures one by one are hundreds of small kernels.
-        order = index_of(grids.tolist(), partial(merge_order, merge=self.merge))
+        order = merged_order(grids.tolist(), self.merge)
         x = x.index_select(0, to_device(order, x.device))
         x = x.view(-1, self.linear_1.in_features)  # (N / 4, 4 C_vit)
         return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+def merged_order(grids: list[list[int]], merge: int) -> Tensor:
+    """merge_order of all pictures and clips end to end: (N,) int64 on the host."""
+    parts = [np.zeros(0, np.int64)]  # no picture at all: zero rows
+    begin = 0
+    for grid in grids:
+        parts.append(merge_order(tuple(grid), merge) + begin)
+        begin += len(parts[-1])
+    return torch.from_numpy(np.concatenate(parts))
 
 
 @lru_cache(256)

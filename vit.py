@@ -15,7 +15,6 @@ Everything follows the released weights of SigLIP-so400m-patch14-384 and Keye-VL
 are only numbers in `ViTConfig`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -186,7 +185,9 @@ class ViT(nn.Module):
                     fitted.append(stretch(table, h, w).flatten(0, 1))
                     start[h, w] = rows
                     rows += h * w
-        index = index_of(grids, lambda grid: start[grid[1:]] + frame_cells(grid), offset=False)
+        place, which = places(grids)  # (N,) each
+        starts = np.array([start[h, w] for _, h, w in grids], np.int64)  # (M,)
+        index = torch.from_numpy(starts[which] + place)
         return F.embedding(to_device(index, weight.device), torch.cat(fitted))
 
     def pool(self, features: Tensor, grids: Tensor) -> Tensor:
@@ -214,24 +215,14 @@ def shares(old: int, new: int) -> np.ndarray:
     return np.ascontiguousarray(adds[0].T)
 
 
-def index_of(grids: list[list[int]], order: Callable, offset: bool = True) -> Tensor:
-    """order(grid) of all pictures and clips end to end: (N,) int64 on the host.
-
-    offset: they count from each one's first patch; else all from 0.
-    """
-    parts = [np.zeros(0, np.int64)]  # no picture at all: zero rows
-    begin = 0
-    for grid in grids:
-        parts.append(order(tuple(grid)) + begin)
-        begin += np.prod(grid) if offset else 0
-    return torch.from_numpy(np.concatenate(parts))
-
-
-@lru_cache(256)
-def frame_cells(grid: tuple[int, int, int]) -> np.ndarray:
-    """For each patch of a picture or clip, its place within its frame: (t * h * w,)."""
-    t, h, w = grid
-    return np.tile(np.arange(h * w), t)
+def places(grids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """For every patch of the pictures and clips end to end: its place within its frame, in raster
+    order, and the number of its grid. (N,) int64 each, on the host."""
+    t, h, w = np.array(grids, np.int64).reshape(-1, 3).T  # (M,) each
+    patches = t * h * w
+    which = np.repeat(np.arange(len(grids)), patches)
+    first = np.cumsum(patches) - patches  # (M,) each grid's first patch
+    return (np.arange(len(which)) - first[which]) % (h * w)[which], which
 
 
 def recomputed(block: nn.Module, *inputs):
@@ -250,10 +241,10 @@ def rope_2d(
     The first half of the pairs turns with the row, the second with the column. Rows and columns
     start again in every frame; the frame's number has no angle (Keye-VL v1's released code).
     """
-    place = index_of(grids, frame_cells, offset=False)  # (N,) within the frame
-    width = index_of(grids, lambda grid: np.full(np.prod(grid), grid[2]), offset=False)  # (N,)
-    cells = torch.stack([place // width, place % width], dim=1)  # (N, 2): row, column
-    cells = to_device(cells, device).float()
+    place, which = places(grids)  # (N,) each
+    width = np.array([w for _, _, w in grids], np.int64)[which]  # (N,)
+    cells = np.stack([place // width, place % width], axis=1)  # (N, 2): row, column
+    cells = to_device(torch.from_numpy(cells), device).float()
     half = head_dim // 2
     freqs = 10000.0 ** -(torch.arange(0, half, 2, device=device) / half)  # (head_dim / 4,)
     angles = (cells[:, :, None] * freqs).flatten(1)[:, None]  # (N, 1, head_dim / 2)
