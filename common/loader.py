@@ -16,9 +16,12 @@ A line of a small set is checked once, when its file is read, one of a large set
 The plan needs its size: so it is laid out then, and the layout goes to the worker.
 """
 
+import atexit
 import ctypes
 import logging
 import math
+import multiprocessing
+import pickle
 import signal
 import sys
 from collections import Counter, deque
@@ -85,11 +88,11 @@ class Decoder(torch.utils.data.Dataset):
     processor: object
     pack_tokens: int
 
-    def __getitem__(self, examples: list[Example]) -> tuple[dict, list]:
-        """-> (batch, [(what failed and why, reason), ...])."""
+    def __getitem__(self, plan: bytes) -> tuple[dict, list]:
+        """plan: a pickled list of Examples -> (batch, [(what failed and why, reason), ...])."""
         samples, references, bad = [], [], []
         room = self.pack_tokens
-        for example in examples:
+        for example in pickle.loads(plan):
             try:
                 loaded, left = [], room
                 for layout in example.layouts:
@@ -144,6 +147,19 @@ def end_with_the_trainer(worker: int):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+@atexit.register
+def end_workers():
+    """When this process ends, workers that are still there end too.
+
+    multiprocessing would send them SIGTERM, which they do not hear, and wait for them for ever.
+    """
+    left = [child for child in multiprocessing.active_children() if child.daemon]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it a failure
+    for child in left:
+        child.kill()
+
+
 def in_workers(dataset, workers: int, **options):
     """Iterates over the dataset's items as processes of their own make them."""
     return iter(
@@ -165,7 +181,9 @@ def in_workers(dataset, workers: int, **options):
 class Planner(torch.utils.data.IterableDataset):
     """loader.plan(), and an error as its last item: (pack, note, None), .. (None, None, error).
 
-    As an item it comes out of a process as it is.
+    As an item an error comes out of a process as it is. A pack is pickled here and unpickled by
+    the worker that decodes it: on the way it is a string of bytes to the trainer's process, which
+    has a GPU's kernels to launch.
     """
 
     loader: "Loader"
@@ -173,7 +191,7 @@ class Planner(torch.utils.data.IterableDataset):
     def __iter__(self):
         try:
             for pack, note in self.loader.plan():
-                yield pack, note, None
+                yield pickle.dumps(pack, pickle.HIGHEST_PROTOCOL), note, None
         except (Exception, SystemExit) as error:
             yield None, None, error
 
@@ -366,7 +384,7 @@ class Loader:
     # workers or timing. So any number of ranks can go on from a state.
 
     def _plans(self, notes):
-        """Yields the examples of each of this rank's packs, step after step.
+        """Yields each of this rank's packs, pickled, step after step.
 
         Each pack is planned when it is asked for: who is ahead by a pack need not have planned
         another whole step. Before the last of a step, its note is put to the others.

@@ -322,6 +322,27 @@ os.kill(os.getpid(), 9)
     assert done.returncode == -signal.SIGKILL, done.stdout.decode()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_program_that_a_plan_refuses_to_go_on_with_ends(tmp_path, workers):
+    """So do its workers, which hear none of the signals that would end other processes."""
+    missing = talk(user(image("none.png"), "x"), assistant("y"))
+    write(tmp_path / "bad.jsonl", [missing] * 200)
+    refused = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from conftest import toy_processor
+from common.loader import Loader
+loader = Loader([({str(tmp_path / "bad.jsonl")!r}, 1)], toy_processor(), 600, 2, workers={workers})
+next(iter(loader))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", refused], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
+    )
+    said = done.stdout.decode()
+    assert done.returncode == 1 and "100 of 100 samples cannot be used" in said
+    assert "Traceback" not in said
+
+
 def test_bad_lines_of_large_sets_are_failures(world, processor, everything_is_large):
     path = world[1][0]
     texts = path.read_text().splitlines()
