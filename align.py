@@ -350,6 +350,22 @@ def compare_heldout(run: Run, model, processor: Processor, path: Path, when: str
 # training
 
 
+def losses_of_pairs(run: Run, model, batch: dict, shift: float) -> dict:
+    """mpo_loss of the pairs in a pack, whose chosen and rejected answers lie side by side.
+
+    A pack whose pairs all failed has none: its gradient is zero, and every rank runs as many
+    backwards as the others.
+    """
+    batch = run.to(batch)
+    with run.autocast():
+        sums, lengths = answer_logprobs(model, batch)  # (S,) each
+    reference = batch.get("reference", sums.new_zeros(0, 2))  # (P, 2)
+    policy = sums[: reference.numel()].view_as(reference)
+    chosen_length = lengths[: reference.numel() : 2]  # (P,)
+    nll = -policy[:, 0] / chosen_length.clamp(min=1)
+    return mpo_loss(policy, reference, nll, shift)
+
+
 def mpo(run: Run, init: Path, data: Path, lr: float, steps: int, mix=(), weight: float = 0.0):
     """MPO on data/train.jsonl, from the model in `init`; leaves run.folder/model.
 
@@ -381,16 +397,7 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int, mix=(), weight:
 
         log = defaultdict(list)
         for batch in batches:
-            batch = run.to(batch)
-            with run.autocast():
-                sums, lengths = answer_logprobs(model, batch)  # (S,) each
-            # Chosen and rejected lie side by side. A pack whose pairs all failed has none: its
-            # gradient is zero, and every rank runs as many backwards as the others.
-            reference = batch.get("reference", sums.new_zeros(0, 2))  # (P, 2)
-            policy = sums[: reference.numel()].view_as(reference)
-            chosen_length = lengths[: reference.numel() : 2]  # (P,)
-            nll = -policy[:, 0] / chosen_length.clamp(min=1)
-            parts = mpo_loss(policy, reference, nll, shift.value())
+            parts = losses_of_pairs(run, model, batch, shift.value())
             (parts["total"].sum() / pairs).backward()
 
             parts["right"] = (parts["margin"] > 0).float()

@@ -811,30 +811,18 @@ def check_out(out: Path, *read, flag: str = "--out"):
         raise SystemExit(f"{flag} {out}: {e.strerror}") from None
 
 
-def main(argv=None):
-    parser = arguments()
-    args = parser.parse_args(argv)
-    check_flags(parser, args)
-    use_sandbox(args.sandbox)
-    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no run
-    if args.board:
-        rows = phases(Path(args.board))
-        if not rows:
-            raise SystemExit(f"{args.board}: no phase ({', '.join(PHASES)}) with a score.json here")
-        table = board(rows)
-        Path(args.board, "scoreboard.md").write_text(table + "\n", encoding="utf-8")
-        print(table)
-        return
-    if args.report:
-        if not Path(args.report).is_dir():
-            raise SystemExit(f"{args.report}: no such folder")
-        print(write_report(Path(args.report)))
-        return
-    if args.benchmark or args.decontaminate:
-        try:
-            return run_benchmark(args) if args.benchmark else decontaminate(args)
-        except (OSError, ValueError) as e:
-            raise SystemExit(str(e)) from None
+def show_board(root: Path):
+    """Prints the board of a run's phases, and writes root/scoreboard.md."""
+    rows = phases(root)
+    if not rows:
+        raise SystemExit(f"{root}: no phase ({', '.join(PHASES)}) with a score.json here")
+    table = board(rows)
+    (root / "scoreboard.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+
+
+def score_questions(args):
+    """Held-out questions in each mode: tables, and the files that --out and --answers name."""
     data = Path(args.data)
     if (data / "heldout").is_dir():  # the folder that training takes
         data /= "heldout"
@@ -870,6 +858,27 @@ def main(argv=None):
     if args.answers:
         write_lines(args.answers, predictions)
     refuse_many(failures, results[mode]["questions"], "questions")
+
+
+def main(argv=None):
+    parser = arguments()
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
+    use_sandbox(args.sandbox)
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no run
+    if args.board:
+        show_board(Path(args.board))
+    elif args.report:
+        if not Path(args.report).is_dir():
+            raise SystemExit(f"{args.report}: no such folder")
+        print(write_report(Path(args.report)))
+    elif args.benchmark or args.decontaminate:
+        try:
+            run_benchmark(args) if args.benchmark else decontaminate(args)
+        except (OSError, ValueError) as e:
+            raise SystemExit(str(e)) from None
+    else:
+        score_questions(args)
 
 
 if __name__ == "__main__":

@@ -292,12 +292,35 @@ class Sampler:
 # one step of GRPO, and the loop around it
 
 
+def dealt(run: Run, policy, reference, sampler, kept, plan, algo) -> list[list]:
+    """Groups dealt over the updates: of each update its packs, with all that its loss needs.
+
+    The first update's policy is the one that sampled; for those after it, what it says of their
+    responses is kept before it moves.
+    """
+    tokenizer = sampler.generator.processor.tokenizer
+    updates = []
+    for first in range(plan["updates"]):
+        groups = kept[first :: plan["updates"]]
+        samples = [training_sample(rollout, tokenizer) for group in groups for rollout in group]
+        responses = run.sum(len(samples))
+        if responses:
+            tokens = run.sum(sum(len(sample["advantage"]) for sample in samples))
+            set_weights(samples, algo, plan["max_tokens"], responses, tokens)
+            packs = even_packs(run, samples, plan["pack"], sampler.blank)
+            if updates:
+                add_logprobs(run, policy, packs, "old")
+            if reference:
+                add_logprobs(run, reference, packs, "reference")
+            updates.append(packs)
+    return updates
+
+
 def grpo_step(
     run: Run, policy, reference, sampler, opt, prompts, plan, algo, beta, judge, replay=None
 ) -> dict:
     """prompts: this rank's share of the step's. Returns what run.log takes."""
     max_tokens = plan["max_tokens"]
-    tokenizer = sampler.generator.processor.tokenizer
     clip = CLIP_SEQUENCE if algo == "gspo" else CLIP
     log = defaultdict(list)
 
@@ -317,22 +340,8 @@ def grpo_step(
             rollout.advantage = advantage
     describe(log, groups)
 
-    # 4. Batches: the groups are dealt over the updates. The first update's policy is the one that
-    #    sampled; for those after it, what it says of their responses is kept before it moves.
-    updates = []
-    for first in range(plan["updates"]):
-        dealt = kept[first :: plan["updates"]]
-        samples = [training_sample(rollout, tokenizer) for group in dealt for rollout in group]
-        responses = run.sum(len(samples))
-        if responses:
-            tokens = run.sum(sum(len(sample["advantage"]) for sample in samples))
-            set_weights(samples, algo, max_tokens, responses, tokens)
-            packs = even_packs(run, samples, plan["pack"], sampler.blank)
-            if updates:
-                add_logprobs(run, policy, packs, "old")
-            if reference:
-                add_logprobs(run, reference, packs, "reference")
-            updates.append(packs)
+    # 4. Batches: the groups are dealt over the updates.
+    updates = dealt(run, policy, reference, sampler, kept, plan, algo)
 
     # 5. Loss and step, for each update; and what the model knew before is learnt on.
     loss_sum = norm = 0.0
