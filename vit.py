@@ -16,7 +16,6 @@ are only numbers in `ViTConfig`.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -175,44 +174,21 @@ class ViT(nn.Module):
     def positions(self, grids: list[list[int]]) -> Tensor:
         """The learned table, interpolated to each grid and repeated for every frame: (N, C)."""
         weight = self.position_embedding.weight
-        start = {}  # pictures of one shape share one interpolation
-        rows = 1
-        fitted = [weight[:1].float()]  # without any picture, the table stays in the graph
+        cells, shares = neighbours(grids, self.side)  # (N, 4) each
+        # One patch more, of no share in anything: without pictures the table stays in the graph.
+        cells, shares = (
+            to_device(F.pad(torch.from_numpy(x), (0, 0, 0, 1)), weight.device)
+            for x in (cells, shares)
+        )
+        # One kernel, where F.interpolate takes some for every shape of a picture, and adds the
+        # gradients up in random order on a GPU.
         with torch.autocast(weight.device.type, enabled=False):
-            table = rearrange(weight.float(), "(h w) c -> h w c", h=self.side)
-            for _, h, w in grids:
-                if (h, w) not in start:
-                    fitted.append(stretch(table, h, w).flatten(0, 1))
-                    start[h, w] = rows
-                    rows += h * w
-        place, which = places(grids)  # (N,) each
-        starts = np.array([start[h, w] for _, h, w in grids], np.int64)  # (M,)
-        index = torch.from_numpy(starts[which] + place)
-        return F.embedding(to_device(index, weight.device), torch.cat(fitted))
+            summed = F.embedding_bag(cells, weight.float(), mode="sum", per_sample_weights=shares)
+        return summed[:-1]
 
     def pool(self, features: Tensor, grids: Tensor) -> Tensor:
         """features (N, C) -> one vector per picture or clip (M, C), by SigLIP's pooling head."""
         return self.head(features, grids.prod(1).tolist())
-
-
-def stretch(table: Tensor, h: int, w: int) -> Tensor:
-    """table (H, W, C) -> (h, w, C), interpolated bilinearly between the centres of its cells.
-
-    That is linear along the columns, then along the rows: two small matrix products, where
-    F.interpolate takes 30 times as long on a GPU and adds its gradients up in random order.
-    """
-    rows, columns = (
-        to_device(torch.from_numpy(shares(old, new)), table.device)  # (h, H) and (w, W)
-        for old, new in zip(table.shape, (h, w))
-    )
-    return torch.einsum("hi,iwc->hwc", rows, torch.einsum("wj,ijc->iwc", columns, table))
-
-
-@lru_cache(256)
-def shares(old: int, new: int) -> np.ndarray:
-    """How much each of `old` cells in a row adds to each of `new`: (new, old) fp32."""
-    adds = F.interpolate(torch.eye(old)[None], new, mode="linear", align_corners=False)
-    return np.ascontiguousarray(adds[0].T)
 
 
 def places(grids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -223,6 +199,31 @@ def places(grids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     which = np.repeat(np.arange(len(grids)), patches)
     first = np.cumsum(patches) - patches  # (M,) each grid's first patch
     return (np.arange(len(which)) - first[which]) % (h * w)[which], which
+
+
+def neighbours(grids: list[list[int]], side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The four cells of a table, side x side, that lie around each patch when the table is
+    stretched over the patch's grid, and their shares: (N, 4) int64 and fp32, on the host.
+
+    Bilinear, between the centres of cells; patches beyond the outermost centres take the nearest.
+    """
+    place, which = places(grids)  # (N,) each
+    _, h, w = np.array(grids, np.int64).reshape(-1, 3).T  # (M,) each
+    h, w = h[which], w[which]  # (N,) each
+    top, bottom, down = between(place // w, h, side)
+    left, right, across = between(place % w, w, side)
+    corners = top * side + left, top * side + right, bottom * side + left, bottom * side + right
+    shares = (1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across
+    return np.stack(corners, 1), np.stack(shares, 1).astype(np.float32)
+
+
+def between(i: np.ndarray, n: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The cells before and after the centre of patch i of n, along a line of `side` cells that is
+    as long, and how far from the one to the other it is: (N,) each."""
+    i, n = i.astype(np.float32), n.astype(np.float32)  # rounded as F.interpolate rounds
+    at = np.maximum((i + np.float32(0.5)) * (side / n) - np.float32(0.5), 0)
+    before = at.astype(np.int64)
+    return before, np.minimum(before + 1, side - 1), at - before
 
 
 def recomputed(block: nn.Module, *inputs):

@@ -18,7 +18,7 @@ from model import (
 )
 from pretrain import SigLIP, captions_of, next_token, sigmoid_loss, text_tower
 from tools.walkthrough.page import CFG, Walk, num, nums
-from vit import ViT, stretch
+from vit import ViT, neighbours
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def vit(w: Walk):
     """)
     w.quote(ViT.forward, "x = self.patch_embedding", "x = x + self.positions",
             "for i, layer", "x = layer(", "return self.post_layernorm")
-    w.quote(stretch, "return")
+    w.quote(neighbours, "corners =", "shares =", "return")
     pixels = batch["patches"][w.dot].float() / 127.5 - 1
     rows = [["first three channels of patch " + str(w.dot), "values"]]
     rows.append(["embedded", nums(model.patch_embedding(pixels)[:3])])
