@@ -116,23 +116,34 @@ class Muon(torch.optim.AdamW):
             p.grad = None  # used up
 
     def muon_step(self, group: dict):
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        # all parameters in one call: on a GPU a small model's step is the launching of its kernels
+        grads = [p.grad for p in params]
+        momenta = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
+        nesterov = torch._foreach_lerp(grads, momenta, MOMENTUM)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+
         # equal shapes in one batched product: a small model's step is many small matrices
         by_shape = {}
-        for p in group["params"]:
-            if p.grad is not None:
-                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-                nesterov = p.grad.lerp(momentum, MOMENTUM)
-                by_shape.setdefault(p.shape, []).append((p, whole(nesterov)))
-                p.grad = None  # used up: AdamW passes by what has none
+        for p, direction in zip(params, nesterov):
+            by_shape.setdefault(p.shape, []).append((p, whole(direction)))
+            p.grad = None  # used up: AdamW passes by what has none
         for shape, pairs in by_shape.items():
-            updates = orthogonal(torch.stack([direction for _, direction in pairs]))
+            same, directions = zip(*pairs)
+            updates = orthogonal(torch.stack(directions)).to(same[0].dtype)
             updates *= 0.2 * max(shape) ** 0.5
-            for (p, _), update in zip(pairs, updates):
-                if isinstance(p, DTensor):  # all ranks computed the same; each keeps its own rows
-                    update = distribute_tensor(
-                        update, p.device_mesh, p.placements, src_data_rank=None
-                    )
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+            own = [own_rows(update, p) for p, update in zip(same, updates)]
+            torch._foreach_add_(same, own, alpha=-group["lr"])
+
+
+def own_rows(update: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The part of an update that this rank keeps: all have computed the same."""
+    if not isinstance(p, DTensor):
+        return update
+    return distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def step_in_fp32(weight, grad, exp_avg, exp_avg_sq, fast_share, slow_share, rate, decay):
@@ -172,7 +183,8 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
         x = x.bfloat16()  # exact enough for a direction, and ten times as fast
     for _ in range(5):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.775 a + 2.0315 a a
+        x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x + b x
     return x.mT if tall else x
 
 
