@@ -123,20 +123,21 @@ class Muon(torch.optim.AdamW):
         grads = [p.grad for p in params]
         momenta = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
-        nesterov = torch._foreach_lerp(grads, momenta, MOMENTUM)
+        torch._foreach_lerp_(grads, momenta, MOMENTUM)  # Nesterov's look ahead
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
         # equal shapes in one batched product: a small model's step is many small matrices
         by_shape = {}
-        for p, direction in zip(params, nesterov):
+        for p, direction in zip(params, grads):
             by_shape.setdefault(p.shape, []).append((p, whole(direction)))
             p.grad = None  # used up: AdamW passes by what has none
+        del grads, direction
         for shape, pairs in by_shape.items():
             same, directions = zip(*pairs)
             updates = orthogonal(torch.stack(directions)).to(same[0].dtype)
             updates *= 0.2 * max(shape) ** 0.5
             own = [own_rows(update, p) for p, update in zip(same, updates)]
-            torch._foreach_add_(same, own, alpha=-group["lr"])
+            torch._foreach_add_(list(same), own, alpha=-group["lr"])
 
 
 def own_rows(update: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -160,7 +161,8 @@ class Heart:
                 worst = state.item()
             except RuntimeError as e:
                 worst, why = FAILED, f" ({e})"
-                self.pass_on()
+        if why:
+            self.pass_on()
         if worst == FAILED and not self.ending.wait(GRACE):
             print(
                 f"rank {dist.get_rank()} ends: another rank has failed or was killed, "
@@ -175,7 +177,8 @@ class Heart:
         The sum goes round in a ring: only the neighbours of the dead rank hear of it at once.
         Their own neighbours wait for them, and would each begin their grace after the last one's.
         """
-        dist.destroy_process_group(self.group)
+        with suppress(Exception):  # it may be gone; this process is to end whatever happens here
+            dist.destroy_process_group(self.group)
         self.group = None  # with the last reference the connections close
 
     def stop(self, state: int):

@@ -27,10 +27,8 @@ static __device__ void wait_for_last() {
 template <typename... Wanted, typename... Given>
 static cudaError_t launch_early(void (*kernel)(Wanted...), dim3 blocks, int threads, int bytes,
                                 cudaStream_t stream, Given... given) {
-    int device, major;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaFuncAttributes built;
+    cudaError_t error = cudaFuncGetAttributes(&built, kernel);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -41,6 +39,6 @@ static cudaError_t launch_early(void (*kernel)(Wanted...), dim3 blocks, int thre
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
     config.attrs = &early;
-    config.numAttrs = major >= 9;
+    config.numAttrs = built.ptxVersion >= 90;  // else it would begin early, and not wait
     return cudaLaunchKernelEx(&config, kernel, Wanted(given)...);
 }

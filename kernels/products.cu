@@ -7,8 +7,8 @@
 //                     before it uses the first. The one block of a multiprocessor, of 16 warps,
 //                     waits for 128 KiB; it goes on to further rows by itself.
 //      first          a block asks for its first weights while the kernel before still runs
-//                     (chain.cuh), and only then waits for the vectors that this one leaves. So
-//                     the memory is never without work between two kernels.
+//                     (chain.cuh), as soon as a multiprocessor is free, and only then waits for
+//                     the vectors that this one leaves.
 //      few kernels    the norm before a product, the matrices that multiply the same vectors, the
 //                     sum or SwiGLU behind it are one kernel.
 //
@@ -129,6 +129,7 @@ template <typename T, int TOKENS, int M>
 static __global__ void __launch_bounds__(THREADS) multiply(const Work work, int all) {
     extern __shared__ uint4 memory[];
     T* x = (T*)memory;
+    // A warp without a row goes through the loop once as well: all must meet in `bring`.
     bool brought = false;
     int first = blockIdx.x * WARPS + threadIdx.x / 32;
     for (int number = first; number < all || !brought; number += gridDim.x * WARPS) {

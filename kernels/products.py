@@ -89,10 +89,10 @@ def launch(x, weights, results, norm, plus, swiglu: bool = False):
     )
     library = load("products.cu")
     device = x.device.index
-    stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-    error = library.products(
-        ctypes.byref(work), int(x.dtype == torch.bfloat16), processors(device), device, stream
-    )
+    is_bf16 = int(x.dtype == torch.bfloat16)
+    with torch.cuda.device(x.device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        error = library.products(ctypes.byref(work), is_bf16, processors(device), device, stream)
     if error:
         library.products_error.restype = ctypes.c_char_p
         raise RuntimeError(f"products.cu: {library.products_error(error).decode()}")

@@ -176,7 +176,7 @@ def test_the_kernels_are_pytorchs_operators(dtype, heads, kv, width):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", layer.DTYPES)
 @pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("width", [8, 264, 2048, 12288])
+@pytest.mark.parametrize("width", [8, 264, 2048, 12288, 24576])
 def test_products_are_as_near_to_float64_as_pytorchs(dtype, tokens, width):
     if products.load("products.cu") is None:
         pytest.skip("no CUDA compiler")

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import SiglipTextConfig, SiglipTextModel, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.paddleocr_vl.configuration_paddleocr_vl import PaddleOCRVisionConfig
 from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRVisionModel
@@ -182,3 +183,27 @@ def test_text_tower_equals_siglip():
     tokens = torch.randint(0, 99, (5, 16))
     want = theirs(input_ids=tokens).pooler_output
     torch.testing.assert_close(ours(tokens), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_the_table_of_positions_is_interpolated_as_pytorch_does(frames, device):
+    """Values and the table's gradients, for grids smaller and larger than it, odd sides too."""
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(**SMALL | dict(image_size=27 * 14, num_hidden_layers=1))).to(device)
+    weight = model.position_embedding.weight
+    grids = [[frames, h, w] for h in (2, 5, 27, 60) for w in (2, 13, 27, 54)]
+    table = weight.unflatten(0, (27, 27)).permute(2, 0, 1)[None]  # (1, C, 27, 27)
+    want = []
+    for t, h, w in grids:
+        stretched = F.interpolate(table, (h, w), mode="bilinear", align_corners=False)
+        want.append(stretched[0].flatten(1).T.repeat(t, 1))  # (t * h * w, C)
+    want = torch.cat(want)
+    found = model.positions(grids)
+    torch.testing.assert_close(found, want, atol=2e-6, rtol=1e-5)
+
+    push = torch.randn_like(want)
+    gradients = (torch.autograd.grad(x, weight, push)[0] for x in (found, want))
+    torch.testing.assert_close(*gradients, atol=2e-3, rtol=1e-4)
+    (nothing,) = torch.autograd.grad(model.positions([]).sum(), weight)
+    assert torch.equal(nothing, torch.zeros_like(weight))

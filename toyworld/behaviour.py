@@ -143,8 +143,8 @@ def behaviour_unit(u: Unit):
     item = u.scene_picture(scene)
     absent, present = found[0]
     both = {"absent": absent, "present": present}
-    # Asked are as many false premises as true ones, a tenth of what the cold start thinks about:
-    # of a third of it a model learns to deny half as often.
+    # Asked are as many false premises as true ones, a tenth of what the cold start thinks about.
+    # After a third of it a model that thinks denied half as often (docs/results.md, one seed).
     premise_pairs(u, item, scene, asked[0], both, asks=True)
     if not u.heldout:
         premise_pairs(u, item, scene, asked[1], {"absent": found[1][0]}, asks=False)
