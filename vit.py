@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -191,14 +190,15 @@ class ViT(nn.Module):
         return self.head(features, grids.prod(1).tolist())
 
 
-def places(grids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """For every patch of the pictures and clips end to end: its place within its frame, in raster
-    order, and the number of its grid. (N,) int64 each, on the host."""
+def places(grids: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For every patch of the pictures and clips end to end: its row and column within its frame,
+    and how many of both the frame has. (N,) int64 each, on the host."""
     t, h, w = np.array(grids, np.int64).reshape(-1, 3).T  # (M,) each
     patches = t * h * w
-    which = np.repeat(np.arange(len(grids)), patches)
     first = np.cumsum(patches) - patches  # (M,) each grid's first patch
-    return (np.arange(len(which)) - first[which]) % (h * w)[which], which
+    first, h, w = (np.repeat(x, patches) for x in (first, h, w))  # (N,) each
+    place = (np.arange(len(first)) - first) % (h * w)
+    return place // w, place % w, h, w
 
 
 def neighbours(grids: list[list[int]], side: int) -> tuple[np.ndarray, np.ndarray]:
@@ -207,11 +207,9 @@ def neighbours(grids: list[list[int]], side: int) -> tuple[np.ndarray, np.ndarra
 
     Bilinear, between the centres of cells; patches beyond the outermost centres take the nearest.
     """
-    place, which = places(grids)  # (N,) each
-    _, h, w = np.array(grids, np.int64).reshape(-1, 3).T  # (M,) each
-    h, w = h[which], w[which]  # (N,) each
-    top, bottom, down = between(place // w, h, side)
-    left, right, across = between(place % w, w, side)
+    row, column, h, w = places(grids)  # (N,) each
+    top, bottom, down = between(row, h, side)
+    left, right, across = between(column, w, side)
     corners = top * side + left, top * side + right, bottom * side + left, bottom * side + right
     shares = (1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across
     return np.stack(corners, 1), np.stack(shares, 1).astype(np.float32)
@@ -242,10 +240,9 @@ def rope_2d(
     The first half of the pairs turns with the row, the second with the column. Rows and columns
     start again in every frame; the frame's number has no angle (Keye-VL v1's released code).
     """
-    place, which = places(grids)  # (N,) each
-    width = np.array([w for _, _, w in grids], np.int64)[which]  # (N,)
-    cells = np.stack([place // width, place % width], axis=1)  # (N, 2): row, column
-    cells = to_device(torch.from_numpy(cells), device).float()
+    row, column, _, _ = places(grids)  # (N,) each
+    cells = torch.from_numpy(np.stack([row, column], axis=1))  # (N, 2)
+    cells = to_device(cells, device).float()
     half = head_dim // 2
     freqs = 10000.0 ** -(torch.arange(0, half, 2, device=device) / half)  # (head_dim / 4,)
     angles = (cells[:, :, None] * freqs).flatten(1)[:, None]  # (N, 1, head_dim / 2)

@@ -69,12 +69,25 @@ def fits(x: Tensor, weights: list[Tensor], norm, plus) -> bool:
         alike = part.dtype == x.dtype and part.device == x.device and part.is_contiguous()
         if not alike or part.data_ptr() % 16:
             return False
-    shapes = [tuple(part.shape) for part in others]
-    want = [(len(weight), width) for weight in weights] + [(width,)] * bool(norm)
-    want += [] if plus is None else [(tokens, len(weights[0]))]
-    if shapes != want or len(weights) > 3 or (plus is not None and len(weights) > 1):
-        raise ValueError(f"products: x {tuple(x.shape)} and {shapes} do not fit")
+    check_shapes(x, weights, norm, plus)
     return True
+
+
+def check_shapes(x: Tensor, weights: list[Tensor], norm, plus):
+    """ValueError naming the shapes where products.cu would read or write beyond a tensor."""
+    tokens, width = x.shape
+    others = [*weights]
+    want = [(len(weight), width) for weight in weights]
+    if norm:
+        others.append(norm.weight)
+        want.append((width,))
+    if plus is not None:
+        others.append(plus)
+        want.append((tokens, len(weights[0])))
+    shapes = [tuple(part.shape) for part in others]
+    most = 3 if plus is None else 1
+    if shapes != want or len(weights) > most:
+        raise ValueError(f"products: x {tuple(x.shape)} and {shapes} do not fit")
 
 
 def launch(x, weights, results, norm, plus, swiglu: bool = False):
