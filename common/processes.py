@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -140,7 +139,11 @@ class Heart:
     under NCCL, nor torchrun's SIGTERM, which python takes up only between two calls. Twice a
     second the threads of all ranks meet; where one is gone, its closed connection is an error.
 
-    group: of gloo, which nobody else refers to.
+    They meet all with all. In a ring, as gloo sums, only the dead one's neighbours would hear of
+    it, and their own only when these have ended: the loader's forked workers hold a process's
+    connections open beyond its own closing of them.
+
+    group: of gloo, which nobody else uses.
     """
 
     def __init__(self, group):
@@ -155,14 +158,12 @@ class Heart:
         worst = ALIVE
         while worst == ALIVE:
             self.ending.wait(BEAT)
-            state = torch.tensor(self.state)
+            states = torch.full((dist.get_world_size(self.group),), self.state)
             try:
-                dist.all_reduce(state, dist.ReduceOp.MAX, self.group)
-                worst = state.item()
+                dist.all_to_all_single(others := torch.empty_like(states), states, group=self.group)
+                worst = others.max().item()
             except RuntimeError as e:
                 worst, why = FAILED, f" ({e})"
-        if why:
-            self.pass_on()
         if worst == FAILED and not self.ending.wait(GRACE):
             print(
                 f"rank {dist.get_rank()} ends: another rank has failed or was killed, "
@@ -170,16 +171,6 @@ class Heart:
                 file=sys.stderr, flush=True,
             )
             os._exit(1)
-
-    def pass_on(self):
-        """Closes the connections of this rank too, as the dead one's are, before its grace.
-
-        The sum goes round in a ring: only the neighbours of the dead rank hear of it at once.
-        Their own neighbours wait for them, and would each begin their grace after the last one's.
-        """
-        with suppress(Exception):  # it may be gone; this process is to end whatever happens here
-            dist.destroy_process_group(self.group)
-        self.group = None  # with the last reference the connections close
 
     def stop(self, state: int):
         """This process ends by itself: LEFT or FAILED."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from common import processes
+from common.loader import end_with_the_trainer
 from common.run import arguments, start
 from stage import in_processes
 
@@ -50,8 +51,9 @@ def test_a_death_goes_round_before_the_first_rank_has_ended(tmp_path):
 
 
 def neighbours_outlast_the_others(argv):
-    """Rank 3 is killed; 2 and 4, which hear it first, end only after rank 0."""
+    """Rank 3 is killed; 2 and 4, which a ring would tell first, end only after rank 0."""
     run = joined(*argv)
+    fork_a_worker()
     processes.GRACE = 1000 if run.rank in (2, 4) else 0.2
     pids = run.gather_objects(os.getpid())
     if run.rank == 3:
@@ -63,6 +65,17 @@ def neighbours_outlast_the_others(argv):
             os.kill(pids[0], 0)  # asks whether it is there
             time.sleep(0.1)
     os._exit(1)
+
+
+def fork_a_worker():
+    """As the loader does: it holds this process's connections open until it ends."""
+    ready, tell = os.pipe()
+    if os.fork() == 0:
+        end_with_the_trainer(0)
+        os.write(tell, b"1")
+        time.sleep(1000)
+        os._exit(0)
+    os.read(ready, 1)
 
 
 def test_ranks_end_when_one_has_failed_and_its_own_lines_come_first(tmp_path):
