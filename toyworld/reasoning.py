@@ -41,8 +41,10 @@ def sort_question(rng, task, want):
 
 def copy_question(rng, task, want):
     n = rng.randint(3, 5)
-    words = " ".join(rng.choice([*COLOUR_NAMES, *SHAPES, *"0123456789"]) for _ in range(n))
-    return ask(task, f"Copy: {words}", words, steps=[f"words: {n}"])
+    words = [rng.choice([*COLOUR_NAMES, *SHAPES, *"0123456789"]) for _ in range(n)]
+    first, *others = words
+    steps = [f"first: {first}", *[f"then: {word}" for word in others]]
+    return ask(task, f"Copy: {' '.join(words)}", " ".join(words), steps=steps)
 
 
 def count_words_question(rng, task, want):

@@ -84,7 +84,7 @@ KINDS = {
     "reorder": Kind(reorder_unit, 0.25, 80),
     "reasoning": Kind(reasoning_unit, 0.08, 1500, len(REASONING)),
     "detail": Kind(detail_unit, 0.05, 1800, len(DETAIL)),
-    "text": Kind(text_unit, 0.2, 300, len(TEXT_TASKS)),
+    "text": Kind(text_unit, 0.2, 600, len(TEXT_TASKS)),
     "instruct": Kind(instruct_unit, 0, 258, tasks=INSTRUCT),
     "discover": Kind(discover_unit, 0, 100, tasks=DISCOVER),
     "behaviour": Kind(behaviour_unit, 0, 500),
