@@ -78,33 +78,38 @@ from sft import frozen, start_from, trainable
 # ours, every number but those with a source: Keye states no group size, beta, clip, rate or length.
 # prompts, group: of a step; discover: the share of prompts that nobody has shown an answer to;
 # updates: optimizer steps on them; pack: tokens of a micro-batch; replay: weight of the loss of the
-# cold start's lines, one step's of them beside each update; beta: of the KL term
+# cold start's lines, one step's of them beside each update; beta: of the KL term; least: how often
+# a known kind is asked whose groups never teach, beside one whose groups always do
 PLAN = {
     "toy": {
         "steps": 100, "lr": 3e-4, "prompts": 48, "group": 8, "updates": 1, "discover": 0.6,
-        "max_tokens": 144, "pack": 4096, "replay": 1.0, "beta": 0.0,
+        "max_tokens": 144, "pack": 4096, "replay": 1.0, "beta": 0.0, "least": 0.3,
     },
-    # without replay the old board lost 3 to 4 points, with 0.3 it lost 1, with 1.0 as much
+    # Without replay the old board lost 3 to 4 points, with 0.3 it lost 1, with 1.0 as much. Nearly
+    # all that it knows is always right; asked less, it was forgotten (docs/results.md).
     "tiny": {
         "steps": 250, "lr": 1.5e-4, "prompts": 64, "group": 8, "updates": 1, "discover": 0.5,
-        "max_tokens": 144, "pack": 16384, "replay": 0.3, "beta": 1e-3,
+        "max_tokens": 144, "pack": 16384, "replay": 0.3, "beta": 1e-3, "least": 1.0,
     },
     "small": {
         "steps": 300, "lr": 5e-5, "prompts": 64, "group": 8, "updates": 2, "discover": 0.5,
-        "max_tokens": 192, "pack": 16384, "replay": 0.5, "beta": 1e-3,
+        "max_tokens": 192, "pack": 16384, "replay": 0.5, "beta": 1e-3, "least": 1.0,
     },
     # group and rate are those of the same team's Thyme (2508.11630), updates those of GSPO
     "released": {
         "steps": 500, "lr": 5e-7, "prompts": 256, "group": 8, "updates": 4, "discover": 0.5,
-        "max_tokens": 4096, "pack": 16384, "replay": 0.0, "beta": 1e-3,
+        "max_tokens": 4096, "pack": 16384, "replay": 0.0, "beta": 1e-3, "least": 1.0,
     },
 }
-ASKED = {"think": 3, "no_think": 4, "auto_think": 3, "agentic_think": 2}  # modes, by weight
-# What nobody has shown is found in the modes that stand alone; the others choose among their ways.
-ASKED_NEW = {"think": 6, "no_think": 4, "auto_think": 2, "agentic_think": 1}
+# The mode of a prompt, by weight: of what the model knows, and of what nobody has shown, which is
+# found in the modes that stand alone; the others choose among their ways.
+ASKED = {"think": 3, "no_think": 2, "auto_think": 4, "agentic_think": 3}
+ASKED_NEW = {"think": 4, "no_think": 4, "auto_think": 2, "agentic_think": 1}
+# The toy forgets first what it answers without thinking, and finds least while it thinks.
+TOY_ASKED = {"think": 3, "no_think": 4, "auto_think": 3, "agentic_think": 2}
+TOY_ASKED_NEW = {"think": 6, "no_think": 4, "auto_think": 2, "agentic_think": 1}
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo")
 TAUGHT = "taught_"  # + kind: a metric, the share of its groups whose rewards differ
-LEAST_ASKED = 0.3  # a known kind whose groups never do, beside one whose always do
 MOST_CHANCE = 0.3  # what a guess may get right of a question that rewards are given for
 CLIP = (0.2, 0.28)  # low, high: DAPO's
 CLIP_SEQUENCE = (3e-4, 4e-4)  # GSPO's own: a mean over many tokens moves little
@@ -397,23 +402,25 @@ def chance_of(meta: dict) -> float:
 
 
 def step_prompts(
-    pools: list[list[Question]], count: int, share: float, seed: str, weights: dict[str, float]
+    pools: list[list[Question]], plan: dict, size: str, seed: str, weights: dict[str, float]
 ) -> list[Prompt]:
-    """A step's prompts, `share` of them of the second pool, if there are two.
+    """A step's prompts, plan["discover"] of them of the second pool, if there are two.
 
     Of that all kinds are asked alike: whoever is rarely right now has the most to find. Of the
     first pool they are asked by their weights.
     """
     *_, last = pools
-    few = round(share * count) if len(pools) > 1 else 0
-    prompts = draw_prompts(pools[0], count - few, ASKED, seed, weights)
-    return prompts + (draw_prompts(last, few, ASKED_NEW, f"{seed}/1") if few else [])
+    count = plan["prompts"]
+    few = round(plan["discover"] * count) if len(pools) > 1 else 0
+    modes, of_new = (TOY_ASKED, TOY_ASKED_NEW) if size == "toy" else (ASKED, ASKED_NEW)
+    prompts = draw_prompts(pools[0], count - few, modes, seed, weights)
+    return prompts + (draw_prompts(last, few, of_new, f"{seed}/1") if few else [])
 
 
-def renewed(weights: dict[str, float], values: dict[str, float]) -> dict[str, float]:
+def renewed(weights: dict[str, float], values: dict[str, float], least: float) -> dict[str, float]:
     """How often kinds that the model knows are asked, by the shares of their groups that taught.
 
-    values: a step's metrics. What is always right teaches nothing now, and is asked less. Once
+    values: a step's metrics; least: of a kind whose groups never teach. What is always right teaches nothing now, and is asked less. Once
     something that sounds alike draws it away (how many there are, to how many with two more) its
     groups differ, and it is asked until it stands again.
     """
@@ -421,7 +428,7 @@ def renewed(weights: dict[str, float], values: dict[str, float]) -> dict[str, fl
     for name, share in values.items():
         if name.startswith(TAUGHT):
             kind = name.removeprefix(TAUGHT)
-            new[kind] = 0.8 * weights.get(kind, 1.0) + 0.2 * max(share, LEAST_ASKED)
+            new[kind] = 0.8 * weights.get(kind, 1.0) + 0.2 * max(share, least)
     return new
 
 
@@ -456,7 +463,7 @@ def train(run: Run, init: Path, pools: list, plan: dict, judge: Judge | None, mi
     for step in range(progress.step, steps):
         lr = set_lr(opt, schedule(step, steps, WARMUP, ANNEALED))
         seed = f"{args.seed}/{step}"
-        prompts = step_prompts(pools, plan["prompts"], plan["discover"], seed, weights)
+        prompts = step_prompts(pools, plan, args.size, seed, weights)
         mine = prompts[run.rank :: run.world]
         values = grpo_step(
             run, policy, reference, sampler, opt, mine, plan, args.algo, args.beta, judge, replay
@@ -465,7 +472,7 @@ def train(run: Run, init: Path, pools: list, plan: dict, judge: Judge | None, mi
         tried += len(prompts)
         refuse_many(sum(run.gather_objects(failures), []), tried, "prompts")
         run.log(step, steps, lr=lr, **judge_failures(run, judge), **values)
-        weights = renewed(weights, values)
+        weights = renewed(weights, values, plan["least"])
         kept = {"replay": replay.state} if replay else {}
         save_if_due(run, step + 1, steps, policy, opt, weights=weights, **kept)
     say_failures(run, failures, tried, "prompts")

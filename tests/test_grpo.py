@@ -973,14 +973,18 @@ def test_every_step_draws_other_prompts_by_its_number(monkeypatch, run, start_mo
 def test_a_share_of_the_prompts_is_of_what_nobody_has_shown(monkeypatch):
     asked = []
     monkeypatch.setattr(grpo, "draw_prompts", lambda *how: asked.append(how) or [])
-    grpo.step_prompts(["old", "new"], 33, 0.6, "4/7", {"count": 0.3})
+    plan = {"prompts": 33, "discover": 0.6}
+    grpo.step_prompts(["old", "new"], plan, "toy", "4/7", {"count": 0.3})
     assert [how[:2] for how in asked] == [("old", 13), ("new", 20)]
     assert [how[4:] for how in asked] == [({"count": 0.3},), ()]
     assert [how[3] for how in asked] == ["4/7", "4/7/1"], "not the same draw twice"
-    assert [how[2] for how in asked] == [grpo.ASKED, grpo.ASKED_NEW]
+    assert [how[2] for how in asked] == [grpo.TOY_ASKED, grpo.TOY_ASKED_NEW]
     asked.clear()
-    grpo.step_prompts(["old", "new"], 33, 0.0, "4/7", {})
-    grpo.step_prompts(["only"], 33, 0.6, "4/7", {})
+    grpo.step_prompts(["old", "new"], plan, "tiny", "4/7", {})
+    assert [how[2] for how in asked] == [grpo.ASKED, grpo.ASKED_NEW], "the toy's are its own"
+    asked.clear()
+    grpo.step_prompts(["old", "new"], plan | {"discover": 0.0}, "toy", "4/7", {})
+    grpo.step_prompts(["only"], plan, "toy", "4/7", {})
     assert [how[:2] for how in asked] == [("old", 33), ("only", 33)]
 
 
@@ -988,9 +992,9 @@ def test_known_kinds_whose_groups_differ_are_asked_more_often():
     weights = {}
     for _ in range(30):
         values = {"taught_count": 0.0, "taught_shape": 0.5, "right_shape": 1.0, "loss": 2.0}
-        weights = grpo.renewed(weights, values)
-    assert weights == pytest.approx({"count": grpo.LEAST_ASKED, "shape": 0.5}, abs=0.01)
-    again = grpo.renewed(weights, {"taught_count": 1.0})
+        weights = grpo.renewed(weights, values, 0.3)
+    assert weights == pytest.approx({"count": 0.3, "shape": 0.5}, abs=0.01)
+    again = grpo.renewed(weights, {"taught_count": 1.0}, 0.3)
     assert again["count"] == pytest.approx(0.44, abs=0.01), "heard at once when it teaches"
     assert again["shape"] == weights["shape"], "what was not asked stays"
 
