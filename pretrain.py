@@ -362,21 +362,22 @@ def text_tower(args, cfg: Config, processor: Processor):
         return TextTower(cfg.vision, vocab_size, context), encode
 
 
-def contrastive(
-    run: Run, before: Path | None, processor: Processor, folder: Path, steps: int, plan: dict
-):
-    """Stage 0: pictures and captions that belong together get like vectors."""
+def two_towers(run: Run, before: Path | None, processor: Processor):
+    """The model, and its ViT beside a text tower, sharded and with weights.
+
+    -> model, SigLIP, how captions become ids, packs at once, the optimizer's options
+    """
     args = run.args
-    scale = SCALE[args.size]
     # The pooling head matters in this stage only: of all models that it may start from, just the
     # official one still has it.
     has_head = before is not None and POOLING_PROBE in weight_files(before)
     model = KeyeVL.shapes(before or PRESETS[args.size], pooling_head=True)
-    cfg = model.config
-    tower, encode = text_tower(args, cfg, processor)
+    tower, encode = text_tower(args, model.config, processor)
     siglip = SigLIP(model.vit, tower)
-    tokens, packs = packing(run)
-    at_once = packs_at_once(run, cfg, ("vit",))
+
+    # what fits is known from shapes alone; then each rank makes and fills its own shards
+    tokens, _ = packing(run)
+    at_once = packs_at_once(run, model.config, ("vit",))
     keep = fit(run, model, ("vit",), tokens * at_once)
     if keep.get("compiled"):
         compile_blocks(tower)
@@ -389,17 +390,28 @@ def contrastive(
         load_weights(siglip, args.init_vit, SIGLIP_NAMES)
     else:
         siglip.init_weights(pooling_head=not has_head)
+    return model, siglip, encode, at_once, keep
+
+
+def contrastive(
+    run: Run, before: Path | None, processor: Processor, folder: Path, steps: int, plan: dict
+):
+    """Stage 0: pictures and captions that belong together get like vectors."""
+    args = run.args
+    model, siglip, encode, at_once, keep = two_towers(run, before, processor)
+    context = siglip.text.context
     # Whether Keye trains the text tower is not stated. # ours: with the ViT's rate
     parts = ("vit", "text", "logit_scale", "logit_bias")
-    opt = make_optimizer(siglip, dict.fromkeys(parts, plan["lr"]["0"]), muon=scale.muon, **keep)
+    rates = dict.fromkeys(parts, plan["lr"]["0"])
+    opt = make_optimizer(siglip, rates, muon=SCALE[args.size].muon, **keep)
     progress = resume(run, siglip, opt)
     loader = Loader(
-        mixture(folder, "0", args.size), processor, tokens, packs, run.rank, run.world, args.seed,
+        mixture(folder, "0", args.size), processor, *packing(run), run.rank, run.world, args.seed,
         workers=args.workers, state=progress.loader, check=check_pair,
     )
 
     def embed(batch):
-        tokens = captions_of(batch, tower.context, encode).to(run.device)
+        tokens = captions_of(batch, context, encode).to(run.device)
         batch = run.to(batch)
         with run.autocast():
             return siglip(batch["patches"], batch["grids"], tokens)
@@ -426,10 +438,10 @@ def contrastive(
         run.log(
             step, steps, loss=loss, norm=norm, lr=lr, pairs=pairs,
             skipped=run.sum(sum(info["skipped"].values())),
-            tokens=len(grids) * tower.context,
+            tokens=len(grids) * context,
             visual_tokens=sum(len(batch["patches"]) for batch in batches) // 4,
             # the text tower is as deep and wide as the ViT
-            flops=training_flops(cfg, [], grids + [[1, 1, tower.context]] * len(grids)),
+            flops=training_flops(model.config, [], grids + [[1, 1, context]] * len(grids)),
         )
         save_if_due(run, step + 1, steps, siglip, opt, info["state"])
     say_failures(run, loader.failures, run.sum(loader.tried), "samples")
