@@ -39,7 +39,7 @@ from common.conversation import check_conversation
 from common.jsonl import replacing
 from common.media import PIXEL_LIMIT, MediaError, reading
 from common.pictures import load_picture
-from common.tokenizer import Tokenizer, read_vocab, vocab_file
+from common.tokenizer import QWEN_VOCAB, Tokenizer, read_vocab, vocab_file
 from common.weights import read_json
 
 PATCH = 14  # pixels, the side of a patch
@@ -743,9 +743,9 @@ def main():
             scale = scale_like(Config.from_json(read_config(args.init), where))
         else:
             size = args.size or "toy"
-            if PRESETS[size].vocab_size != 1024:
-                raise ValueError(f"--size {size} needs a vocabulary: name a model by --init")
-            vocab = Path(__file__).parent / "toyworld" / "vocab.json"
+            # as pretrain.py takes them, where none is named
+            own = Path(__file__).parent / "toyworld" / "vocab.json"
+            vocab = own if PRESETS[size].vocab_size == 1024 else QWEN_VOCAB
             scale = SCALE[size]
             processor = Processor(vocab, **scale.budget)
         pack = SCALE[args.size].pack if args.size else scale.pack

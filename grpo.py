@@ -420,9 +420,10 @@ def step_prompts(
 def renewed(weights: dict[str, float], values: dict[str, float], least: float) -> dict[str, float]:
     """How often kinds that the model knows are asked, by the shares of their groups that taught.
 
-    values: a step's metrics; least: of a kind whose groups never teach. What is always right teaches nothing now, and is asked less. Once
-    something that sounds alike draws it away (how many there are, to how many with two more) its
-    groups differ, and it is asked until it stands again.
+    values: a step's metrics; least: for a kind whose groups never teach. What is always right
+    teaches nothing now, and may be asked less. Once something that sounds alike draws it away (how
+    many there are, to how many with two more) its groups differ, and it is asked until it stands
+    again.
     """
     new = dict(weights)
     for name, share in values.items():

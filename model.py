@@ -918,9 +918,11 @@ def visual_tokens(grids: list[list[int]]) -> int:
     return sum(t * h * w for t, h, w in grids) // 4
 
 
-def sample_flops(cfg: Config, text_tokens: int, grids: list[list[int]]) -> float:
+def sample_flops(
+    cfg: Config, text_tokens: int, grids: list[list[int]], vit: bool = True, decoder: bool = True
+) -> float:
     """training_flops of one sample."""
-    return training_flops(cfg, [text_tokens + visual_tokens(grids)], grids)
+    return training_flops(cfg, [text_tokens + visual_tokens(grids)], grids, vit, decoder)
 
 
 def step_work(cfg: Config, batches: list[dict], vit: bool = True, decoder: bool = True) -> dict:

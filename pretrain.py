@@ -38,8 +38,8 @@ from common.checkpoint import export, fingerprint, resume, save_if_due
 from common.conversation import check_training, media_items
 from common.facts import as_object
 from common.failures import say_failures
-from common.fit import EVERYTHING, fit, packs_at_once
-from common.loader import Loader
+from common.fit import EVERYTHING, compiling_pays, fit, packs_at_once
+from common.loader import Loader, split_packs
 from common.memory import CARDS, dry_run
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.packing import join, packing
@@ -49,6 +49,7 @@ from common.questions import check_heldout, files_or_exit, needs_one, say_files
 from common.run import (
     Run,
     arguments,
+    at_least,
     data_folder,
     pick_device,
     plan_of,
@@ -195,9 +196,10 @@ def next_token(
     fill(shard(model, run), args, before)
     opt = make_optimizer(model, dict.fromkeys(learns, rate), muon=scale.muon, **keep)
     progress = resume(run, model, opt)
+    trained = {"vit": "vit" in learns, "decoder": "decoder" in learns}
     loader = Loader(
         mix, processor, tokens, packs, run.rank, run.world, args.seed,
-        flops=partial(sample_flops, cfg), workers=args.workers, state=progress.loader,
+        flops=partial(sample_flops, cfg, **trained), workers=args.workers, state=progress.loader,
     )
 
     for step, (batches, info) in zip(range(progress.step, steps), loader):
@@ -224,7 +226,7 @@ def next_token(
         run.log(
             step, steps, loss=loss, norm=norm, lr=lr, targets=targets,
             skipped=run.sum(sum(info["skipped"].values())), **info["shares"],
-            **step_work(cfg, batches, vit="vit" in learns, decoder="decoder" in learns),
+            **step_work(cfg, batches, **trained),
         )
         save_if_due(run, step + 1, steps, model, opt, info["state"])
     say_failures(run, loader.failures, run.sum(loader.tried), "samples")
@@ -597,8 +599,11 @@ def model_before(args, first: str) -> Path | None:
     """Where the first stage starts: --init, what the last stage before it left, or None: fresh."""
     if args.init:
         return Path(args.init)
-    if args.init_llm or args.init_vit:
-        return None
+    return None if args.init_llm or args.init_vit else left_before(args, first)
+
+
+def left_before(args, first: str) -> Path | None:
+    """The model of the last stage before the first one, if an earlier run has left one."""
     root = Path(args.out) / args.size
     earlier = STAGES[: STAGES.index(first.split("-")[0])]
     left = [root / f"pretrain-{stage}" / "model" for stage in earlier]
@@ -643,7 +648,10 @@ def draw_world(args, folder: Path):
 
 
 def say_what_is_missing(run: Run, args, before: Path | None):
-    """One line for each thing that released sizes are meant to start from, and were not given."""
+    """One line for each thing that a run could start from, and does not."""
+    unused = None if args.init else left_before(args, chosen_stages(args)[0])
+    if unused and not before:
+        run.say(f"{unused} is not gone on from: --init-llm and --init-vit start anew")
     if before or not released(args.size):
         return
     if not args.init_llm:
@@ -660,8 +668,13 @@ def say_needs(args):
     for name in chosen_stages(args):
         stage = name.split("-")[0]
         stages[stage] = LEARNS[stage]
-    cfg = PRESETS[args.size]
-    print(dry_run(cfg, stages, SCALE[args.size].pack, args.gpu, args.gpus))
+    scale = SCALE[args.size]
+    pack, packs = split_packs(scale.pack, args.packs or scale.packs, args.gpus)
+    print(dry_run(
+        PRESETS[args.size], stages, pack, packs // args.gpus, args.gpu, args.gpus,
+        limit=args.gpu_memory * 1e9 if args.gpu_memory else float("inf"),
+        compiled=compiling_pays(args),
+    ))
 
 
 def main(args):
@@ -722,7 +735,7 @@ if __name__ == "__main__":
     parser.add_argument("--vocab", help="vocab.json, where no model brings one")
     parser.add_argument("--dry-run", action="store_true",
         help="print what the stages need of each card, and how long they would take; train nothing")
-    parser.add_argument("--gpus", type=int, default=8, help="of --dry-run: how many cards")
+    parser.add_argument("--gpus", type=at_least(1), default=8, help="of --dry-run: how many cards")
     parser.add_argument("--gpu", default="H100", choices=CARDS, help="of --dry-run: which")
     args = parser.parse_args()
     if args.dry_run:

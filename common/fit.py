@@ -11,7 +11,7 @@ import gc
 import torch
 from torch.utils._triton import has_triton
 
-from common.memory import BEST, choose, job_of, plan_of, table
+from common.memory import choose, most_packs, table
 from common.packing import packing
 from common.run import Run, released
 from model import PRESETS, Config, compile_blocks
@@ -74,22 +74,12 @@ def say_other_shape(run: Run, cfg: Config):
 
 
 def packs_at_once(run: Run, cfg: Config, learns: tuple[str, ...]) -> int:
-    """How many of this rank's packs of a step go through the model as one: a divisor of them.
-
-    As many as leave the best recipe its memory, with no block run again: on a GPU small models
-    wait for the host, and sharded ones gather their weights for each pack. learns: as fit's.
-    """
+    """How many of this rank's packs of a step go through the model as one. learns: as fit's."""
     tokens, packs = packing(run)
-    packs //= run.world
+    packs = -(-packs // run.world)
     if run.device.type != "cuda" or packs == 1:
         return 1
-    capacity, compiled = capacity_of(run), wants_compile(run)
-    for n in range(packs, 1, -1):
-        if packs % n == 0:
-            job = job_of(cfg, learns, n * tokens, run.world, compiled)
-            if plan_of(job, BEST, (0, 0), capacity).fits:
-                return n
-    return 1
+    return most_packs(cfg, learns, tokens, packs, run.world, capacity_of(run), wants_compile(run))
 
 
 def capacity_of(run: Run) -> float:
@@ -104,7 +94,10 @@ def capacity_of(run: Run) -> float:
 
 
 def wants_compile(run: Run) -> bool:
+    able = run.args.compile == "on" or (run.device.type == "cuda" and has_triton())
+    return able and compiling_pays(run.args)
+
+
+def compiling_pays(args) -> bool:
     """ours: at toy and tiny sizes a run would be over before the compilation has paid."""
-    if run.args.compile == "auto":
-        return run.device.type == "cuda" and run.args.size not in ("toy", "tiny") and has_triton()
-    return run.args.compile == "on"
+    return args.compile == "on" or (args.compile == "auto" and args.size not in ("toy", "tiny"))

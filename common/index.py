@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
 log = logging.getLogger("index")
 
@@ -118,10 +119,16 @@ def digest(*facts) -> str:
 
 @lru_cache(None)
 def table(path: Path) -> np.ndarray:
-    """The rows (n, 3) int64 of a file of places: mapped, not read."""
-    if path.stat().st_size == 0:  # no empty file can be mapped
+    """The rows (n, 3) int64 of a file of places: mapped, not read.
+
+    By torch, which keeps no descriptor: numpy keeps one for each file, and with a thousand shards a
+    process has no more.
+    """
+    size = path.stat().st_size // 8
+    if size == 0:  # no empty file can be mapped
         return np.zeros((0, 3), np.int64)
-    return np.memmap(path, np.int64, "r").reshape(-1, 3)
+    rows = torch.from_file(str(path), shared=False, size=size, dtype=torch.int64)
+    return rows.numpy().reshape(-1, 3)
 
 
 def write_places(source: Path, target: Path):

@@ -22,10 +22,12 @@ import logging
 import math
 import multiprocessing
 import pickle
+import resource
 import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -52,7 +54,7 @@ def split_packs(pack_tokens: int, packs: int, world: int) -> tuple[int, int]:
     """(tokens of a pack, packs of a step) on `world` ranks, of as many tokens in all.
 
     They stay as they are where the packs can be dealt out evenly, else there are more and smaller
-    ones. A run goes on with another number of ranks only where both deal alike.
+    ones. A run that goes on keeps those that it began with.
     """
     dealt = math.ceil(packs / world) * world
     return pack_tokens * packs // dealt, dealt
@@ -160,8 +162,21 @@ def end_workers():
         child.kill()
 
 
+def allow_many_files():
+    """Each tensor that a worker sends is a file here while it lives, and a step may have hundreds.
+
+    Systems let a process have 1,024 unless it asks.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # a system may grant less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def in_workers(dataset, workers: int, **options):
     """Iterates over the dataset's items as processes of their own make them."""
+    allow_many_files()
     return iter(
         torch.utils.data.DataLoader(
             dataset,
@@ -228,8 +243,9 @@ class Loader:
     check: Callable = check_training  # ValueError for a record that cannot be used
 
     def __post_init__(self):
-        if self.packs_per_step % self.world:
-            raise ValueError(f"{self.packs_per_step} packs is no multiple of {self.world} ranks")
+        # Packs of a step on each rank: all run equally many, and where the packs cannot be dealt out
+        # evenly (a run goes on with fewer or more ranks), blank ones fill the last round.
+        self.each = -(-self.packs_per_step // self.world)
         self.peers = Peers("words")
         self.exchanges = self.peers.world == self.world > 1
         self.files = self._open_files()
@@ -285,7 +301,7 @@ class Loader:
         notes = deque()  # of steps that are planned and not yet yielded
         packs = self._decoded(self._plans(notes))
         self.coming = None
-        self.load = lambda: [next(packs) for _ in range(self.packs_per_step // self.world)]
+        self.load = lambda: [next(packs) for _ in range(self.each)]
         try:
             while True:
                 self.prepare()
@@ -391,7 +407,7 @@ class Loader:
         """
         planned = Planner(self)
         if self.workers > 1 and sys.platform == "linux":  # a GPU's host has kernels to launch
-            ahead = max(2, self.packs_per_step // self.world)
+            ahead = max(2, self.each)
             planned = in_workers(planned, 1, prefetch_factor=ahead)
         for pack, note, error in planned:
             if error:
@@ -425,6 +441,11 @@ class Loader:
                 costs.append(slot.work[2])
                 tried += sum(slot.taken)
                 decoded += len(pack)
+            while len(costs) < self.each:
+                if pack is not None:
+                    yield pack, None
+                pack = []
+                costs.append(0.0)
             written = {s: slot.written() for s, slot in slots.items()}
             yield pack, (written, bad, costs, tried, decoded)
 

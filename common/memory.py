@@ -55,8 +55,9 @@ CHUNK_COPIES = 2  # fp32 tensors of a chunk's logits: what a kernel reads, and w
 
 # Share of the data sheet's peak where all activations are kept, and where all blocks run again: the
 # forward pass twice, a quarter less. Measured: 8b's text 46.5 % on one H200 with two fifths of the
-# blocks again; with pictures 40 % there, 31 % on two H100s, 35 % on four (docs/results.md).
-MFU = {"text": (0.52, 0.39), "pictures": (0.44, 0.33)}
+# blocks again; with pictures 40 % there, 31 % on two H100s, 35 to 38 % on four; pairs 6 to 9 % on
+# two and four H100s (docs/results.md).
+MFU = {"text": (0.52, 0.39), "pictures": (0.44, 0.33), "pairs": (0.08, 0.06)}
 
 # ours: samples to count with.
 DOCUMENT = 2048  # tokens of a text
@@ -337,6 +338,22 @@ def choose(
     return next((better for better in plans if better.fits), plan)
 
 
+def most_packs(
+    cfg: Config, trained, pack: int, packs: int, world: int, capacity: float, compiled: bool
+) -> int:
+    """How many of a card's packs of a step go through the model as one: a divisor of them.
+
+    As many as leave the best recipe its memory, with no block run again: on a GPU small models
+    wait for the host, and sharded ones gather their weights for each pack. Others as for choose.
+    """
+    for n in range(packs, 1, -1):
+        if packs % n == 0:
+            job = job_of(cfg, tuple(trained), n * pack, world, compiled)
+            if plan_of(job, BEST, (0, 0), capacity).fits:
+                return n
+    return 1
+
+
 # --------------------------------------------------------------------------------------------------
 # time
 
@@ -354,7 +371,7 @@ def flops_per_token(job: Job) -> float:
 def estimate(plan: Plan, gpu: str, tokens: float = 600e9) -> tuple[float, float]:
     """Tokens/s of all cards, and days for so many tokens. gpu: one of CARDS."""
     job = plan.job
-    all_kept, all_again = MFU["pictures" if job.patches else "text"]
+    all_kept, all_again = MFU["pairs" if job.stage_0 else "pictures" if job.patches else "text"]
     again = (plan.recompute_decoder + plan.recompute_vit) / sum(job.layers)
     mfu = all_kept + (all_again - all_kept) * again
     speed = job.world * datasheet_peak(gpu) * mfu / flops_per_token(job)
@@ -389,9 +406,11 @@ bf16, and what torch.compile leaves of it.""".format(
 ASSUMED = """\
 Assumed: AdamW; gradients stay while a step's packs are added up; FSDP2 block by block; the worse of
 two packs, all text or all pictures. MFU {text} of the data sheet for text, {pictures} with
-pictures, where all activations are kept and where all blocks run again, after what one to four
-cards measured. Texts of 2,048 tokens; samples of 512, half of them a picture; stage 0 counts the
-pictures' tokens, 64 words to 256. Loading, saving and scoring take no time here.""".format(**MFU)
+pictures, {pairs} for pairs of stage 0, where all activations are kept and where all blocks run
+again, after what one to four cards measured of 1.7b to 8b; smaller models wait for the host: small
+makes half of that, tiny a twentieth. Texts of 2,048 tokens; samples of 512, half of them a picture;
+stage 0 counts the pictures' tokens, 64 words to 256. Loading, saving and scoring take no time
+here.""".format(**MFU)
 
 
 def line(name: str, cells: list, formula: str = "") -> str:
@@ -446,19 +465,30 @@ def rounded(n: float) -> str:
     return f"{n:,.1f}" if n < 100 else f"{n:,.0f}"
 
 
-def dry_run(cfg: Config, stages: dict[str, tuple], pack: int, gpu: str, world: int) -> str:
+def dry_run(
+    cfg: Config, stages: dict[str, tuple], pack: int, packs: int, gpu: str, world: int,
+    limit: float = float("inf"), compiled: bool = True,
+) -> str:
     """What each stage would need on so many cards. stages: {name: what learns}, as for choose.
 
-    gpu: one of CARDS.
+    pack, packs: tokens of a pack, and a card's packs of a step; gpu: one of CARDS; limit: bytes
+    that a run may have of it.
     """
-    card = CARDS[gpu] * GIB
-    plans = [choose(cfg, learns, pack, world, card, name) for name, learns in stages.items()]
-    lines = [f"{world} x {gpu}, packs of {pack:,} tokens", "", line("millions", ["weights"])]
+    card = min(CARDS[gpu] * GIB, limit)
+    joined, plans = [], []
+    for name, learns in stages.items():
+        n = most_packs(cfg, learns, pack, packs, world, card, compiled)
+        joined.append(n)
+        plans.append(choose(cfg, learns, n * pack, world, card, name, compiled))
+    lines = [
+        f"{world} x {gpu}, {packs} packs of {pack:,} tokens a card and step",
+        "", line("millions", ["weights"]),
+    ]
     most = max((plan.job.parameters for plan in plans), key=len)  # stage 0 has a text tower too
     for sizes in most.values():
         for part, n in sizes.items():
             lines.append(line(f"  {part}", [f"{n / 1e6:,.1f}"]))
-    lines += ["", table(*plans), ""]
+    lines += ["", table(*plans), line("packs as one", joined, "T, N: of all of them"), ""]
 
     flops = [flops_per_token(plan.job) / 1e9 for plan in plans]
     speeds, days = zip(*(estimate(plan, gpu) for plan in plans))

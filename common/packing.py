@@ -1,17 +1,36 @@
 """Packs: how many a step has, several as one, and samples of any lengths as packs of few tokens,
 for the losses that look at whole responses."""
 
+import json
+from contextlib import suppress
+
 import torch
 import torch.nn.functional as F
 
+from common.checkpoint import checkpoints
 from common.loader import split_packs
 from model import SCALE
 
 
 def packing(run) -> tuple[int, int]:
-    """(tokens of a pack, packs of a step on all ranks) that the run's size trains with."""
+    """(tokens of a pack, packs of a step on all ranks) that the run's size trains with.
+
+    A run that goes on keeps those of its checkpoint, on whatever number of ranks.
+    """
     scale = SCALE[run.args.size]
-    return split_packs(scale.pack, run.args.packs or scale.packs, run.world)
+    kept = kept_packing(run)
+    return kept or split_packs(scale.pack, run.args.packs or scale.packs, run.world)
+
+
+def kept_packing(run) -> tuple[int, int] | None:
+    """That of the newest checkpoint, if there is one and --packs is as it was."""
+    for path in reversed(checkpoints(run)):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: resume() says so
+            state = json.loads((path / "state.json").read_text())
+            loader = state["loader"] or state["extra"]["replay"]
+            _, tokens, packs, *_ = loader["identity"]
+            return (tokens, packs) if state["args"]["packs"] == run.args.packs else None
+    return None
 
 
 def group_into_packs(samples: list[dict], max_tokens: int) -> list[list[dict]]:

@@ -2,6 +2,8 @@
 
     000017.json    one JSON object, as a line of a .jsonl file would be
     000017.jpg     its picture; more are 000017.1.jpg, 000017.2.jpg, ..; a clip is 000017.mp4
+    000017.txt     or, without a conversation in the JSON, a caption of its pictures and clips; a
+                   JSON beside it (img2dataset's: address, size) is a note, which nothing reads
 
 A sample is what stands together and has one name up to the first dot. Its JSON names its pictures
 and clips by their file names; where it names none, they fill the places that its texts have for
@@ -10,6 +12,7 @@ them, in the tar's order. Nothing is written anywhere: a medium is opened by its
 """
 
 import io
+import json
 import os
 import re
 import tarfile
@@ -17,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.forms import FORMS
 from common.media import Part
 
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # as WebDataset: up to the first dot
@@ -90,7 +94,7 @@ def read_sample(
 
     shard: the tar's name in these places.
     """
-    record, media = None, {}
+    record, caption, media = None, None, {}
     with io.BufferedReader(Part(os.open(path, os.O_RDONLY), offset, length)) as part:
         found = [member for member, _ in members(part, whole=False)]
         names = Counter(member.name for member in found)
@@ -106,15 +110,39 @@ def read_sample(
             if kind.lower() == "json":
                 part.seek(member.offset_data)
                 record = part.read(member.size)
+            elif kind.lower() == "txt":
+                part.seek(member.offset_data)
+                caption = part.read(member.size)
             elif PICTURE.fullmatch(kind) or CLIP.fullmatch(kind):
                 base = name.rpartition("/")[2]
                 begin = offset + member.offset_data
                 media[base] = f"{shard}@{begin}+{member.size}/{base}"
             else:
-                raise ValueError(f"{name} is neither JSON nor a picture or clip: nothing reads it")
+                raise ValueError(
+                    f"{name} is neither JSON, a caption (.txt), a picture nor a clip: nothing "
+                    "reads it"
+                )
+    if caption is not None:
+        record = captioned(f"{sample}.txt", caption, media, record)
     if record is None:
         raise ValueError(f"{sample}.json is missing beside {', '.join(names)}")
     return record, media
+
+
+def captioned(name: str, caption: bytes, media: dict[str, str], note: bytes | None) -> bytes:
+    """The JSON of a sample whose media have a caption: shown without a word, answered by it.
+
+    note: the JSON beside it. ValueError where that has a conversation too, or one of both is none.
+    """
+    beside = json.loads(note) if note else {}
+    if not isinstance(beside, dict) or beside.keys() & FORMS:
+        raise ValueError(f"{name} stands beside a JSON that is more than a note: which counts?")
+    text = caption.decode().strip()
+    if not text or not media:
+        raise ValueError(f"{name}: a caption without {'a picture or clip' if text else 'words'}")
+    shown = [{"type": "image" if PICTURE.fullmatch(base) else "video"} for base in media]
+    asked = {"role": "user", "content": shown}
+    return json.dumps({"messages": [asked, {"role": "assistant", "content": text}]}).encode()
 
 
 def with_places(record: dict, media: dict[str, str]) -> dict:

@@ -5,8 +5,9 @@ import json
 import os
 import pickle
 import random
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 from common import index
@@ -23,6 +24,20 @@ def everything_is_large(tmp_path, monkeypatch):
 def places(path, target):
     write_places(path, target)
     return table(target).tolist()
+
+
+def test_more_shards_than_a_process_may_have_open_files(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/dev/fd"))
+    for i in range(150):
+        (tmp_path / f"{i:03d}.jsonl").write_text(f'{{"n": {i}}}\n')
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 50, limits[1]))
+    try:
+        lines = Lines(tmp_path)
+        assert [record["n"] for record in lines] == list(range(150))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 100, 4096])
@@ -191,5 +206,6 @@ def test_a_table_is_mapped(tmp_path):
     path.write_bytes(b"{}\n" * 1000)
     write_places(path, tmp_path / "places")
     rows = table(tmp_path / "places")
-    assert isinstance(rows, np.memmap) and rows.shape == (1000, 3)
-    assert rows[7].tolist() == [21, 3, 8]
+    assert rows.shape == (1000, 3) and rows[7].tolist() == [21, 3, 8]
+    if sys.platform == "linux":
+        assert str(tmp_path / "places") in Path("/proc/self/maps").read_text()

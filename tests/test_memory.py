@@ -261,7 +261,7 @@ def test_flops_are_those_of_the_log():
 
 
 def test_time_follows_from_peak_and_mfu(monkeypatch):
-    monkeypatch.setattr(memory, "MFU", {"text": (0.4, 0.3), "pictures": (0.2, 0.1)})
+    monkeypatch.setattr(memory, "MFU", {"text": (0.4, 0.3), "pairs": (0.2, 0.1)})
     cfg = PRESETS["8b"]
     job = Job(cfg, ("decoder",), 8192, 8)
     speed, days = estimate(plan_of(job, FP32, (0, 0), 0), "H100")
@@ -269,6 +269,9 @@ def test_time_follows_from_peak_and_mfu(monkeypatch):
     assert days == pytest.approx(600e9 / speed / 86400)
     half, _ = estimate(plan_of(job, FP32, (18, 0), 0), "H100", 1.0)
     assert half / speed == pytest.approx(0.35 / 0.4)
+    pairs = Job(cfg, ("vit", "text"), 8192, 8)
+    speed, _ = estimate(plan_of(pairs, FP32, (0, 0), 0), "H100")
+    assert speed == pytest.approx(8 * 989e12 * 0.2 / flops_per_token(pairs))
 
 
 def test_every_card_has_a_peak():
@@ -290,6 +293,35 @@ def test_the_table_shows_every_byte():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_dry_run_of_every_size(name):
-    said = dry_run(PRESETS[name], STAGES, 4096, "A100", 4)
-    assert "4 x A100, packs of 4,096 tokens" in said and "days" in said
+    said = dry_run(PRESETS[name], STAGES, 4096, 3, "A100", 4)
+    assert "4 x A100, 3 packs of 4,096 tokens a card and step" in said and "days" in said
     assert all(stage in said for stage in STAGES)
+
+
+def test_a_dry_run_plans_the_packs_that_go_through_together():
+    """As a run does: small trains its packs as one, 8b's projector several, all of 8b one by one."""
+    stages = {"1": ("projector",), "2": EVERYTHING}
+    small = dry_run(PRESETS["small"], stages, 8192, 4, "H100", 1)
+    large = dry_run(PRESETS["8b"], stages, 8192, 4, "H100", 2)
+    assert column(small, "packs as one") == ["4", "4"]
+    assert column(large, "packs as one") == ["2", "1"]
+    planned = choose(PRESETS["8b"], ("projector",), 2 * 8192, 2, memory.CARDS["H100"] * GIB)
+    assert column(large, "all tensors")[0] == f"{planned.total / GIB:.2f}"
+    assert column(large, "card") == ["79.20", "79.20"]
+
+
+def test_a_dry_run_of_a_part_of_a_card():
+    said = dry_run(PRESETS["8b"], {"2": EVERYTHING}, 8192, 1, "H100", 1, limit=24e9)
+    assert column(said, "card") == [f"{24e9 / GIB:.2f}"] and column(said, "fits") == ["NO"]
+
+
+def column(said: str, name: str) -> list[str]:
+    """The cells of a row: nine characters each behind its name, up to the formula or note."""
+    [row] = [row for row in said.split("\n") if row.strip().startswith(name)]
+    cells = [row[at : at + 9] for at in range(19, len(row), 9)]
+    return [cell.strip() for cell in cells[: len(said_stages(said))]]
+
+
+def said_stages(said: str) -> list[str]:
+    [head] = [row for row in said.split("\n") if row.startswith("GiB on each card")]
+    return head[19:].split()[:-1]  # but "bytes"

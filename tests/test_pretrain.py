@@ -29,6 +29,7 @@ from vit import PoolingHead
 from phases import FakeRun
 from phases import Loop
 from phases import Weights
+from phases import arguments_of
 from phases import as_main
 from phases import call
 from phases import change
@@ -230,11 +231,54 @@ def test_two_ranks_equal_one(one_process, tmp_path):
         assert row == pytest.approx(other, rel=1e-5)
 
 
+def test_three_ranks_go_on_with_two_packs(one_process, tmp_path):
+    """They keep the packs of the checkpoint: in each step one of them has an empty one."""
+    stage, out = one_process
+    in_processes(as_killed, four_steps(tmp_path, stage), code=-signal.SIGKILL)
+    assert "resumed from" in in_processes(as_main, four_steps(tmp_path, stage), ranks=3)
+    keys = ("loss", "norm", "lr", "tokens", "visual_tokens")
+    for row, other in zip(curve(out, stage, *keys), curve(tmp_path, stage, *keys), strict=True):
+        assert row[:3] == pytest.approx(other[:3], rel=1e-5)
+        assert row[3:] == pytest.approx(other[3:], abs=10), "but for the empty pack's few tokens"
+
+
 def test_the_toys_one_pack_becomes_two_smaller_ones_on_two_ranks(tmp_path):
     few = ("--data", world(), "--stage", "1", "--steps", 1)
     run_script("pretrain.py", *flags(tmp_path, *few), ranks=2)
     ((_, tokens),) = curve(tmp_path, "1", "tokens")
     assert 300 < tokens <= 600
+
+
+# ----------------------------------------------------------------------------------------------
+# what it says before it trains
+
+
+def test_a_dry_run_plans_as_the_run_would(capsys):
+    """Stage 1 of 8b takes two packs as one on two H100s (68.4 GiB), and on 24 GB one by one."""
+    how = {"stage": "1", "init_llm": None, "gpus": 2, "gpu": "H100"}
+    pretrain.say_needs(arguments_of(pretrain, "--size", "8b", "--packs", "4", **how))
+    said = capsys.readouterr().out
+    assert "2 x H100, 2 packs of 8,192 tokens a card and step" in said
+    assert re.search(r"all tensors +68\.4", said) and re.search(r"packs as one +2 ", said)
+    less = ("--size", "8b", "--packs", "4", "--gpu-memory", "24")
+    pretrain.say_needs(arguments_of(pretrain, *less, **how))
+    said = capsys.readouterr().out
+    assert re.search(r" card +22\.35", said) and re.search(r"packs as one +1 ", said)
+
+
+def test_what_an_earlier_run_has_left_is_not_passed_by_in_silence(tmp_path, capsys):
+    left = tmp_path / "8b" / "pretrain-1" / "model"
+    left.mkdir(parents=True)
+    flags = ("--size", "8b", "--out", tmp_path)
+    run = SimpleNamespace(say=print)
+    for init_llm, init, found in (("qwen", None, False), (None, None, True), (None, "m", True)):
+        how = {"stage": "2", "init_llm": init_llm, "init_vit": None, "init": init, "vocab": None}
+        args = arguments_of(pretrain, *flags, **how)
+        before = pretrain.model_before(args, "2")
+        assert bool(before) == found and before in (None, left, Path("m"))
+        pretrain.say_what_is_missing(run, args, before)
+        said = capsys.readouterr().out
+        assert (f"{left} is not gone on from" in said) == (not found)
 
 
 # ----------------------------------------------------------------------------------------------

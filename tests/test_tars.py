@@ -140,6 +140,21 @@ def test_a_record_names_its_picture_or_has_a_place_for_it(tmp_path, record, expe
     assert lines.as_written(0).get("url") == record.get("url")
 
 
+@pytest.mark.parametrize("note", [None, {"url": "http://x/1.png", "width": 64, "caption": "A"}])
+def test_pictures_with_captions_as_the_web_has_them(tmp_path, note):
+    """img2dataset's shards: a picture, its caption, and a JSON that says where it was found."""
+    members = [("7.png", png(1)), ("7.txt", "Ein Käse.\n".encode())]
+    if note:
+        members.append(("7.json", json.dumps(note).encode()))
+    write_tar(tmp_path / "0.tar", [*members, *sample(2, "8")])
+    lines = Lines(tmp_path, check_training)
+    asked, answer = lines[0]["messages"]
+    assert [item["type"] for item in asked["content"]] == ["image"]
+    assert answer == assistant("Ein Käse.")
+    assert np.array_equal(picture_of(lines, 0), np.asarray(noise(41, 50, 1)))
+    assert lines[1]["messages"][1] == assistant("yes")
+
+
 def link(name: str, to: str, kind=tarfile.SYMTYPE) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(name)
     entry.type, entry.linkname = kind, to
@@ -150,8 +165,11 @@ BAD_SAMPLES = {
     "2.json is missing beside 2.png": [("2.png", png(1))],
     "2.json is there 2 times": [*sample(2, "2"), ("2.json", b"{}")],
     "1: another sample of this shard has the same name": [*sample(2, "2"), *sample(1, "1")],
-    "2.txt is neither JSON nor a picture or clip": [*sample(2, "2"), ("2.txt", b"a caption")],
-    "README is neither JSON nor": [("README", b"how it was made")],
+    "2.cls is neither JSON, a caption": [*sample(2, "2"), ("2.cls", b"7")],
+    "README is neither JSON, a caption": [("README", b"how it was made")],
+    "2.txt stands beside a JSON that is more than a note": [*sample(2, "2"), ("2.txt", b"a caption")],
+    "2.txt: a caption without words": [("2.png", png(1)), ("2.txt", b" \n")],
+    "2.txt: a caption without a picture": [("2.txt", b"a caption")],
     "2.1.png is there, but its JSON does not name it": [*sample(2, "2"), ("2.1.png", png(1))],
     "Expecting value at column 1": [("2.json", b"?"), ("2.png", png(1))],
     "expected a JSON object, not list": [("2.json", b"[]")],
