@@ -693,9 +693,12 @@ def run_benchmark(args):
 def decontaminate(args):
     """Prints which training lines share pictures or words with the questions of --file."""
     root = Path(args.media or Path(args.file).parent)
+    sets = data_files(Path(args.decontaminate))
+    if not sets:
+        raise ValueError(f"--decontaminate {args.decontaminate}: no folder with data to compare")
     overlap = Overlap(read_rows(Path(args.file), ANY), root)
     lines = shared = 0
-    for path in data_files(Path(args.decontaminate)).values():
+    for path in sets.values():
         data = Lines(path, check_conversation)
         for i, record in enumerate(data):
             lines += 1

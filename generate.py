@@ -659,6 +659,8 @@ def load(folder: str | Path, device="auto", **changes) -> tuple[KeyeVL, Processo
             device = "mps"
     try:
         generator = Generator.from_pretrained(folder, device, **changes)
+    except KeyError as e:  # a tensor that is missing, or too many; its str would stand in quotes
+        raise SystemExit(f"--init {folder}: {e.args[0]}") from None
     except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: a device that is not there
         raise SystemExit(f"--init {folder}: {e}") from None
     print(f"{folder} on {device}", file=sys.stderr)
@@ -901,7 +903,7 @@ def main(argv: list[str] | None = None):
             messages = [{"role": "user", "content": content}]
             generator.processor({"messages": messages}, ".", generate=True)
         Chat(generator, args).talk(content)
-    except (MediaError, ValueError) as e:  # a picture, options out of their range, an fps of 0
+    except (MediaError, OSError, ValueError) as e:  # a picture, options, a folder for --crops
         raise SystemExit(str(e)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

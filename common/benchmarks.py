@@ -869,7 +869,10 @@ class Overlap:
             if not {"image", "image_path"} & row.cells.keys():
                 continue
             for source in picture_sources(row, by_index):
-                hashes.append(picture_hash(load_picture(source, root)))
+                try:
+                    hashes.append(picture_hash(load_picture(source, root)))
+                except MediaError as e:
+                    raise ValueError(f"row {row.index} of the benchmark: {e}") from None
                 self.shown.append(row)
         self.hashes = np.array(hashes, np.uint64)
 

@@ -1172,6 +1172,14 @@ def test_decontamination(tmp_path, capsys):
     assert last.startswith("2 of 4 lines share something")
     assert B.word_runs("你好 世界和平万岁") and not B.word_runs("one two three four five six seven")
 
+    # what cannot be compared is no all-clear
+    nothing = ["--decontaminate", str(tmp_path / "trian"), "--file", str(tmp_path / "x.tsv")]
+    with pytest.raises(SystemExit, match="trian: no folder with data to compare"):
+        E.main(nothing)
+    tsv(tmp_path / "y.tsv", {"index": 7, "question": "Q?", "image_path": "lost.png"})
+    with pytest.raises(SystemExit, match="row 7 of the benchmark: .*lost.png"):
+        E.main(["--decontaminate", str(train), "--file", str(tmp_path / "y.tsv")])
+
 
 # -- the command line
 

@@ -4,6 +4,7 @@ import io
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from safetensors.torch import load_file, save_file
 from transformers import RepetitionPenaltyLogitsProcessor
 
 import generate
@@ -890,6 +892,25 @@ def test_a_question_with_tool_calls(folder, processor, tmp_path, capsys, monkeyp
     assert shown == [("42", "1"), (error, "0"), ("no text", "1")]
     assert out.out.endswith("[sandbox: no text, 1 pictures]\nit is red\n") and len(prompts) == 1
     assert f"{len(processor.tokenizer.encode(text, added=True)) + 1} written" in out.err
+
+
+def test_a_folder_for_crops_that_is_a_file_is_one_line(folder, tmp_path, monkeypatch):
+    picture(90, 70).save(tmp_path / "x.png")
+    scripted(monkeypatch, lambda prompt: call("crop(0, 0, 500, 500)") + "red")
+    command = ["--init", str(folder), "--image", str(tmp_path / "x.png"), "--device", "cpu"]
+    with pytest.raises(SystemExit, match="File exists: .*x.png"):
+        generate.main([*command, "--crops", str(tmp_path / "x.png"), "What?"])
+
+
+def test_a_model_without_one_of_its_tensors_is_one_line(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    tensors = load_file(broken / "model.safetensors")
+    lost = sorted(tensors)[0]
+    del tensors[lost]
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(SystemExit, match=f"--init .*1 tensors missing, first {re.escape(lost)}$"):
+        generate.load(broken, "cpu")
 
 
 def test_what_tools_show_is_saved(folder, tmp_path, capsys, monkeypatch):
