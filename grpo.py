@@ -75,32 +75,6 @@ from generate import Generator
 from model import KeyeVL, step_work
 from sft import frozen, start_from, trainable
 
-# ours, every number but those with a source: Keye states no group size, beta, clip, rate or length.
-# prompts, group: of a step; discover: the share of prompts that nobody has shown an answer to;
-# updates: optimizer steps on them; pack: tokens of a micro-batch; replay: weight of the loss of the
-# cold start's lines, one step's of them beside each update; beta: of the KL term; least: how often
-# a known kind is asked whose groups never teach, beside one whose groups always do
-PLAN = {
-    "toy": {
-        "steps": 100, "lr": 3e-4, "prompts": 48, "group": 8, "updates": 1, "discover": 0.6,
-        "max_tokens": 144, "pack": 4096, "replay": 1.0, "beta": 0.0, "least": 0.3,
-    },
-    # Without replay the old board lost 3 to 4 points, with 0.3 it lost 1, with 1.0 as much. Nearly
-    # all that it knows is always right; asked less, it was forgotten (docs/results.md).
-    "tiny": {
-        "steps": 250, "lr": 1.5e-4, "prompts": 64, "group": 8, "updates": 1, "discover": 0.5,
-        "max_tokens": 144, "pack": 16384, "replay": 0.3, "beta": 1e-3, "least": 1.0,
-    },
-    "small": {
-        "steps": 300, "lr": 5e-5, "prompts": 64, "group": 8, "updates": 2, "discover": 0.5,
-        "max_tokens": 192, "pack": 16384, "replay": 0.5, "beta": 1e-3, "least": 1.0,
-    },
-    # group and rate are those of the same team's Thyme (2508.11630), updates those of GSPO
-    "released": {
-        "steps": 500, "lr": 5e-7, "prompts": 256, "group": 8, "updates": 4, "discover": 0.5,
-        "max_tokens": 4096, "pack": 16384, "replay": 0.0, "beta": 1e-3, "least": 1.0,
-    },
-}
 # The mode of a prompt, by weight: of what the model knows, and of what nobody has shown, which is
 # found in the modes that stand alone; the others choose among their ways.
 ASKED = {"think": 3, "no_think": 2, "auto_think": 4, "agentic_think": 3}
@@ -108,6 +82,38 @@ ASKED_NEW = {"think": 4, "no_think": 4, "auto_think": 2, "agentic_think": 1}
 # The toy forgets first what it answers without thinking, and finds least while it thinks.
 TOY_ASKED = {"think": 3, "no_think": 4, "auto_think": 3, "agentic_think": 2}
 TOY_ASKED_NEW = {"think": 6, "no_think": 4, "auto_think": 2, "agentic_think": 1}
+
+# ours, every number but those with a source: Keye states no group size, beta, clip, rate or length.
+# prompts, group: of a step; discover: the share of prompts that nobody has shown an answer to;
+# updates: optimizer steps on them; pack: tokens of a micro-batch; replay: weight of the loss of the
+# cold start's lines, one step's of them beside each update; beta: of the KL term; least: how often
+# a known kind is asked whose groups never teach, beside one whose groups always do; asked,
+# asked_new: the modes of prompts
+PLAN = {
+    "toy": {
+        "steps": 100, "lr": 3e-4, "prompts": 48, "group": 8, "updates": 1, "discover": 0.6,
+        "max_tokens": 144, "pack": 4096, "replay": 1.0, "beta": 0.0, "least": 0.3,
+        "asked": TOY_ASKED, "asked_new": TOY_ASKED_NEW,
+    },
+    # Without replay the old board lost 3 to 4 points, with 0.3 it lost 1, with 1.0 as much. Nearly
+    # all that it knows is always right; asked less, it was forgotten (docs/results.md).
+    "tiny": {
+        "steps": 250, "lr": 1.5e-4, "prompts": 64, "group": 8, "updates": 1, "discover": 0.5,
+        "max_tokens": 144, "pack": 16384, "replay": 0.3, "beta": 1e-3, "least": 1.0,
+        "asked": ASKED, "asked_new": ASKED_NEW,
+    },
+    "small": {
+        "steps": 300, "lr": 5e-5, "prompts": 64, "group": 8, "updates": 2, "discover": 0.5,
+        "max_tokens": 192, "pack": 16384, "replay": 0.5, "beta": 1e-3, "least": 1.0,
+        "asked": ASKED, "asked_new": ASKED_NEW,
+    },
+    # group and rate are those of the same team's Thyme (2508.11630), updates those of GSPO
+    "released": {
+        "steps": 500, "lr": 5e-7, "prompts": 256, "group": 8, "updates": 4, "discover": 0.5,
+        "max_tokens": 4096, "pack": 16384, "replay": 0.0, "beta": 1e-3, "least": 1.0,
+        "asked": ASKED, "asked_new": ASKED_NEW,
+    },
+}
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo")
 TAUGHT = "taught_"  # + kind: a metric, the share of its groups whose rewards differ
 MOST_CHANCE = 0.3  # what a guess may get right of a question that rewards are given for
@@ -402,7 +408,7 @@ def chance_of(meta: dict) -> float:
 
 
 def step_prompts(
-    pools: list[list[Question]], plan: dict, size: str, seed: str, weights: dict[str, float]
+    pools: list[list[Question]], plan: dict, seed: str, weights: dict[str, float]
 ) -> list[Prompt]:
     """A step's prompts, plan["discover"] of them of the second pool, if there are two.
 
@@ -412,9 +418,8 @@ def step_prompts(
     *_, last = pools
     count = plan["prompts"]
     few = round(plan["discover"] * count) if len(pools) > 1 else 0
-    modes, of_new = (TOY_ASKED, TOY_ASKED_NEW) if size == "toy" else (ASKED, ASKED_NEW)
-    prompts = draw_prompts(pools[0], count - few, modes, seed, weights)
-    return prompts + (draw_prompts(last, few, of_new, f"{seed}/1") if few else [])
+    prompts = draw_prompts(pools[0], count - few, plan["asked"], seed, weights)
+    return prompts + (draw_prompts(last, few, plan["asked_new"], f"{seed}/1") if few else [])
 
 
 def renewed(weights: dict[str, float], values: dict[str, float], least: float) -> dict[str, float]:
@@ -464,7 +469,7 @@ def train(run: Run, init: Path, pools: list, plan: dict, judge: Judge | None, mi
     for step in range(progress.step, steps):
         lr = set_lr(opt, schedule(step, steps, WARMUP, ANNEALED))
         seed = f"{args.seed}/{step}"
-        prompts = step_prompts(pools, plan, args.size, seed, weights)
+        prompts = step_prompts(pools, plan, seed, weights)
         mine = prompts[run.rank :: run.world]
         values = grpo_step(
             run, policy, reference, sampler, opt, mine, plan, args.algo, args.beta, judge, replay

@@ -94,8 +94,9 @@ def capacity_of(run: Run) -> float:
 
 
 def wants_compile(run: Run) -> bool:
-    able = run.args.compile == "on" or (run.device.type == "cuda" and has_triton())
-    return able and compiling_pays(run.args)
+    if run.args.compile == "auto" and not (run.device.type == "cuda" and has_triton()):
+        return False
+    return compiling_pays(run.args)
 
 
 def compiling_pays(args) -> bool:

@@ -243,9 +243,9 @@ class Loader:
     check: Callable = check_training  # ValueError for a record that cannot be used
 
     def __post_init__(self):
-        # Packs of a step on each rank: all run equally many, and where the packs cannot be dealt out
-        # evenly (a run goes on with fewer or more ranks), blank ones fill the last round.
-        self.each = -(-self.packs_per_step // self.world)
+        # Packs of a step on each rank. All run equally many: where they cannot be dealt out evenly,
+        # as a run goes on with fewer or more ranks, blank ones fill the last round.
+        self.each = math.ceil(self.packs_per_step / self.world)
         self.peers = Peers("words")
         self.exchanges = self.peers.world == self.world > 1
         self.files = self._open_files()

@@ -371,7 +371,10 @@ def flops_per_token(job: Job) -> float:
 def estimate(plan: Plan, gpu: str, tokens: float = 600e9) -> tuple[float, float]:
     """Tokens/s of all cards, and days for so many tokens. gpu: one of CARDS."""
     job = plan.job
-    all_kept, all_again = MFU["pairs" if job.stage_0 else "pictures" if job.patches else "text"]
+    kind = "pictures" if job.patches else "text"
+    if job.stage_0:
+        kind = "pairs"
+    all_kept, all_again = MFU[kind]
     again = (plan.recompute_decoder + plan.recompute_vit) / sum(job.layers)
     mfu = all_kept + (all_again - all_kept) * again
     speed = job.world * datasheet_peak(gpu) * mfu / flops_per_token(job)
@@ -475,11 +478,10 @@ def dry_run(
     that a run may have of it.
     """
     card = min(CARDS[gpu] * GIB, limit)
-    joined, plans = [], []
+    plans = []
     for name, learns in stages.items():
-        n = most_packs(cfg, learns, pack, packs, world, card, compiled)
-        joined.append(n)
-        plans.append(choose(cfg, learns, n * pack, world, card, name, compiled))
+        at_once = most_packs(cfg, learns, pack, packs, world, card, compiled)
+        plans.append(choose(cfg, learns, at_once * pack, world, card, name, compiled))
     lines = [
         f"{world} x {gpu}, {packs} packs of {pack:,} tokens a card and step",
         "", line("millions", ["weights"]),
@@ -488,6 +490,7 @@ def dry_run(
     for sizes in most.values():
         for part, n in sizes.items():
             lines.append(line(f"  {part}", [f"{n / 1e6:,.1f}"]))
+    joined = [plan.job.pack // pack for plan in plans]
     lines += ["", table(*plans), line("packs as one", joined, "T, N: of all of them"), ""]
 
     flops = [flops_per_token(plan.job) / 1e9 for plan in plans]

@@ -158,10 +158,11 @@ class Heart:
         worst = ALIVE
         while worst == ALIVE:
             self.ending.wait(BEAT)
-            states = torch.full((dist.get_world_size(self.group),), self.state)
+            own = torch.full((dist.get_world_size(self.group),), self.state)  # a copy for each
+            states = torch.empty_like(own)  # of all ranks
             try:
-                dist.all_to_all_single(others := torch.empty_like(states), states, group=self.group)
-                worst = others.max().item()
+                dist.all_to_all_single(states, own, group=self.group)
+                worst = states.max().item()
             except RuntimeError as e:
                 worst, why = FAILED, f" ({e})"
         if worst == FAILED and not self.ending.wait(GRACE):

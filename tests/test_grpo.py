@@ -973,18 +973,18 @@ def test_every_step_draws_other_prompts_by_its_number(monkeypatch, run, start_mo
 def test_a_share_of_the_prompts_is_of_what_nobody_has_shown(monkeypatch):
     asked = []
     monkeypatch.setattr(grpo, "draw_prompts", lambda *how: asked.append(how) or [])
-    plan = {"prompts": 33, "discover": 0.6}
-    grpo.step_prompts(["old", "new"], plan, "toy", "4/7", {"count": 0.3})
+    toy, tiny = (grpo.PLAN[size] | {"prompts": 33, "discover": 0.6} for size in ("toy", "tiny"))
+    grpo.step_prompts(["old", "new"], toy, "4/7", {"count": 0.3})
     assert [how[:2] for how in asked] == [("old", 13), ("new", 20)]
     assert [how[4:] for how in asked] == [({"count": 0.3},), ()]
     assert [how[3] for how in asked] == ["4/7", "4/7/1"], "not the same draw twice"
     assert [how[2] for how in asked] == [grpo.TOY_ASKED, grpo.TOY_ASKED_NEW]
     asked.clear()
-    grpo.step_prompts(["old", "new"], plan, "tiny", "4/7", {})
+    grpo.step_prompts(["old", "new"], tiny, "4/7", {})
     assert [how[2] for how in asked] == [grpo.ASKED, grpo.ASKED_NEW], "the toy's are its own"
     asked.clear()
-    grpo.step_prompts(["old", "new"], plan | {"discover": 0.0}, "toy", "4/7", {})
-    grpo.step_prompts(["only"], plan, "toy", "4/7", {})
+    grpo.step_prompts(["old", "new"], toy | {"discover": 0.0}, "4/7", {})
+    grpo.step_prompts(["only"], toy, "4/7", {})
     assert [how[:2] for how in asked] == [("old", 33), ("only", 33)]
 
 

@@ -169,10 +169,11 @@ def packs_of_steps(world, processor, ranks, n, state=None):
     for parts in zip(*runs, strict=True):
         assert all(len(batches) == math.ceil(4 / ranks) for batches, _ in parts)
         in_step = [batch for batches, _ in parts for batch in batches]
+        real = [batch for batch in in_step if (batch["labels"] != -100).any()]
         blank = [batch for batch in in_step if (batch["labels"] == -100).all()]
-        assert len(in_step) - len(blank) == 4
+        assert len(real) == 4
         assert all(len(batch["tokens"]) < 10 and not len(batch["grids"]) for batch in blank)
-        packs.append(sorted(names(processor, [b]) for b in in_step if not (b["labels"] == -100).all()))
+        packs.append(sorted(names(processor, [batch]) for batch in real))
         states.append([info["state"] for _, info in parts])
     assert all(state == states[-1][0] for state in states[-1])
     return packs, json.loads(json.dumps(states[-1][0]))
