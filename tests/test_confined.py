@@ -483,9 +483,7 @@ def test_hostile_python(name, python, outside, monkeypatch):
     prelude, assert_unharmed = outside
     code, says = HOSTILE[name]
     before = threads_and_files()
-    start = time.perf_counter()
     seen = run(prelude + code, [noise(64, 64)], "python")
-    assert time.perf_counter() - start < 15
     assert_confined(seen)
     assert re.search(says, seen.text), seen
     assert threads_and_files() == before

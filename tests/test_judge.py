@@ -188,19 +188,19 @@ def test_any_text_can_be_judged(server):
 
 
 def test_judge_timeouts(server):
+    given_up = threading.Event()
+
     def slow(mark, data):
-        time.sleep(2)
+        assert given_up.wait(60)
         return verdict(mark, 1)
 
     server.say = slow
-    begin = time.time()
     assert server.judge(timeout=0.3)("outcome", candidate="x") is None
-    assert time.time() - begin < 1.5
+    given_up.set()
     # bytes that drip: every read is in time, the whole is not
     server.say = lambda mark, data: (200, [b" "] * 30)
-    begin, judge = time.time(), server.judge(timeout=0.4)
+    judge = server.judge(timeout=0.4)
     assert judge("outcome", candidate="x") is None and judge.failed == {"timeout": 1}
-    assert time.time() - begin < 1.5
     nobody = Judge(["http://127.0.0.1:9/v1"], "m", timeout=2, tries=1)
     assert nobody("outcome", candidate="x") is None and nobody.failed.total() == 1
 
@@ -278,14 +278,16 @@ def test_judge_of_consistency(server):
 
 
 def test_rewards_of_a_batch_run_side_by_side(server):
+    together = threading.Barrier(8, timeout=60)
+
     def say(mark, data):
-        time.sleep(0.3)
+        """No verdict before all eight are asked for."""
+        together.wait()
         return verdict(mark, 1)
 
     server.say = say
-    one = dict(meta=TEXT, mode="no_think", judge=server.judge())
+    one = dict(meta=TEXT, mode="no_think", judge=server.judge(timeout=60))
     responses = [one | {"completion": f"number {i}"} for i in range(8)]
     responses.append(dict(completion="6", meta=NUMBER, mode="no_think"))
-    begin = time.time()
     out = rewards(responses)
-    assert [r.total for r in out] == [1.5] * 8 + [0] and time.time() - begin < 1.5
+    assert [r.total for r in out] == [1.5] * 8 + [0]
