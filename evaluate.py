@@ -46,14 +46,14 @@ import torch
 from tqdm import tqdm
 
 from common.benchmarks import (
-    ANY, BENCHMARKS, NO_SCORE, AnswerFile, Exam, Overlap, of_rank, official_name,
+    ANY, BENCHMARKS, NO_SCORE, AnswerFile, Exam, Overlap, first_groups, of_rank, official_name,
     read_predictions, read_rows, score_rows,
 )
 from common.checkpoint import fingerprint, sha256
 from common.conversation import (
     MODES, TOOL_MODES, check_conversation, media_items, pictures_of, text_of,
 )
-from common.failures import counted, refuse_many
+from common.failures import counted, or_exit, refuse_many
 from common.gallery import thumbnail
 from common.judge import Judge
 from common.jsonl import Lines, data_files, data_name, replacing, write_lines
@@ -492,8 +492,11 @@ def phases(folder):
     for phase in PHASES:
         path = folder / phase / "score.json"
         if path.exists():
-            for mode, result in json.loads(path.read_text()).items():
-                rows.append((f"{phase} {mode}", result))
+            try:
+                results = json.loads(path.read_text()).items()
+            except (ValueError, AttributeError) as e:
+                raise ValueError(f"{path}: no scores: {e}") from None
+            rows += [(f"{phase} {mode}", result) for mode, result in results]
     return rows
 
 
@@ -551,7 +554,8 @@ def ask_model(args, peers: Peers, name: str, rows: list, path: Path):
         raise ValueError(f"nothing is blind in {mode}: its tools show the pictures")
     root = Path(args.media or Path(args.file).parent)
     exam = Exam(name, rows, root, mode, args.frames, args.shuffle_frames)
-    mine = rows[: args.limit][peers.rank :: peers.world]
+    wanted = first_groups(BENCHMARKS[name], rows, args.limit)
+    mine = wanted[peers.rank :: peers.world]
     attempt(peers, "not asked", lambda: list(map(exam.check, mine)))
     model, processor = load(args.init, args.device)
     max_tokens = args.max_new_tokens or max_answer(model.config)
@@ -561,7 +565,7 @@ def ask_model(args, peers: Peers, name: str, rows: list, path: Path):
 
     first = attempt(peers, f"{path}", lambda: peers.main and AnswerFile(path, settings, rows))
     [done, *_] = peers.gather_objects(set(first.done) if first else None)
-    todo = [row for row in rows[: args.limit] if row.index not in done][peers.rank :: peers.world]
+    todo = [row for row in wanted if row.index not in done][peers.rank :: peers.world]
 
     def ask_share():
         answers = first or AnswerFile(Path(of_rank(path, peers.rank)), settings, rows)
@@ -611,20 +615,39 @@ def attempt(peers: Peers, doing: str, work):
         raise ValueError(str(e)) from None
 
 
-def benchmark_result(args, name: str, rows: list, path: Path) -> dict:
+def judge_of(args) -> Judge | None:
+    if not args.judge:
+        return None
+    return Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", ""))
+
+
+def check_scorable(args, name):
+    """ValueError where there could be no score once the model has answered."""
+    if args.shuffle_frames and not BENCHMARKS[name].video:
+        raise ValueError(f"--shuffle-frames: {name} has pictures, no clips")
+    if args.limit and name == "MME":
+        raise ValueError("--limit: MME's sums need all of its categories")
+    judge = judge_of(args)
+    if judge:
+        said, why = judge.reply([{"role": "user", "content": "Reply with Yes."}], temperature=0)
+        if said is None:
+            raise ValueError(f"--judge {' '.join(args.judge)}: no answer: {why}")
+
+
+def benchmark_result(args, name: str, rows: list, dropped: set, path: Path) -> dict:
     """What --out holds: the official table, and what was read of each answer."""
     benchmark = BENCHMARKS[name]
-    if benchmark.judge == NO_SCORE and not args.judge:
+    judge = judge_of(args)
+    if benchmark.judge == NO_SCORE and not judge:
         raise ValueError(f"{name} has no score without a judge: --predictions {path} --judge URL")
-    answers = read_predictions(path, rows, args.split_think)
-    judge = None
-    if args.judge:
-        judge = Judge(args.judge, args.judge_model, os.environ.get("JUDGE_KEY", ""))
+    answers = read_predictions(path, rows, dropped, args.split_think)
     scored = score_rows(benchmark, rows, answers, args.rules, judge)
     asked = [s.by for s in scored]
     by = Counter(filter(None, asked))
     failed = [s.row.where for s in scored if answers[s.row.index] is None]
     notes = []
+    if dropped:
+        notes.append(f"{len(dropped)} rows without a picture are left out, as by official code")
     if len(scored) < len(rows):
         notes.append(f"{len(rows) - len(scored)} of {len(rows)} questions have no answer")
     if failed:
@@ -647,6 +670,7 @@ def benchmark_result(args, name: str, rows: list, path: Path) -> dict:
         "judge": args.judge_model or args.judge,
         "notes": notes,
         "read by": by,
+        "failed": failed,
         "scores": benchmark.table(scored),
         "rows": [
             {"index": s.row.cells["index"], "read": s.read, "hit": s.hit, "by": s.by} | s.more
@@ -675,12 +699,14 @@ def run_benchmark(args):
     path = Path(args.predictions or f"{beside}.predictions.jsonl")
     if args.out:
         check_out(Path(args.out), args.file, path)
-    rows = read_rows(Path(args.file), BENCHMARKS[name])
+    rows, dropped = read_rows(Path(args.file), BENCHMARKS[name])
     if args.init:
+        attempt(peers, "not asked", lambda: check_scorable(args, name))
         ask_model(args, peers, name, rows, path)
     if not peers.main:
         return
-    result = benchmark_result(args, name, rows, path)
+    result = benchmark_result(args, name, rows, dropped, path)
+    hits = [row["hit"] for row in result["rows"]]
     print(markdown([[name, "score"], *flat(result["scores"])]))
     print("answers read by:", ", ".join(f"{who} {n}" for who, n in result["read by"].items()))
     for note in result["notes"]:
@@ -688,6 +714,9 @@ def run_benchmark(args):
     if args.out:
         with replacing(Path(args.out)) as part:
             part.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{name}: {len(hits)} of {len(rows)} questions answered, mean hit {mean(hits):.4f}")
+    if len(result["failed"]) == len(hits):
+        raise ValueError(f"{args.file}: none of the questions could be asked")
 
 
 def decontaminate(args):
@@ -696,7 +725,7 @@ def decontaminate(args):
     sets = data_files(Path(args.decontaminate))
     if not sets:
         raise ValueError(f"--decontaminate {args.decontaminate}: no folder with data to compare")
-    overlap = Overlap(read_rows(Path(args.file), ANY), root)
+    overlap = Overlap(read_rows(Path(args.file), ANY)[0], root)
     lines = shared = 0
     for path in sets.values():
         data = Lines(path, check_conversation)
@@ -730,7 +759,8 @@ def arguments():
     add = parser.add_argument
     add("--data", default="data/toy/heldout",
         help="folder of *.jsonl questions, or one that holds it as heldout")
-    add("--limit", type=at_least(1), help="questions per task (default: all)")
+    add("--limit", type=at_least(1), help="questions per task; of a benchmark its first so many, "
+        "with all their rotations (default: all)")
     add("--categories", nargs="+", metavar="NAME", help="categories or tasks to ask (default: all)")
     add("--mode", nargs="+", choices=MODES, metavar="MODE", help="ask in these modes: "
         f"{', '.join(MODES)} (default: the bare question)")
@@ -814,8 +844,17 @@ def check_out(out: Path, *read, flag: str = "--out"):
         raise SystemExit(f"{flag} {out}: {e.strerror}") from None
 
 
-def show_board(root: Path):
-    """Prints the board of a run's phases, and writes root/scoreboard.md."""
+def show_report(args):
+    """Writes the page of a run, and says so."""
+    root = Path(args.report)
+    if not root.is_dir():
+        raise SystemExit(f"{root}: no such folder")
+    print(write_report(root))
+
+
+def show_board(args):
+    """Prints the board of a run's phases, and writes scoreboard.md beside them."""
+    root = Path(args.board)
     rows = phases(root)
     if not rows:
         raise SystemExit(f"{root}: no phase ({', '.join(PHASES)}) with a score.json here")
@@ -837,7 +876,6 @@ def score_questions(args):
     peers = joined(args)
     model, processor = load(args.init, args.device)
     run = peers if peers.world > 1 else None
-    errors = (ValueError, RuntimeError) if run else ValueError  # the second says whose it is
     results = {}
     for mode in args.mode or ["plain"]:
         try:
@@ -845,8 +883,10 @@ def score_questions(args):
                 model, processor, data, args.limit, mode, blind,
                 args.categories, args.max_new_tokens, args.batch, run,
             )
-        except errors as e:
-            raise SystemExit(str(e)) from None
+        except RuntimeError as e:
+            if run:  # it says whose it is
+                raise SystemExit(str(e)) from None
+            raise
         if peers.main:
             print(f"{mode}:\n\n{task_table(results[mode])}\n")
     if not peers.main:
@@ -870,18 +910,17 @@ def main(argv=None):
     use_sandbox(args.sandbox)
     sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no run
     if args.board:
-        show_board(Path(args.board))
+        work = show_board
     elif args.report:
-        if not Path(args.report).is_dir():
-            raise SystemExit(f"{args.report}: no such folder")
-        print(write_report(Path(args.report)))
-    elif args.benchmark or args.decontaminate:
-        try:
-            run_benchmark(args) if args.benchmark else decontaminate(args)
-        except (OSError, ValueError) as e:
-            raise SystemExit(str(e)) from None
+        work = show_report
+    elif args.benchmark:
+        work = run_benchmark
+    elif args.decontaminate:
+        work = decontaminate
     else:
-        score_questions(args)
+        work = score_questions
+    with or_exit():
+        work(args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The field's benchmarks: their files, prompts, measures and tables, as their own code has them.
 
     benchmark = BENCHMARKS[official_name("mmstar")]
-    rows = read_rows(Path("MMStar.tsv"), benchmark)
-    answers = read_predictions(Path("P.jsonl"), rows)       {index: what was said}
+    rows, dropped = read_rows(Path("MMStar.tsv"), benchmark)
+    answers = read_predictions(Path("P.jsonl"), rows, dropped)     {index: what was said}
     scored = score_rows(benchmark, rows, answers)
     benchmark.table(scored)                                 names and units of the official table
 
@@ -22,7 +22,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -144,19 +144,18 @@ def read_columns(path: Path) -> tuple[list[int], dict[str, list[str]]]:
     return lines, dict(zip(names, map(list, zip(*table))))
 
 
-def read_rows(path: Path, benchmark: "Benchmark", columns: str = "") -> list[Row]:
-    """The questions of a TSV. columns: names of more that must be there.
+def read_rows(path: Path, benchmark: "Benchmark") -> tuple[list[Row], set[str]]:
+    """The questions of a TSV; and the indices of rows without a picture, which official code drops.
 
-    Rows whose picture is missing are left out, as official code does. ValueError naming file and
-    line for a missing column, a missing or second index, a missing truth, a picture that is no
-    base64.
+    ValueError naming file and line for a missing column, a missing or second index, a missing
+    truth, a picture that is no base64.
     """
     lines, table = read_columns(path)
-    for name in f"index {benchmark.truth} {benchmark.columns} {columns}".split():
+    for name in f"index {benchmark.truth} {benchmark.columns}".split():
         if name not in table:
             raise ValueError(f"{path}:1: no column {name!r}; there are {', '.join(table)}")
     values = {name: cells if name == "image" else typed(cells) for name, cells in table.items()}
-    rows, seen = [], {}
+    rows, dropped, seen = [], set(), {}
     for i, line in enumerate(lines):
         where = f"{path}:{line}"
         cells = {name: column[i] for name, column in values.items() if column[i] is not None}
@@ -167,6 +166,7 @@ def read_rows(path: Path, benchmark: "Benchmark", columns: str = "") -> list[Row
             raise ValueError(f"{where}: index {index} is also that of line {seen[index]}")
         seen[index] = line
         if cells.get("image", "x") in MISSING:
+            dropped.add(index)
             continue
         if not table[benchmark.truth][i].strip():
             raise ValueError(f"{where}: index {index} has no {benchmark.truth}")
@@ -176,7 +176,7 @@ def read_rows(path: Path, benchmark: "Benchmark", columns: str = "") -> list[Row
     for row in rows:
         if "image" in row.cells and row.text("image") not in seen:
             check_base64(row)
-    return rows
+    return rows, dropped
 
 
 def check_base64(row: Row):
@@ -242,11 +242,14 @@ def mvbench_frame_numbers(
     return [int(first + part / 2 + round(part * i)) for i in range(n)]
 
 
-def read_predictions(path: Path, rows: list[Row], split: bool = False) -> dict[str, str | None]:
+def read_predictions(
+    path: Path, rows: list[Row], dropped: Collection[str] = (), split: bool = False
+) -> dict[str, str | None]:
     """{index: what was said}, None for a question that could not be asked; of a JSONL file.
 
-    split: what follows the last </think>, as VLMEvalKit takes it with SPLIT_THINK. ValueError
-    naming the line that is no JSON object, or has no known index, or no text.
+    dropped: indices whose answers are passed over. split: what follows the last </think>, as
+    VLMEvalKit takes it with SPLIT_THINK. ValueError naming the line that is no JSON object, or has
+    no known index, or no text.
     """
     known = {row.index for row in rows}
     answers, seen = {}, {}
@@ -259,14 +262,17 @@ def read_predictions(path: Path, rows: list[Row], split: bool = False) -> dict[s
         if isinstance(index, bool) or not isinstance(index, (int, float, str)):
             raise ValueError(f'{where}: no "index"')
         index = str(index)
+        if index in dropped:
+            continue
         if index not in known:
             raise ValueError(f"{where}: index {index[:80]} is not in the benchmark's file")
         if index in seen:
             raise ValueError(f"{where}: index {index} is also that of line {seen[index]}")
-        if "failure" not in record and not isinstance(record.get("prediction"), str):
+        failed = bool(record.get("failure"))
+        if not failed and not isinstance(record.get("prediction"), str):
             raise ValueError(f'{where}: index {index} has no "prediction", a text')
         seen[index] = number
-        answers[index] = None if "failure" in record else record["prediction"]
+        answers[index] = None if failed else record["prediction"]
         if split and "</think>" in (answers[index] or ""):
             answers[index] = answers[index].rpartition("</think>")[2].strip()
     if not answers:
@@ -284,9 +290,11 @@ def parsed_line(line: bytes, where: str) -> dict:
     return record
 
 
-def as_read_back(reply: str) -> str:
-    """A reply once official code has kept it in a table of .xlsx and read that again."""
-    return "nan" if reply in MISSING else reply[:MOST_CHARACTERS]
+def as_read_back(replies: list[str]) -> list[str]:
+    """Replies once official code has kept them in a table of .xlsx and read that again: numbers,
+    where all of them are."""
+    cells = typed([reply[:MOST_CHARACTERS] for reply in replies])
+    return ["nan" if cell is None else str(cell) for cell in cells]
 
 
 class AnswerFile:
@@ -710,6 +718,7 @@ class Benchmark:
     truth: str = "answer"  # the column of it
     video: bool = False  # the frames of a clip are shown
     judge: str = ""  # what the official score is without a judge, where it needs one
+    group: Callable = lambda row: row.index  # the same of rows that its table takes together
 
 
 MATHVISTA = "question_type answer_type answer answer_option choices task skills"
@@ -718,7 +727,9 @@ NO_SCORE = "there is no score"
 RULE_PART = "the rule part alone, which is not the official score"
 
 CHOICE = Benchmark("A", choice_prompt, choice_measure, measures.choice_table)
-CIRCULAR = Benchmark("A", choice_prompt, choice_measure, measures.circular_table)
+CIRCULAR = Benchmark(
+    "A", choice_prompt, choice_measure, measures.circular_table, group=measures.main_index
+)
 KEYE_YES_NO = Benchmark("", chinese_prompt, chinese_measure, measures.percent_table)
 KEYE_JUDGED = Benchmark("", short_prompt, judged_measure, measures.overall_table, judge=NO_SCORE)
 BENCHMARKS = {
@@ -734,7 +745,8 @@ BENCHMARKS = {
     "POPE": Benchmark("category", bare_prompt, yes_no_measure, measures.pope_table),
     "MME": Benchmark("category image_path", bare_prompt, yes_no_measure, measures.mme_table),
     "HallusionBench": Benchmark(
-        "l2-category", bare_prompt, yes_no_measure, measures.hallusion_table
+        "l2-category", bare_prompt, yes_no_measure, measures.hallusion_table,
+        group=measures.hallusion_set,
     ),
     "TextVQA_VAL": Benchmark("", short_prompt, vqa_measure, measures.open_table),
     "ChartQA_TEST": Benchmark("", short_prompt, relaxed_measure, measures.open_table),
@@ -781,6 +793,12 @@ def official_name(name: str) -> str:
     return spelled[name.lower()]
 
 
+def first_groups(benchmark: Benchmark, rows: list[Row], limit: int | None) -> list[Row]:
+    """The rows of the first so many questions (default: of all), with all their rotations."""
+    kept = list(dict.fromkeys(map(benchmark.group, rows)))[:limit]
+    return [row for row in rows if benchmark.group(row) in set(kept)]
+
+
 def score_rows(
     benchmark: Benchmark, rows: list[Row], answers: dict[str, str | None],
     rules: str = "upstream", judge=None,
@@ -791,7 +809,12 @@ def score_rows(
     rules cannot read. ValueError naming the row whose cells its rule cannot use.
     """
 
-    def measured(row):
+    asked = [row for row in rows if row.index in answers]
+    # As official code has it, a question that could not be asked has a text for an answer too.
+    said = [answers[row.index] for row in asked]
+    replies = as_read_back([measures.FAILED_CALL if reply is None else reply for reply in said])
+
+    def measured(row, reply):
         if answers[row.index] is None:
             return Scored(row, None, 0)
         by = None
@@ -802,16 +825,14 @@ def score_rows(
             return found
 
         try:
-            reply = as_read_back(answers[row.index])
             scored = Scored(row, *benchmark.measure(row, reply, rules, ask if judge else None))
         except ValueError as e:
             raise ValueError(f"{row.where}: {e}") from None
         scored.by = by or ("fallback" if scored.read in NOTHING else "rules")
         return scored
 
-    asked = [row for row in rows if row.index in answers]
     with ThreadPoolExecutor(8 if judge else 1) as pool:  # ours: so many requests at once
-        return list(pool.map(measured, asked))
+        return list(pool.map(measured, asked, replies))
 
 
 NOTHING = (None, measures.NO_OPTION, "Unknown")  # that rules have read

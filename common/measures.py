@@ -427,13 +427,17 @@ def choice_table(scored):
 MAIN = 1_000_000  # indices from here on are rotations of index % MAIN
 
 
+def main_index(row) -> int:
+    if not row.index.isdigit():
+        raise ValueError(f"{row.where}: index {row.index} is no whole number")
+    return int(row.index) % MAIN
+
+
 def circular_table(scored):
     """MMBench: a question counts where it is answered right in every rotation of its options."""
     rotations = defaultdict(list)
     for s in scored:
-        if not s.row.index.isdigit():
-            raise ValueError(f"{s.row.where}: index {s.row.index} is no whole number")
-        rotations[int(s.row.index) % MAIN].append(s.hit)
+        rotations[main_index(s.row)].append(s.hit)
     main = [s for s in scored if int(s.row.index) < MAIN]
     for s in main:
         s.more["group_hit"] = min(rotations[int(s.row.index)])
@@ -514,15 +518,24 @@ def hallusion_table(scored):
     return {name: hallusion_line(part) for name, part in parts.items()}
 
 
+def hallusion_pieces(row) -> list[str]:
+    """Of an index its numbers of set, figure and question."""
+    pieces = row.index.split("_")[3:6]
+    if len(pieces) < 3:
+        raise ValueError(f"{row.where}: index {row.index}: no set, figure and question")
+    return pieces
+
+
+def hallusion_set(row) -> tuple[str, str]:
+    return row.text("l2-category"), hallusion_pieces(row)[0]
+
+
 def hallusion_line(scored):
     figures, questions = defaultdict(list), defaultdict(list)
     for s in scored:
-        pieces = s.row.index.split("_")
-        if len(pieces) < 6:
-            raise ValueError(f"{s.row.where}: index {s.row.index}: no set, figure and question")
-        group = s.row.text("l2-category"), pieces[3]
-        figures[*group, pieces[4]].append(s.hit)
-        questions[*group, pieces[5]].append(s.hit)
+        _, figure, question = hallusion_pieces(s.row)
+        figures[*hallusion_set(s.row), figure].append(s.hit)
+        questions[*hallusion_set(s.row), question].append(s.hit)
     line = {"aAcc": mean_hit(scored, 100)}
     for name, hits in [("fAcc", figures), ("qAcc", questions)]:
         line[name] = 100 * sum(map(all, hits.values())) / len(hits)

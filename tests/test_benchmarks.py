@@ -82,7 +82,7 @@ def row_of(**cells):
 def rows_of(tmp_path, text, name="MMStar"):
     path = tmp_path / "x.tsv"
     path.write_bytes(text.encode())
-    return read_rows(path, BENCHMARKS[name])
+    return read_rows(path, BENCHMARKS[name])[0]
 
 
 def test_fields_between_quotes_hold_tabs_lines_and_quotes(tmp_path):
@@ -199,9 +199,32 @@ def test_bad_predictions_are_one_line(tmp_path, lines, message):
 
 
 def test_a_reply_is_what_a_table_makes_of_it():
-    assert [as_read_back(text) for text in ("", "None", "NA", "none", " ")] == [
-        "nan", "nan", "nan", "none", " "]
-    assert len(as_read_back("x" * 40000)) == 32767
+    assert as_read_back(["", "None", "NA", "none", " "]) == ["nan", "nan", "nan", "none", " "]
+    assert len(as_read_back(["x" * 40000])[0]) == 32767
+    # numbers only where all are, as pandas reads a column of .xlsx
+    assert as_read_back(["007", "+5"]) == ["7", "5"]
+    assert as_read_back(["5", ""]) == ["5.0", "nan"] and as_read_back(["1e3", ".5"]) == [
+        "1000.0", "0.5"]
+    assert as_read_back(["007", "5 cats"]) == ["007", "5 cats"]
+    assert as_read_back(["TRUE", "false"]) == ["True", "False"]
+    assert as_read_back(["TRUE", "no"]) == ["TRUE", "no"]
+    assert as_read_back(["9" * 20, "007"]) == ["9" * 20, "007"]
+
+
+def test_answers_are_read_as_of_a_table(score):
+    """DocVQA's "007" is 7 beside another number, and stays what it is beside a word."""
+    rows = [{"index": i, "question": "q", "answer": "['007']", "image": png("red")} for i in (0, 1)]
+    assert hits(score("DocVQA_VAL", rows, {0: "007", 1: "x"})) == [1, 0]
+    assert hits(score("DocVQA_VAL", rows, {0: "007", 1: "8"}))[0] == 0
+
+
+def test_a_failure_is_one_with_a_reason(tmp_path):
+    rows = [Row(str(i), "x.tsv:2", {"index": i}) for i in range(3)]
+    lines = [{"failure": "gone"}, {"failure": None, "prediction": "A"}, {"failure": "",
+        "prediction": "B"}]
+    text = "".join(json.dumps({"index": i} | line) + "\n" for i, line in enumerate(lines))
+    (tmp_path / "p.jsonl").write_text(text)
+    assert read_predictions(tmp_path / "p.jsonl", rows) == {"0": None, "1": "A", "2": "B"}
 
 
 # -- multiple choice
@@ -389,7 +412,11 @@ def test_hallusion_bench(score):
     result = score("HallusionBench", rows, answers)
     line = {"aAcc": 80.0, "fAcc": pytest.approx(200 / 3), "qAcc": pytest.approx(200 / 3)}
     assert result["scores"] == {"Overall": line, "VD": line, "fig": line}
-    assert result["notes"] == []
+    left_out = ["1 rows without a picture are left out, as by official code"]
+    assert result["notes"] == left_out
+    # answers to it too are passed over: others' files hold them
+    again = score("HallusionBench", rows, answers | {"H_VS_fig_0_0_0": "Yes"})
+    assert again["scores"] == result["scores"] and again["notes"] == left_out
 
 
 # -- open answers
@@ -450,8 +477,11 @@ def test_tables_of_open_answers(score):
     assert scores == {"Overall": pytest.approx(200 / 3), "augmented": 0, "human": 100}
     for row in rows:
         del row["split"]
-    scores = score("DocVQA_VAL", rows, {0: "4", 1: "1", 2: ""})["scores"]
+    scores = score("DocVQA_VAL", rows, {0: "4", 1: "1", 2: "?"})["scores"]
     assert scores == {"Overall": 50, "c": 50}
+    # beside an empty reply numbers are read back with a point: 4.0 is no 4, 1.0 two thirds of 10
+    scores = score("DocVQA_VAL", rows, {0: "4", 1: "1", 2: ""})["scores"]
+    assert scores == {"Overall": pytest.approx(200 / 9), "c": pytest.approx(200 / 9)}
     answers = {0: "3", 1: "9.6", 2: "X"}
     assert hits(score("chartqa_test", rows, answers)) == [1, 1, 1]
     assert hits(score("chartqa_test", rows, answers, "--rules", "keye")) == [1, 1, 1]
@@ -855,7 +885,11 @@ def test_a_model_is_asked_and_scored(toy, tmp_path, capsys, monkeypatch):
     assert len(prompts) == 5 and f"<|vision_end|>{first}" in prompts[0]
     result = json.loads((tmp_path / "r.json").read_text())
     assert [row["index"] for row in result["rows"]] == [0, 1, 2, 3, 4]
-    assert "| Overall" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| Overall" in told
+    right = sum(hits(result))
+    last = f"MMStar: 5 of 5 questions answered, mean hit {right / 5:.4f}"
+    assert told.splitlines()[-1] == last
     E.main(flags_of(toy, tmp_path / "r.json"))  # all are answered
     assert len(prompts) == 5
     for flag in (["--mode", "think"], ["--blind"], ["--max-new-tokens", "7"]):
@@ -880,6 +914,30 @@ def watch_prompts(monkeypatch):
 
     monkeypatch.setattr(Generator, "sample", watched)
     return prompts
+
+
+def test_a_limit_takes_whole_questions(toy, tmp_path):
+    """MMBench's rotations and HallusionBench's sets are answered together or not at all."""
+    indices = [3, 1_000_003, 5, 2_000_003, 1_000_005, 8]
+    rows = [choices(index=i, answer="A", image=png("red")) for i in indices]
+    flags = flags_of(toy, tmp_path / "r.json", "--limit", "2")
+    flags[1], flags[3] = "MMBench_DEV_EN", str(tsv(tmp_path / "x.tsv", *rows))
+    E.main(flags)
+    lines = asked(tmp_path / "r.predictions.jsonl")
+    assert [line["index"] for line in lines] == indices[:5]
+    flags[1], flags[3] = "MME", str(tsv(tmp_path / "y.tsv", *mme_rows()))
+    with pytest.raises(SystemExit, match="--limit: MME's sums need all of its categories"):
+        E.main(flags)
+
+
+def test_what_would_give_no_score_is_said_before_the_model_is_asked(toy, tmp_path, monkeypatch):
+    prompts = watch_prompts(monkeypatch)
+    nobody = ["--judge", "http://127.0.0.1:9/v1", "--judge-model", "j"]
+    with pytest.raises(SystemExit, match="--judge http://127.0.0.1:9/v1: no answer: URLError"):
+        E.main(flags_of(toy, tmp_path / "r.json", *nobody))
+    with pytest.raises(SystemExit, match="--shuffle-frames: MMStar has pictures, no clips"):
+        E.main(flags_of(toy, tmp_path / "r.json", "--shuffle-frames"))
+    assert prompts == [] and list(tmp_path.iterdir()) == []
 
 
 def test_switch_and_limit_and_blindness(toy, tmp_path, monkeypatch):

@@ -1015,6 +1015,15 @@ def test_phases_stand_in_their_order(tmp_path):
     assert E.phases(tmp_path / "mpo") == E.phases(tmp_path / "nowhere") == []
 
 
+def test_a_broken_score_is_one_line(tmp_path):
+    lay(tmp_path, sft={"plain": phase(look=0.25)})
+    (tmp_path / "grpo").mkdir()
+    for broken in ('{"plain": {"ta', "[1]"):
+        (tmp_path / "grpo" / "score.json").write_text(broken)
+        with pytest.raises(SystemExit, match="^[^\n]*grpo/score.json: no scores: [^\n]*$"):
+            E.main(["--board", str(tmp_path)])
+
+
 # -- the command line
 
 
