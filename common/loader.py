@@ -22,12 +22,10 @@ import logging
 import math
 import multiprocessing
 import pickle
-import resource
 import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -162,21 +160,18 @@ def end_workers():
         child.kill()
 
 
-def allow_many_files():
-    """Each tensor that a worker sends is a file here while it lives, and a step may have hundreds.
+def private(item: tuple[dict, list]) -> tuple[dict, list]:
+    """A pack outside the memory that it came through.
 
-    Systems let a process have 1,024 unless it asks.
+    Each tensor that a worker sends is a file in /dev/shm while it lives. A step may have a gigabyte
+    in hundreds of them; a container often has 64 MB, and a process may open 1,024 files.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # a system may grant less than it says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    batch, failures = item
+    return {name: tensor.clone() for name, tensor in batch.items()}, failures
 
 
 def in_workers(dataset, workers: int, **options):
     """Iterates over the dataset's items as processes of their own make them."""
-    allow_many_files()
     return iter(
         torch.utils.data.DataLoader(
             dataset,
@@ -331,7 +326,7 @@ class Loader:
         """Packs of examples -> (batch, failures) of each. Workers hold a few packs, not steps."""
         if not self.workers:
             return map(self.decoder.__getitem__, plans)
-        return in_workers(self.decoder, self.workers, sampler=plans)
+        return map(private, in_workers(self.decoder, self.workers, sampler=plans))
 
     def _judge(self, bad, undecoded) -> str | None:
         """Says what failed, in the plan or when decoded; returns why that is too much, if it is."""

@@ -140,6 +140,14 @@ def test_an_iteration_that_was_left_goes_on(world, processor):
     assert names(processor, batches) == names(processor, full[4][0])
 
 
+def test_a_step_takes_no_room_in_shared_memory(world, processor):
+    iterator = iter(Loader(world, processor, 400, 8, workers=2))
+    batches, _ = next(iterator)
+    assert len(batches) == 8
+    assert not any(tensor.is_shared() for batch in batches for tensor in batch.values())
+    iterator.close()
+
+
 def test_workers_load_on_when_the_whole_process_group_is_told_to_stop(world, processor):
     """As by Ctrl-C, timeout or Slurm: the run still has its step to finish and to save."""
     full = steps(Loader(world, processor, 400, 2), 9)
