@@ -14,6 +14,8 @@ table of a published benchmark (common/benchmarks.py): for a model, whose answer
 one, so that after a kill the same command goes on; and for answers that were made elsewhere,
 {"index": .., "prediction": ".."} a line. Keye's published numbers are those of --mode think. The
 last one lists lines of training data that share pictures or words with a benchmark's questions.
+Questions of fewer than eight words and flat pictures, which others share by chance, are not
+compared: it ends with how many these are.
 
 Under `torchrun --nproc_per_node=N` each rank asks a share of the questions; the first one scores.
 
@@ -46,8 +48,8 @@ import torch
 from tqdm import tqdm
 
 from common.benchmarks import (
-    ANY, BENCHMARKS, NO_SCORE, AnswerFile, Exam, Overlap, first_groups, of_rank, official_name,
-    read_predictions, read_rows, score_rows,
+    ANY, BENCHMARKS, NO_SCORE, RUN, AnswerFile, Exam, Overlap, first_groups, of_rank,
+    official_name, read_predictions, read_rows, score_rows,
 )
 from common.checkpoint import fingerprint, sha256
 from common.conversation import (
@@ -737,9 +739,14 @@ def decontaminate(args):
                 print(f"{data.where(i)}: not compared: {e}")
                 continue
             shared += bool(found)
-            for what, row in found:
-                print(f"{data.where(i)}: {what} of {row.where}, index {row.index}")
-    print(f"{shared} of {lines} lines share something; clips are not compared")
+            for what, rows in found.items():
+                more = f", and of {len(rows) - 1} more" if len(rows) > 1 else ""
+                print(f"{data.where(i)}: {what} of {rows[0].where}, index {rows[0].index}{more}")
+    print(
+        f"{shared} of {lines} lines share something; not compared: clips, "
+        f"{overlap.short} of {len(overlap.rows)} questions (of fewer than {RUN} words), "
+        f"{overlap.flat} of {overlap.pictures} pictures (flat)"
+    )
 
 
 # --------------------------------------------------------------------------------------------------

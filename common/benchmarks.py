@@ -21,7 +21,7 @@ import json
 import os
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -879,34 +879,51 @@ def word_runs(text: str) -> set[tuple]:
 
 
 class Overlap:
-    """What a benchmark's questions share with other conversations: pictures, and runs of words."""
+    """What a benchmark's questions share with other conversations: pictures, and runs of words.
+
+    Not compared, as others are the same by chance:
+    short: how many questions have fewer than RUN words; "Is there a dog?" is asked of any picture.
+    flat: how many of the `pictures` are of one colour, or change from left to right in one way.
+    """
 
     def __init__(self, rows: list[Row], root: Path):
-        self.runs = {run: row for row in rows for run in word_runs(row.text("question"))}
-        by_index = {row.index: row for row in rows}
-        self.shown = []  # the row of each picture
-        hashes = []
-        for row in rows:
-            if not {"image", "image_path"} & row.cells.keys():
-                continue
-            for source in picture_sources(row, by_index):
-                try:
-                    hashes.append(picture_hash(load_picture(source, root)))
-                except MediaError as e:
-                    raise ValueError(f"row {row.index} of the benchmark: {e}") from None
-                self.shown.append(row)
-        self.hashes = np.array(hashes, np.uint64)
+        self.rows = rows
+        self.asked = defaultdict(set)  # run of words -> places of rows
+        self.short = 0
+        for k, row in enumerate(rows):
+            runs = word_runs(row.text("question"))
+            self.short += not runs
+            for run in runs:
+                self.asked[run].add(k)
+        shown, hashes = hashes_of(rows, root)  # (P,) of each picture its row's place; (P,)
+        bits = np.bitwise_count(hashes)
+        tell = (NEAR < bits) & (bits < 64 - NEAR)
+        self.pictures, self.flat = len(tell), int((~tell).sum())
+        self.shown, self.hashes = shown[tell], hashes[tell]
 
-    def of(self, conversation: dict, root: Path) -> list[tuple[str, Row]]:
-        """[("picture" or "question", row)], each row once. MediaError for a broken picture."""
-        found = {}
+    def of(self, conversation: dict, root: Path) -> dict[str, list[Row]]:
+        """{"question" or "picture": all rows that have it}. MediaError for a broken picture."""
+        found = defaultdict(set)
         for run in word_runs("\n".join(map(text_of, conversation["messages"]))):
-            if run in self.runs:
-                row = self.runs[run]
-                found["question", row.index] = row
+            found["question"] |= self.asked.get(run, set())
         for item, kind in media_items(conversation):
             if kind == "image" and len(self.hashes):
                 bits = self.hashes ^ np.uint64(picture_hash(load_picture(item["image"], root)))
-                for k in np.flatnonzero(np.bitwise_count(bits) <= NEAR):
-                    found["picture", self.shown[k].index] = self.shown[k]
-        return [(what, row) for (what, _), row in found.items()]
+                found["picture"] |= set(self.shown[np.bitwise_count(bits) <= NEAR])
+        return {what: [self.rows[k] for k in sorted(found[what])] for what in found if found[what]}
+
+
+def hashes_of(rows: list[Row], root: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(the place of its row, the hash) of all pictures. ValueError for one that is broken."""
+    by_index = {row.index: row for row in rows}
+    shown, hashes = [], []
+    for k, row in enumerate(rows):
+        if not {"image", "image_path"} & row.cells.keys():
+            continue
+        for source in picture_sources(row, by_index):
+            try:
+                hashes.append(picture_hash(load_picture(source, root)))
+            except MediaError as e:
+                raise ValueError(f"row {row.index} of the benchmark: {e}") from None
+            shown.append(k)
+    return np.array(shown, int), np.array(hashes, np.uint64)

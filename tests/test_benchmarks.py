@@ -1239,6 +1239,44 @@ def test_decontamination(tmp_path, capsys):
         E.main(["--decontaminate", str(train), "--file", str(tmp_path / "y.tsv")])
 
 
+def test_decontamination_says_what_says_nothing(tmp_path, capsys):
+    """Short questions and flat pictures are counted, of rows that share a thing the first named."""
+    noise = np.random.default_rng(1).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    train = tmp_path / "train"
+    train.mkdir()
+    Image.fromarray(noise).resize((240, 180), Image.Resampling.BICUBIC).save(train / "boats.png")
+    Image.new("RGB", (64, 48), "white").save(train / "white.png")
+    fade = np.broadcast_to(np.arange(250, 10, -2, dtype=np.uint8), (90, 120))
+    Image.fromarray(fade).save(train / "fade.png")  # darker to the right, as is any other such
+    Image.fromarray(fade[:, ::-1] // 2).save(train / "grow.png")
+    long = "How many of the seven small boats are to the left?"
+    shown = [("boats", long), ("boats", "Is there a dog in the image?"), ("boats", long),
+             ("white", "What?"), ("fade", "What?"), ("grow", "What?")]
+    rows = [{"index": k, "question": question, "image_path": f"train/{name}.png"}
+            for k, (name, question) in enumerate(shown)]
+    file = tsv(tmp_path / "x.tsv", *rows)
+
+    Image.new("RGB", (30, 30), "black").save(train / "black.png")
+    asked = [("white", "Is there a dog in the image?"), ("black", long), ("fade", "What?"),
+             ("grow", "What?"), ("boats", "Is there a cat in the image?")]
+    lines = [{"messages": [
+        {"role": "user", "content": [{"type": "image", "image": f"{name}.png"},
+                                     {"type": "text", "text": question}]},
+        {"role": "assistant", "content": "2"},
+    ]} for name, question in asked]
+    (train / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    E.main(["--decontaminate", str(train), "--file", str(file)])
+    *found, last = capsys.readouterr().out.splitlines()
+    assert [text.split("a.jsonl")[1] for text in found] == [
+        f":2: question of {file}:2, index 0, and of 1 more",
+        f":5: picture of {file}:2, index 0, and of 2 more",
+    ]
+    assert last == (
+        "2 of 5 lines share something; not compared: clips, 4 of 6 questions (of fewer than 8 "
+        "words), 3 of 6 pictures (flat)"
+    )
+
+
 # -- the command line
 
 
