@@ -153,6 +153,10 @@ def _ours(read: Callable[[], dict]) -> dict:
         return to_ours(read())
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except OSError as e:
+        if e.filename is not None:  # its whole file cannot be opened
+            raise
+        raise ValueError(f"cannot be read: {e.strerror or e}") from None
 
 
 def _parse(data: bytes) -> dict:

@@ -220,8 +220,9 @@ class Loader:
     Under torch.distributed ranks exchange in each step where their slots stand, so that each has
     all of the state. Without it, a rank of several plans the slots of the others as well.
 
-    A sample that fails is warned about and left out. SystemExit when too many do, see failures.py;
-    ValueError, naming file and line, when more than max_bad_share of a file's lines do.
+    A sample that fails is warned about and left out. SystemExit when too many do, see failures.py,
+    or when a file of the mixture can no longer be opened; ValueError, naming file and line, when
+    more than max_bad_share of a file's lines fail.
     """
 
     mixture: list[tuple[str | Path, float]]  # JSONL files or folders; weights by samples drawn
@@ -467,6 +468,8 @@ class Loader:
                 if tried >= 100:  # at most 99 %: where all fail, the step would never be full
                     failures = [what for what, _ in bad]
                     refuse_many(failures, tried, "samples", min(self.max_bad_share, 0.99))
+            except OSError as error:  # of a whole file: that of one line is a ValueError
+                raise SystemExit(f"a file of the data cannot be opened any more: {error}") from None
         pack, slot.waiting = self._choose(lines)
         work = [(example.tokens, example.visual_tokens, example.cost) for example in pack]
         slot.work = tuple(map(sum, zip(*work)))

@@ -109,9 +109,9 @@ def open_media(path: str | Path, root: str | Path | None, allow_outside: bool = 
     try:
         path = member[1] if member else name
         fd = _open_inside(path, os.path.realpath(root or "."), allow_outside)
+        info = os.fstat(fd)
     except (OSError, ValueError) as e:
         raise MediaError(name, "missing", getattr(e, "strerror", e)) from e
-    info = os.fstat(fd)
     regular = stat.S_ISREG(info.st_mode)
     if regular and member:
         begin, size = int(member[3]), int(member[4])

@@ -1,6 +1,8 @@
 """common/media.py: errors that can be read, and files that are opened below their root."""
 
 import base64
+import errno
+import os
 import pickle
 
 import numpy as np
@@ -99,3 +101,16 @@ def test_a_folder_that_becomes_a_link_just_now_is_not_followed(tmp_path, monkeyp
 
     monkeypatch.setattr(media, "_open_below", swap)
     assert reason(open_media, "deep/a.txt", tmp_path / "set") == "missing"
+
+
+def test_a_file_that_a_server_has_lost_is_missing(tmp_path, monkeypatch):
+    """On NFS one may be opened, and then not be there."""
+    noise().save(tmp_path / "a.png")
+
+    def fstat(fd):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:  # pytest calls it too
+        patch.setattr(os, "fstat", fstat)
+        why = reason(load_picture, "a.png", tmp_path)
+    assert why == "missing"

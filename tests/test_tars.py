@@ -1,7 +1,9 @@
 """common/tars.py: samples in tar shards, their media read where they stand, and what is refused."""
 
+import errno
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -303,6 +305,32 @@ def assert_goes_on(plain, packed, processor, workers):
         assert info["state"]["deferred"] == of_packed["state"]["deferred"]
         for batch, other in zip(batches, same, strict=True):
             assert all(torch.equal(batch[key], other[key]) for key in batch)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_sample_that_the_disk_does_not_give_is_one_bad_line(
+    tmp_path, processor, monkeypatch, request, lazy
+):
+    if lazy:
+        request.getfixturevalue("large")
+    shard = shards(tmp_path / "web", (24,)) / "00000.tar"
+    loader = Loader([(shard.parent, 1)], processor, 400, 2)
+    begin = int(loader.files[0]._files[0].places[5, 0])  # of the sixth sample
+    read = os.pread
+
+    def pread(fd, size, at):
+        if size and at == begin:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, size, at)
+
+    monkeypatch.setattr(os, "pread", pread)
+    for _ in islice(loader, 12):
+        pass
+    assert {why.split(": ")[1] for why in loader.failures} == {"sample 6"}
+    assert all(why.endswith("cannot be read: Input/output error") for why in loader.failures)
+    shard.unlink()  # and now no sample could be read
+    with pytest.raises(SystemExit, match="cannot be opened any more: .*00000.tar"):
+        next(iter(loader))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
