@@ -458,19 +458,27 @@ def contrastive(
 
 @torch.no_grad()
 def retrieval(run: Run, embed, processor: Processor, path: Path, packs: int = 4) -> dict | None:
-    """How many held-out pictures have their own caption nearest, among those of the same pack."""
-    if not path.exists():
+    """How many held-out pictures have their own caption nearest, among those of the same pack.
+
+    RuntimeError on all ranks where one cannot load its packs, as `embed` waits for all of them.
+    """
+    if not all(run.gather_objects(path.exists())):
         return None
-    loader = Loader(
-        [(path, 1)], processor, SCALE[run.args.size].pack, run.world, run.rank, run.world,
-        run.args.seed, check=check_pair,
-    )
+
+    def load():
+        loader = Loader(
+            [(path, 1)], processor, SCALE[run.args.size].pack, run.world, run.rank, run.world,
+            run.args.seed, check=check_pair, alone=True,
+        )
+        return [batches[0] for _, (batches, _) in zip(range(packs), loader)]
+
     right = pictures = counted = 0
-    for _, (batches, _) in zip(range(packs), loader):
-        images, texts, _, _ = embed(batches[0])
-        likeness = images @ texts.T  # (B, B)
-        best = likeness.max(dim=1).values - 1e-5  # equal captions are equally right
-        right += int((likeness.diagonal() >= best).sum())
+    for batch in run.attempt(f"loading {path}", load):
+        images, texts, _, _ = embed(batch)
+        likeness = images @ texts.T  # (B, B), B is 0 where all pictures of a pack are lost
+        own = likeness.diagonal()[:, None]  # (B, 1)
+        # equal captions are equally right
+        right += int((likeness <= own + 1e-5).all(dim=1).sum())
         pictures += len(images)
         counted += 1
     right, pictures, counted = (run.sum(x) for x in (right, pictures, counted))

@@ -218,7 +218,8 @@ class Loader:
     {reason: count} and "bad" [(what, reason)] are this rank's, so that they add up over ranks.
 
     Under torch.distributed ranks exchange in each step where their slots stand, so that each has
-    all of the state. Without it, a rank of several plans the slots of the others as well.
+    all of the state. Without it, or `alone`, a rank of several plans the slots of the others as
+    well, and what fails on one leaves none waiting.
 
     A sample that fails is warned about and left out. SystemExit when too many do, see failures.py,
     or when a file of the mixture can no longer be opened; ValueError, naming file and line, when
@@ -237,13 +238,14 @@ class Loader:
     max_bad_share: float = MAX_BAD_SHARE
     state: dict | None = None  # an info["state"], also of another rank or number of ranks
     check: Callable = check_training  # ValueError for a record that cannot be used
+    alone: bool = False
 
     def __post_init__(self):
         # Packs of a step on each rank. All run equally many: where they cannot be dealt out evenly,
         # as a run goes on with fewer or more ranks, blank ones fill the last round.
         self.each = math.ceil(self.packs_per_step / self.world)
         self.peers = Peers("words")
-        self.exchanges = self.peers.world == self.world > 1
+        self.exchanges = self.peers.world == self.world > 1 and not self.alone
         self.files = self._open_files()
         self.decoder = Decoder(self.processor, self.pack_tokens)
         weights = [weight for _, weight in self.mixture]

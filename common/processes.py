@@ -115,7 +115,7 @@ class Peers:
         except CheckpointException as e:
             cause = next(iter(e.failures.values()))[0]
             error = f"{type(cause).__name__}: {cause}"
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             error = f"{type(e).__name__}: {e}"
         errors = [f"rank {i}: {e}" for i, e in enumerate(self.gather_objects(error)) if e]
         if errors:

@@ -20,7 +20,9 @@ from torch import nn
 import pretrain
 from common.loader import Loader
 from common.run import Run
+from common.run import start as start_run
 from conftest import ROOT
+from conftest import toy_processor
 from data import Processor
 from model import PRESETS
 from model import SCALE
@@ -775,7 +777,43 @@ def test_a_heldout_caption_without_its_picture_is_named(processor, tmp_path):
 
 
 def test_without_heldout_captions_nothing_is_scored(processor, tmp_path):
-    assert pretrain.retrieval(None, None, processor, tmp_path / "caption.jsonl") is None
+    run = FakeRun(tmp_path)
+    assert pretrain.retrieval(run, None, processor, tmp_path / "caption.jsonl") is None
+
+
+def test_a_pack_that_lost_all_its_pictures_is_right_about_none(processor, tmp_path, short_packs):
+    """On one of several ranks: the others have seen four pictures."""
+    path = write(tmp_path / "caption.jsonl", [talk([PICTURE], "It.")])
+    run = FakeRun(tmp_path)
+    run.sum = lambda x: x + 4
+    score = pretrain.retrieval(run, one_hot, processor, path, packs=1)
+    assert score["accuracy"] == 1 and score["n"] == 4
+
+
+def scores_of_stage_0(argv):
+    """As stage 0 has them made, of each rank's own disk. argv: out, a folder, names of files."""
+    out, folder, *names = argv
+    args = arguments_of(pretrain, "--out", out, "--device", "cpu", "--threads", 1)
+    run = start_run(args, "pretrain-0")
+    for name in names:
+        path = Path(folder) / str(run.rank) / name
+        run.score(lambda: pretrain.retrieval(run, one_hot, toy_processor(), path))
+    run.close()
+
+
+def test_a_rank_that_cannot_read_ends_the_score_of_stage_0_and_not_the_run(tmp_path):
+    for rank in ("0", "1"):
+        shutil.copytree(world() / "heldout", tmp_path / rank)
+    write(tmp_path / "1" / "lost.jsonl", [talk([PICTURE], "It.")])
+    (tmp_path / "0" / "lost.jsonl").symlink_to("caption.jsonl")
+    (tmp_path / "0" / "gone.jsonl").symlink_to("caption.jsonl")
+    names = ["lost.jsonl", "gone.jsonl", "caption.jsonl"]
+    said = in_processes(scores_of_stage_0, [tmp_path, tmp_path, *names], ranks=2)
+    assert "rank 1: SystemExit: " in said and "x.png: missing" in said
+    assert said.count("pretrain-0 is trained and saved, but scoring it failed") == 1
+    # the ranks still keep step: what both can read has a score
+    score = json.loads((tmp_path / "toy/pretrain-0/score.json").read_text())
+    assert score["accuracy"] == 1 and score["n"] > 4 * 5
 
 
 # ----------------------------------------------------------------------------------------------
