@@ -72,13 +72,16 @@ SEED = (int, -(2**63), 2**63 - 1)
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # These say nothing about the answer ..
-NOTES = "user metadata store service_tier safety_identifier prompt_cache_key".split()
+NOTES = (
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_options "
+    "prompt_cache_retention prediction"
+).split()
 # .. and these are taken only where they ask for nothing.
 NEUTRAL = {
     "frequency_penalty": [0], "presence_penalty": [0], "logit_bias": [{}], "logprobs": [False],
     "top_logprobs": [0], "tools": [[]], "functions": [[]], "tool_choice": ["none", "auto"],
     "function_call": ["none", "auto"], "parallel_tool_calls": [True, False],
-    "modalities": [["text"]], "response_format": [{"type": "text"}],
+    "modalities": [["text"]], "response_format": [{"type": "text"}], "verbosity": ["medium"],
 }
 READ = (
     "model messages stream stream_options temperature top_p top_k repetition_penalty n seed stop "
@@ -325,7 +328,8 @@ class Reader:
             known = f"{where}.role must be one of {', '.join(ROLES)}"
             raise Refused(known, f"{where}.role", "invalid_value")
         for key, value in given.items():
-            ours = key in ("role", "content") or (key == "images" and role == "assistant")
+            ours = key in ("role", "content", "name")  # a name says nothing that a role does not
+            ours |= key == "images" and role == "assistant"
             if value and not ours:
                 refuse_parameter(f"{where}.{key}")
         if isinstance(content, list) and content:
@@ -367,7 +371,8 @@ class Reader:
             raise Refused(f"{where}: a URL of {len(url):,} characters", where, "invalid_image_url")
         try:
             parts = urlsplit(url)
-            if parts.scheme == "file" and self.files and parts.netloc in ("", "localhost"):
+            whole = parts.netloc in ("", "localhost") and parts.path[:1] == "/"
+            if parts.scheme == "file" and whole and self.files:
                 real = os.path.realpath(unquote(parts.path))
                 # What leads out of it, begins with "..", and is refused where it would be opened.
                 return os.path.relpath(real, os.path.realpath(self.files))
@@ -375,8 +380,10 @@ class Reader:
             raise Refused(f"{where}: {e}", where, "invalid_image_url") from None
         if parts.scheme in ("http", "https") and self.remote:
             return web.fetched(url, where)
-        known = ["data:", *["file:"] * bool(self.files), *["http:", "https:"] * self.remote]
-        why = f"{where}: of URLs only {', '.join(known)} are read here"
+        known = ["data:image/png;base64,.."]
+        known += ["file:///WHOLE/PATH"] * bool(self.files)
+        known += ["http://..", "https://.."] * self.remote
+        why = f"{where}: URLs that are read here are {', '.join(known)}"
         raise Refused(why, where, "invalid_image_url")
 
 

@@ -251,9 +251,25 @@ def test_the_server_goes_on_behind_bad_requests(served, monkeypatch):
 
 def test_parameters_that_ask_for_nothing_are_taken(served):
     neutral = {key: values[0] for key, values in server.NEUTRAL.items()}
+    neutral |= dict.fromkeys(server.NOTES, {"a": "b"})
     more = {"user": "me", "stop": None, "top_p": 0, "max_completion_tokens": 3, "max_tokens": 9}
     status, answer = send(served, {"messages": asks(), "model": "toy"} | neutral | more)
     assert status == 200 and answer["usage"]["completion_tokens"] == 3
+
+
+def test_what_the_official_client_may_say_beside_a_message(served):
+    """Names, and what an answer holds that is sent back as it came."""
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    ask = dict(model="toy", seed=1, max_tokens=4)
+    turns = [{"role": "system", "content": "Be brief."}, *asks()]
+    named = [turn | {"name": "Ada"} for turn in turns]
+    plain, other = (client.chat.completions.create(**ask, messages=m) for m in (turns, named))
+    message = other.choices[0].message
+    assert message == plain.choices[0].message
+    back = message.model_dump() | {"name": "toy", "content": "Two."}
+    assert {"refusal", "audio", "tool_calls", "function_call"} <= set(back)
+    client.chat.completions.create(**ask, messages=[*named, back, *asks("And now?")])
 
 
 def test_any_text_can_be_asked(served):
@@ -296,6 +312,14 @@ def test_no_file_outside_is_opened(served, files, path, code):
     assert (status, answer["error"]["code"]) == (400, code)
     assert os.path.dirname(files) not in answer["error"]["message"]
     assert "outside.png" not in answer["error"]["message"]  # where the link leads
+
+
+@pytest.mark.parametrize("url", ["file://x.png", "file:x.png", "file://host/x.png", "x.png"])
+def test_the_forms_of_urls_are_said(served, url):
+    forms = "data:image/png;base64,.., file:///WHOLE/PATH"
+    status, answer = send(served, {"messages": asks(url=url)})
+    assert (status, answer["error"]["code"]) == (400, "invalid_image_url")
+    assert answer["error"]["message"].endswith(f"URLs that are read here are {forms}")
 
 
 def test_without_a_folder_no_file_is_named(opened, files):
