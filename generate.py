@@ -29,6 +29,8 @@ tool's reply, or the user's next turn (common/rollout.py).
 """
 
 import argparse
+import io
+import math
 import os
 import random
 import re
@@ -50,7 +52,7 @@ from common.conversation import MODES, pictures_of
 from common.media import MediaError
 from common.rollout import CLOSE_CALL, Response, code_ends, tool_turns, use_sandbox
 from common.run import add_sandbox_argument
-from common.server import serve
+from common.server import PENALTIES, serve
 from data import Processor, pack
 from kernels import to_device
 from model import Config, KeyeVL, KVCache, scale_like
@@ -75,6 +77,7 @@ STEPS_BEFORE_GRAPH = 8
 # steps for nothing.
 STRIDE = 8
 PART = 512  # ours: of a vocabulary, in which a drawn token is looked for
+COLDEST = 1e-20  # ours: a temperature as good as 0; logits over a smaller one would overflow
 
 
 def max_answer(cfg: Config) -> int:
@@ -105,7 +108,7 @@ def choose(
     the ids that repetition_penalty makes less likely.
     """
     if temperature not in (0, 1):
-        logits = logits / temperature
+        logits = logits / max(temperature, COLDEST)
     logp = logits.log_softmax(-1)  # (B, V)
     allowed = logp
     if repetition_penalty != 1:
@@ -385,13 +388,17 @@ class Generator:
         stream(i, piece): called with the text of sample i as it comes.
         ends(row): called behind every token; True ends the row as a stop token does.
         """
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        # Written so that NaN is none of them.
+        if not (0 <= temperature < math.inf and top_k >= 0 and 0 < top_p <= 1):
             raise ValueError(
                 "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
                 f"{temperature}, {top_k}, {top_p}"
             )
-        if repetition_penalty <= 0:
-            raise ValueError(f"sampling needs repetition_penalty > 0, got {repetition_penalty}")
+        low, high = PENALTIES
+        if not low <= repetition_penalty <= high:
+            raise ValueError(
+                f"sampling needs repetition_penalty from {low} to {high}, got {repetition_penalty}"
+            )
         rows = new_rows(samples, max_new_tokens, seed)
         how = (temperature, top_k, top_p, self.banned, repetition_penalty)
         try:

@@ -69,6 +69,7 @@ LONGEST_TOKEN = 128  # characters, of Qwen's vocabulary: so many blanks
 LOW_DETAIL = 512 * 512  # pixels, as at OpenAI
 LIMIT = (int, 1, 10**9)  # of an answer's tokens; what a model has room for is less
 SEED = (int, -(2**63), 2**63 - 1)
+PENALTIES = (0.01, 100)  # of repetitions; at 1e-38 logits overflow
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # These say nothing about the answer ..
@@ -230,7 +231,7 @@ class Reader:
     def sampling(self, request: dict) -> tuple:
         ranges = {
             "temperature": (float, 0, 2), "top_p": (float, 0, 1), "top_k": (int, 0, 10**6),
-            "repetition_penalty": (float, 0.01, 100),
+            "repetition_penalty": (float, *PENALTIES),
         }
         values = {
             name: number(request, name, *range_, self.defaults[name])

@@ -1,6 +1,8 @@
 """generate.py: what is sampled, with which probability, from which position; the command line."""
 
 import io
+import json
+import math
 import os
 import random
 import re
@@ -470,6 +472,17 @@ def test_the_ends_of_the_distribution():
         assert ids.tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("temperature", [1e-20, 1e-40, 1e-310])
+def test_next_to_no_temperature_is_none(temperature):
+    """In fp32 logits over it would overflow, or it be 0."""
+    logits = 30 * torch.randn(8, 5000, generator=torch.Generator().manual_seed(0))
+    logits[:, 7] = 50 + logits.amax(-1)  # negative ones, and a large one, banned
+    how = ([0.999] * 8, 0, 1.0, torch.tensor([7]))
+    want = logits.index_fill(1, how[-1], -math.inf).argmax(-1)
+    ids, logprobs = choose(logits, how[0], temperature, *how[1:])
+    assert torch.equal(ids, want) and not logprobs.isnan().any()
+
+
 @pytest.fixture
 def rigged(model, monkeypatch):
     """Adds to the logits what the test says."""
@@ -567,6 +580,8 @@ def test_clear_errors(model, processor, prompts):
     generator = Generator(model, processor)
     cases = [
         dict(temperature=-1),
+        dict(temperature=math.nan),
+        dict(temperature=math.inf),
         dict(top_p=0),
         dict(top_p=1.1),
         dict(top_k=-1),
@@ -574,6 +589,8 @@ def test_clear_errors(model, processor, prompts):
         dict(max_new_tokens=[1]),
         dict(seed=[1]),
         dict(repetition_penalty=0),
+        dict(repetition_penalty=1e-40),
+        dict(repetition_penalty=math.nan),
     ]
     for wrong in cases:
         with pytest.raises(ValueError, match="needs|max_new_tokens"):
