@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.conversation import MODES, pictures_of
-from common.media import MediaError
+from common.media import MediaError, shortened
 from common.rollout import CLOSE_CALL, Response, code_ends, tool_turns, use_sandbox
 from common.run import add_sandbox_argument
 from common.server import PENALTIES, serve
@@ -190,12 +190,18 @@ class Row:
     unread: dict | None  # tokens that the cache does not hold; None: the last id alone
     left: int  # tokens that it may still sample
     rng: random.Random
+    asked: int = 0  # tokens of its sample
     response: Response = field(default_factory=Response)
     next_position: int = 0  # of the token after the last one, equal on all three axes
     slot: int = -1  # its row of the cache
     seen: set[int] = field(default_factory=set)  # ids that it has read or written
     drawn: list[float] = field(default_factory=list)  # random numbers for its next tokens
     unsent: list[int] = field(default_factory=list)  # ids whose text is not streamed yet
+
+    @property
+    def tokens(self) -> int:
+        """Of the conversation so far: what was read and written."""
+        return self.asked + len(self.response.ids)
 
     def draws(self, n):
         """The random numbers of its next n tokens. Which ones does not depend on n."""
@@ -329,6 +335,7 @@ class Generator:
         weight = model.head_weight
         self.model = model
         self.processor = processor
+        self.context = cfg.max_position_embeddings  # tokens of a conversation, at most
         self.device = weight.device
         self.bf16 = weight.is_cuda and weight.dtype == torch.float32
         self.rows = rows or (512 if weight.is_cuda else 64)
@@ -612,7 +619,10 @@ def new_rows(samples, max_new_tokens, seed):
     if min(max_new_tokens, default=1) < 1:
         raise ValueError(f"sampling needs max_new_tokens >= 1, got {min(max_new_tokens)}")
     each = enumerate(zip(samples, max_new_tokens, seed))
-    return [Row(i, sample, limit, random.Random(s)) for i, (sample, limit, s) in each]
+    return [
+        Row(i, sample, limit, random.Random(s), len(sample["tokens"]))
+        for i, (sample, limit, s) in each
+    ]
 
 
 class Graphs:
@@ -668,7 +678,8 @@ def load(folder: str | Path, device="auto", **changes) -> tuple[KeyeVL, Processo
         generator = Generator.from_pretrained(folder, device, **changes)
     except KeyError as e:  # a tensor that is missing, or too many; its str would stand in quotes
         raise SystemExit(f"--init {folder}: {e.args[0]}") from None
-    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: a device that is not there
+    # A device that is not there is a RuntimeError; CUDA, in a PyTorch without it, the last one.
+    except (OSError, ValueError, RuntimeError, AssertionError) as e:
         raise SystemExit(f"--init {folder}: {e}") from None
     print(f"{folder} on {device}", file=sys.stderr)
     return generator.model, generator.processor
@@ -716,6 +727,13 @@ HELP = f"""\
 one question a line; before it /image PATH and /video PATH, which add to it;
 {", ".join(SWITCHES)}, alone or at its end: how to think from then on, or this once;
 /new forgets all that was said; ctrl-D ends"""
+UNREADABLE = re.compile("[\ud800-\udfff]")  # what bytes become that are no UTF-8
+
+
+def item_of(kind: str, path: str, fps: float | None) -> dict:
+    """A picture or clip as an item of a message."""
+    item = {"type": kind, kind: path}
+    return item if kind == "image" or fps is None else item | {"fps": fps}
 
 
 class Chat:
@@ -728,6 +746,8 @@ class Chat:
         self.screen = Screen()
         self.typed = sys.stdin is not None and sys.stdin.isatty()
         self.switch = ""  # behind each question
+        self.attached = []  # what the question shows that is being typed or asked
+        self.lines = 0  # read so far
         self.over = False  # no more lines
         self.questions = self.failed = 0
         self.crops = None  # the folder of what tools have shown
@@ -744,39 +764,64 @@ class Chat:
             question = self.read_question()
             if question is not None and self.ask(content + question):
                 content = []
-        if not self.questions:
+        if not self.questions and not self.failed:
             raise SystemExit("no question was given")
         if self.failed and not self.typed:
             raise SystemExit(f"{self.failed} lines could not be asked")
 
     def read_question(self) -> list[dict] | None:
         """The user's next message as a content list. None: /new was said, or the lines are over."""
-        attached = []
+        self.attached = []
         while True:
             try:
-                line = input("> " if self.typed else "").strip()
+                # Some editors begin a file with a mark that no user has written.
+                line = input("> " if self.typed else "").removeprefix("\ufeff").strip()
             except (EOFError, KeyboardInterrupt):
                 self.over = True
                 return None
+            self.lines += 1
             word, _, path = line.partition(" ")
             if word in ("/image", "/video"):
-                kind = word[1:]
                 path = os.path.expanduser(path.strip().strip("'\""))
-                attached.append({"type": kind, kind: path})
+                self.attached.append(item_of(word[1:], path, self.args.fps))
             elif line in SWITCHES:
                 self.switch = "" if line == "/auto_think" else line
             elif line == "/new":
                 return None
             elif re.fullmatch(r"/\w+", word):
                 self.refuse(f"{word} is none of these:\n{HELP}")
+            elif UNREADABLE.search(line):
+                self.refuse_question("this question is no UTF-8, so it was not asked")
             elif line:
                 self.questions += 1
                 line += "" if line.endswith(SWITCHES) else self.switch
-                return attached + [{"type": "text", "text": line}]
+                return self.attached + [{"type": "text", "text": line}]
 
     def refuse(self, why):
         self.failed += 1
-        print(why, file=sys.stderr)
+        where = "" if self.typed else f"line {self.lines}: "
+        print(f"{where}{why}", file=sys.stderr)
+
+    def refuse_question(self, why):
+        """And with it what was attached to it: the next one of a pipe has its own."""
+        self.refuse(why)
+        paths = [shortened(item[item["type"]], 100) for item in self.attached]
+        if any(paths):
+            print(f"no longer attached: {', '.join(paths)}", file=sys.stderr)
+        self.attached = []
+
+    def room(self, sample, before=0) -> int:
+        """Tokens that an answer to the sample may have, behind so many of the conversation.
+        ValueError where the model's context has no room for one."""
+        n, context = len(sample["tokens"]), self.generator.context
+        if before + n < context:
+            return min(self.limit, context - before - n)
+        if before:
+            full = f"the conversation has {before} tokens, this question adds {n}"
+            cure = "/new forgets all that was said"
+        else:
+            full, cure = f"the question has {n} tokens", "ask with less text, or show less"
+        raise ValueError(f"{full}, and the model's context is {context}: {cure}")
 
     def ask(self, content):
         """Begins a conversation, which goes on as long as there are questions in a chat. Returns
@@ -785,18 +830,19 @@ class Chat:
         conversation = {"messages": [{"role": "user", "content": content}]}
         try:
             sample = self.generator.processor(conversation, ".", generate=True)
+            limit = self.room(sample)
             self.pictures = self.look_at(content)  # of all turns: calls name them by their number
         except (MediaError, ValueError) as e:
             if args.prompt is not None:
                 raise
-            self.refuse(e)
+            self.refuse_question(e)
             return False
         self.tools = tool_turns(self.generator, [lambda: self.pictures])
         tokenizer = self.generator.processor.tokenizer
 
         begin = time.perf_counter()
         [response] = self.generator.sample(
-            [sample], self.limit, args.temperature, args.top_k, args.top_p,
+            [sample], limit, args.temperature, args.top_k, args.top_p,
             args.seed, [tokenizer.special[CLOSE_CALL]], self.extend,
             lambda i, piece: self.screen.write(piece), args.repetition_penalty,
             code_ends(tokenizer),
@@ -838,15 +884,15 @@ class Chat:
         return self.crops / f"{number}.png"
 
     def next_turn(self, row):
-        row.left = self.limit
         row.response.observations.clear()  # the next answer has calls of its own
         while content := self.read_question():
             try:
                 sample = self.generator.next_turn(row, content, ".")
+                row.left = self.room(sample, row.tokens)
                 self.pictures += self.look_at(content)
                 return sample
             except (MediaError, ValueError) as e:
-                self.refuse(e)
+                self.refuse_question(e)
 
 
 def arguments(argv):
@@ -861,7 +907,7 @@ def arguments(argv):
     add("--crops", metavar="FOLDER", help="what tools show is saved here (default: a new folder "
         "among the system's temporary ones)")
     add("--max-new-tokens", type=int, help="of an answer (default: 256; where a request to a "
-        "server says nothing, by the model's size)")
+        "server says nothing, by the model's size), and at most what the model's context has left")
     add("--temperature", type=float, default=0.6, help="0: always the most likely token")
     add("--top-k", type=int, default=20)
     add("--top-p", type=float, default=0.95)
@@ -890,15 +936,13 @@ def main(argv: list[str] | None = None):
     args = arguments(argv)
     use_sandbox(args.sandbox)
     sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no chat
-    content = [{"type": "image", "image": path} for path in args.image]
-    for path in args.video:
-        clip = {"type": "video", "video": path}
-        if args.fps is not None:
-            clip["fps"] = args.fps
-        content.append(clip)
-    # allow_outside: the user, not a data set, names the files
-    generator = Generator(*load(args.init, args.device, allow_outside=not args.serve))
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes of one line end no other
+        sys.stdin.reconfigure(errors="surrogateescape")
+    content = [item_of("image", path, None) for path in args.image]
+    content += [item_of("video", path, args.fps) for path in args.video]
     try:
+        # allow_outside: the user, not a data set, names the files
+        generator = Generator(*load(args.init, args.device, allow_outside=not args.serve))
         if args.serve:
             default = max_answer(generator.model.config)
             limit = default if args.max_new_tokens is None else args.max_new_tokens
@@ -913,6 +957,7 @@ def main(argv: list[str] | None = None):
     except (MediaError, OSError, ValueError) as e:  # a picture, options, a folder for --crops
         raise SystemExit(str(e)) from None
     except KeyboardInterrupt:
+        Screen().end()  # what was being thought was dim
         raise SystemExit(130) from None
 
 

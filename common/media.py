@@ -103,6 +103,8 @@ def open_media(path: str | Path, root: str | Path | None, allow_outside: bool = 
     if len(name) > MAX_PATH:
         detail = f"a path of {len(name):,} characters; base64 stands behind data:image/png;base64,"
         raise MediaError(name, "missing", detail)
+    if not name:
+        raise MediaError("''", "missing", "an empty path")
     if re.match(r"concat:|[A-Za-z][A-Za-z0-9+.-]*://", name):
         raise MediaError(name, "outside", "URLs and protocols are not followed")
     member = MEMBER.fullmatch(name)

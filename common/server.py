@@ -217,7 +217,7 @@ class Reader:
 
     def __init__(self, generator, name: str, defaults: dict, files: str | None, remote: bool):
         self.processor = generator.processor
-        self.context = generator.model.config.max_position_embeddings
+        self.context = generator.context
         self.name = name
         self.defaults = defaults  # of the numbers of a request
         self.files = files

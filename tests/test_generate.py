@@ -735,6 +735,9 @@ def test_any_question_and_any_terminal(folder):
         (["--init", "{folder}", "--video", "{tmp}/x.webp", "--fps", "0", "Hi"], "fps"),
         (["--init", "{folder}"], "no question"),
         (["--init", "{folder}", "--device", "abacus", "Hi"], "abacus"),
+        (["--init", "{folder}", "--device", "cuda:99", "Hi"], "CUDA"),
+        (["--init", "{folder}", "--image", "", "Hi"], "'': missing (an empty path)"),
+        (["--init", "{folder}", "--image", "{tmp}", "Hi"], "unsupported (not a regular file)"),
     ],
 )
 def test_command_line_errors(folder, tmp_path, argv, message, capsys, monkeypatch):
@@ -832,6 +835,79 @@ def test_what_the_command_line_shows_waits_for_a_question_that_can_be_asked(
     with pytest.raises(SystemExit, match="1 lines could not be asked"):
         chat(folder, monkeypatch, lines, "--image", str(tmp_path / "x.png"))
     assert asked == [["image", "image", "text"], ["image", "text"], ["text"]]
+
+
+def test_what_is_dropped_with_a_question_is_said(folder, tmp_path, capsys, monkeypatch):
+    picture(90, 70).save(tmp_path / "x.png")
+    lines = f"First?\n/video\nWhere?\n/image {tmp_path}/x.png\n/video none.mp4\nWhat is this?\nAnd now?\n"
+    with pytest.raises(SystemExit, match="2 lines could not be asked"):
+        chat(folder, monkeypatch, lines)
+    out = capsys.readouterr()
+    assert "\nline 3: '': missing (an empty path)\nline 6: none.mp4: missing (" in out.err
+    assert out.err.endswith(f")\nno longer attached: {tmp_path}/x.png, none.mp4\n")
+    assert out.out.startswith("so it is\n") and out.out.count("\n") == 2
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_bytes_that_are_no_text_end_their_question_alone(folder, tmp_path, attached):
+    """Paths may hold any bytes. What terminals are taken to say, says PYTHONIOENCODING."""
+    path = os.fsencode(tmp_path) + b"/\xff.png"
+    picture(90, 70).save(path)
+    command = [sys.executable, "generate.py", "--init", str(folder), "--device", "cpu"]
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    lines = b"One?\n/image %b\nTwo%b?\nThree?\n" % (path, b"" if attached else b" \xff\xe6")
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "2"], input=lines, cwd=ROOT, capture_output=True, env=env
+    )
+    refused = b"line 3: this question is no UTF-8, so it was not asked\nno longer attached: "
+    assert (refused in done.stderr) == (not attached) and b"Traceback" not in done.stderr
+    assert done.returncode == (not attached) and done.stdout.count(b"\n") >= 2 + attached
+
+
+def test_the_mark_at_a_files_beginning_is_no_text(folder, monkeypatch):
+    [prompt] = chat(folder, monkeypatch, "\ufeff/think\nFirst?\n")
+    assert "First?/think<" in prompt and "\ufeff" not in prompt
+
+
+def test_fps_holds_for_clips_of_a_chat(folder, tmp_path, monkeypatch):
+    clip = [picture(60, 50, seed) for seed in range(8)]
+    clip[0].save(tmp_path / "x.webp", save_all=True, append_images=clip[1:], duration=500)
+    lines = f"/video {tmp_path}/x.webp\nWhat?\n/image {tmp_path}/x.webp\nAnd here?\n"
+    pads = [
+        chat(folder, monkeypatch, lines, "--fps", fps)[0].count("<|video_pad|>")
+        for fps in ("0.5", "1")
+    ]
+    assert 2 * pads[0] == pads[1] > 0
+
+
+def short_sighted(folder, tmp_path, context):
+    """The model with a context of so many tokens."""
+    shutil.copytree(folder, tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    config["max_position_embeddings"] = context
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "short"
+
+
+def test_an_answer_ends_where_the_context_does(folder, tmp_path, capsys, monkeypatch):
+    command = ["--init", str(short_sighted(folder, tmp_path, 64)), "--device", "cpu"]
+    scripted(monkeypatch, lambda prompt: "so it is, " * 50)
+    generate.main([*command, "--max-new-tokens", str(10**9), "What?"])
+    counts = re.search(r"(\d+) tokens read, (\d+) written", capsys.readouterr().err)
+    assert sum(map(int, counts.groups())) == 64
+    with pytest.raises(SystemExit, match="question has .* tokens, and the model's context is 64: "):
+        generate.main([*command, "What? " * 50])
+
+
+def test_a_chat_that_fills_the_context_says_so(folder, tmp_path, capsys, monkeypatch):
+    lines = "First?\n" + "And then? " * 9 + "\n/new\nThird?\n"
+    short = short_sighted(folder, tmp_path, 64)
+    with pytest.raises(SystemExit, match="1 lines could not be asked"):
+        chat(short, monkeypatch, lines, "--max-new-tokens", str(10**9))
+    out = capsys.readouterr()
+    assert out.out == "so it is\n" * 2
+    [why] = re.findall("line 2: (.*)", out.err)
+    assert re.fullmatch(r"the conversation has \d+ tokens, this .* context is 64: /new .*", why)
 
 
 def test_switches_hold_until_the_next_one(folder, monkeypatch):
@@ -951,6 +1027,30 @@ def test_a_server_takes_no_question(folder, wrong, capsys):
     with pytest.raises(SystemExit):
         generate.main(["--init", str(folder), "--serve", *wrong])
     assert "--serve takes questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["load", "sample"])
+def test_ctrl_c_is_no_traceback_and_leaves_no_terminal_dim(folder, at, capsys, monkeypatch):
+    def interrupted(*args, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*(generate, "load") if at == "load" else (Generator, "sample"), interrupted)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with pytest.raises(SystemExit) as error:
+        generate.main(["--init", str(folder), "--device", "cpu", "What?"])
+    assert error.value.code == 130 and capsys.readouterr().out == "\x1b[0m\n"
+
+
+def test_what_a_tool_shows_beyond_the_context_ends_the_answer(
+    folder, tmp_path, capsys, monkeypatch
+):
+    short = short_sighted(folder, tmp_path, 128)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("First?\n/new\nSecond?\n"))
+    scripted(monkeypatch, lambda prompt: call(f"print({'9' * 99})") + "so many")
+    generate.main(["--init", str(short), "--device", "cpu", "--max-new-tokens", "400"])
+    out = capsys.readouterr().out
+    assert out.count("print(999") == 2 and "so many" not in out and "[sandbox" not in out
 
 
 @pytest.mark.parametrize(
