@@ -395,17 +395,7 @@ class Generator:
         stream(i, piece): called with the text of sample i as it comes.
         ends(row): called behind every token; True ends the row as a stop token does.
         """
-        # Written so that NaN is none of them.
-        if not (0 <= temperature < math.inf and top_k >= 0 and 0 < top_p <= 1):
-            raise ValueError(
-                "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
-                f"{temperature}, {top_k}, {top_p}"
-            )
-        low, high = PENALTIES
-        if not low <= repetition_penalty <= high:
-            raise ValueError(
-                f"sampling needs repetition_penalty from {low} to {high}, got {repetition_penalty}"
-            )
+        check_sampling(temperature, top_k, top_p, repetition_penalty)
         rows = new_rows(samples, max_new_tokens, seed)
         how = (temperature, top_k, top_p, self.banned, repetition_penalty)
         try:
@@ -604,6 +594,21 @@ class Generator:
         numbers = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim  # a token
         row_bytes = numbers * (2 if self.device.type == "cuda" else 4) * longest
         return max(1, min(self.rows, n, CACHE_BYTES // max(1, row_bytes)))
+
+
+def check_sampling(temperature, top_k, top_p, repetition_penalty):
+    """ValueError where one of them is out of its range."""
+    # Written so that NaN is none of them.
+    if not (0 <= temperature < math.inf and top_k >= 0 and 0 < top_p <= 1):
+        raise ValueError(
+            "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+            f"{temperature}, {top_k}, {top_p}"
+        )
+    low, high = PENALTIES
+    if not low <= repetition_penalty <= high:
+        raise ValueError(
+            f"sampling needs repetition_penalty from {low} to {high}, got {repetition_penalty}"
+        )
 
 
 def new_rows(samples, max_new_tokens, seed):

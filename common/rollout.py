@@ -98,7 +98,6 @@ def tool_turns(generator, pictures: list[Callable[[], list[Image.Image]] | None]
 
     pictures: for each sample a function that gives its pictures at full size, called when the first
     tool call needs them; what tools show is appended to its list. None: a call ends the response.
-    A call whose result the model's context has no room for ends it too.
     """
     tokenizer = generator.processor.tokenizer
     # A sample's pictures, always the same list: calls name them by their number in it.
@@ -121,11 +120,10 @@ def tool_turns(generator, pictures: list[Callable[[], list[Image.Image]] | None]
             own = []
             seen = sandbox.observe(error=str(e)[:100])
         seen, sample = shown(generator.processor, seen, row.next_position, response.extensions)
-        room = generator.context - row.tokens - len(sample["tokens"])
-        if room < 1:
+        row.left = min(row.left, generator.context - row.tokens - len(sample["tokens"]))
+        if row.left < 1:  # the context has no room for it
             response.finished = False
             return None
-        row.left = min(row.left, room)
         own += seen.images
         response.observations.append(seen)
         return sample

@@ -839,7 +839,7 @@ def test_what_the_command_line_shows_waits_for_a_question_that_can_be_asked(
 
 def test_what_is_dropped_with_a_question_is_said(folder, tmp_path, capsys, monkeypatch):
     picture(90, 70).save(tmp_path / "x.png")
-    lines = f"First?\n/video\nWhere?\n/image {tmp_path}/x.png\n/video none.mp4\nWhat is this?\nAnd now?\n"
+    lines = f"First?\n/video\nWhere?\n/image {tmp_path}/x.png\n/video none.mp4\nWhat?\nNow?\n"
     with pytest.raises(SystemExit, match="2 lines could not be asked"):
         chat(folder, monkeypatch, lines)
     out = capsys.readouterr()
