@@ -527,7 +527,17 @@ class Worker:
         self.waiting = deque()
         self.arriving = 0  # bytes of bodies that are being read, or looked at
         self.reading = 0  # requests that will be jobs soon
-        threading.Thread(target=self.work, daemon=True).start()
+        self.closed = False
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def close(self):
+        """Ends all answers at their next token, and the thread: one that was inside of PyTorch when
+        the program ends would abort it."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+        self.thread.join()
 
     def hold(self, size: int):
         """Counts bytes of a body; negative ones have been let go."""
@@ -556,9 +566,11 @@ class Worker:
         return job
 
     def take(self) -> list[Job]:
-        """All jobs that are sampled as the oldest one is."""
+        """All jobs that are sampled as the oldest one is; none where it has closed."""
         with self.changed:
-            self.changed.wait_for(lambda: self.waiting)
+            self.changed.wait_for(lambda: self.waiting or self.closed)
+            if self.closed:
+                return []
             # Those that came together are answered together.
             self.changed.wait_for(lambda: not self.reading, GATHER)
             sampling = self.waiting[0].sampling
@@ -567,7 +579,7 @@ class Worker:
         return [job for job in jobs if not job.gone]
 
     def work(self):
-        while True:
+        while not self.closed:
             self.answer(self.take())
 
     def answer(self, jobs: list[Job]):
@@ -596,7 +608,7 @@ class Worker:
 
         def ends(row):
             answer = answers[row.index]
-            if answer.stopped or answer.job.gone:
+            if answer.stopped or answer.job.gone or self.closed:
                 row.left = 0
                 return True
             return code_ended is not None and code_ended(row)
@@ -947,3 +959,4 @@ def serve(generator, args, max_tokens: int):
         pass
     finally:
         server.server_close()
+        server.worker.close()
