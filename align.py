@@ -26,14 +26,15 @@ are about, a small model forgets the rest.
 
 iterate: in each round the model answers prompts in all modes; rules (or a judge) score repetition,
 form, logic and result; of each prompt the best and the worst answer become a pair if their scores
-differ by a margin; then MPO, with the round's start as the reference.
+differ by a margin; then MPO, with the round's start as the reference, and beside the pairs lines of
+the cold start, where it has left some.
 """
 
 import os
 import random
 import shutil
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,7 @@ from common.run import (
 from data import Processor, pack
 from evaluate import score_phase
 from generate import Generator
+from grpo import kept_lines
 from model import SCALE, sample_flops, step_work
 from sft import (
     MIX,
@@ -97,8 +99,8 @@ from sft import (
 BETA = 0.1  # MPO's own, as are the weights; Keye states neither
 WEIGHTS = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
 # ours, every number. asked: the lines of each file that are answered; samples: answers to each;
-# replay: weight of the loss of SFT's lines, one step's of them beside each step; prompts, group,
-# round_*: of each round of iterate
+# replay: weight of the loss of SFT's lines, in rounds of the cold start's, one step's of them
+# beside each step; prompts, group, round_*: of each round of iterate
 PLAN = {
     "toy": {
         "steps": 150, "lr": 5e-4, "asked": 300, "samples": 3, "replay": 1.0,
@@ -463,13 +465,24 @@ def best_and_worst(group: list[Rollout]) -> Pair | None:
     """A prompt's best response, in its mode's form, before its worst, MARGIN apart.
 
     Where none is right, only what is worse than wrong, a loop or an endless answer, is so far away.
+    Where the model chooses, both have chosen the same mode, or the worst none (ours): one answer
+    without thinking, lucky and short, is no reason to think less.
     """
     scored = [rollout for rollout in group if rollout.reward.total is not None]
     if not scored:
         return None
-    # of equals the shorter one is the better
-    scored.sort(key=lambda r: (r.reward.total, -sum(r.response.sampled)))
-    worst, best = scored[0], scored[-1]
+    votes = Counter(rollout.reward.parsed.chose for rollout in scored)
+
+    def worth(rollout):
+        """Of equals those are better whose mode more of them chose, and then the shorter ones."""
+        length = sum(rollout.response.sampled)
+        return rollout.reward.total, votes[rollout.reward.parsed.chose], -length
+
+    best = max(scored, key=worth)
+    if best.prompt.mode == "auto_think":
+        alike = (best.reward.parsed.chose, None)
+        scored = [rollout for rollout in scored if rollout.reward.parsed.chose in alike]
+    worst = min(scored, key=worth)
     if not best.reward.format or best.reward.total - worst.reward.total < MARGIN:
         return None
     prompt = best.prompt
@@ -558,7 +571,9 @@ def phase_iterate(args, folder: Path, plan: dict, judge: Judge | None) -> Run:
             if not (data / "train.jsonl").exists():
                 pairs = round_pairs(run, model_folder, questions, number, plan, judge)
                 prepare(run, model_folder, pairs, data)
-            mpo(run, model_folder, data, plan["round_lr"], args.steps or plan["round_steps"])
+            mix = kept_lines(model_folder)
+            steps = args.steps or plan["round_steps"]
+            mpo(run, model_folder, data, plan["round_lr"], steps, mix, plan["replay"])
             run.mark_trained()
             args.resume = False  # it was for the round that had been interrupted
             args.fresh = True  # what later rounds left is of a model that is no more

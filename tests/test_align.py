@@ -936,6 +936,22 @@ def test_of_equally_bad_answers_the_longest_is_rejected():
     assert texts_of(best_and_worst(group)) == ("best", "long")
 
 
+def test_a_pair_says_nothing_of_the_mode_that_was_chosen():
+    """A lucky short answer beside long wrong ones: pairs of both would teach to think less."""
+
+    def chose(mode, *how, **more):
+        rollout = rollout_of(*how, mode="auto_think", **more)
+        rollout.reward.parsed.chose = mode
+        return rollout
+
+    lucky = chose("no_think", "lucky", 1.5, tokens=2)
+    wrong, right = chose("think", "wrong", 0.0, tokens=8), chose("think", "right", 1.5, tokens=9)
+    assert best_and_worst([lucky, wrong]) is None
+    assert texts_of(best_and_worst([lucky, wrong, right])) == ("right", "wrong")
+    assert texts_of(best_and_worst([lucky, wrong, chose(None, "broken", -0.5)])) == (
+        "lucky", "broken")
+
+
 def test_answers_must_lie_a_margin_apart():
     assert best_and_worst([rollout_of("a", 1.5), rollout_of("b", 1.3)]) is None
     assert texts_of(best_and_worst([rollout_of("a", 1.5), rollout_of("b", 1.25)])) == ("a", "b")
