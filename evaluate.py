@@ -708,7 +708,6 @@ def run_benchmark(args):
     if not peers.main:
         return
     result = benchmark_result(args, name, rows, dropped, path)
-    hits = [row["hit"] for row in result["rows"]]
     print(markdown([[name, "score"], *flat(result["scores"])]))
     print("answers read by:", ", ".join(f"{who} {n}" for who, n in result["read by"].items()))
     for note in result["notes"]:
@@ -716,6 +715,7 @@ def run_benchmark(args):
     if args.out:
         with replacing(Path(args.out)) as part:
             part.write_text(json.dumps(result, indent=1) + "\n")
+    hits = [row["hit"] for row in result["rows"]]
     print(f"{name}: {len(hits)} of {len(rows)} questions answered, mean hit {mean(hits):.4f}")
     if len(result["failed"]) == len(hits):
         raise ValueError(f"{args.file}: none of the questions could be asked")

@@ -795,8 +795,9 @@ def official_name(name: str) -> str:
 
 def first_groups(benchmark: Benchmark, rows: list[Row], limit: int | None) -> list[Row]:
     """The rows of the first so many questions (default: of all), with all their rotations."""
-    kept = list(dict.fromkeys(map(benchmark.group, rows)))[:limit]
-    return [row for row in rows if benchmark.group(row) in set(kept)]
+    groups = list(map(benchmark.group, rows))
+    kept = set(list(dict.fromkeys(groups))[:limit])
+    return [row for row, group in zip(rows, groups) if group in kept]
 
 
 def score_rows(
@@ -808,7 +809,6 @@ def score_rows(
     None as answer: the question could not be asked, which is wrong. judge: a judge.Judge, for what
     rules cannot read. ValueError naming the row whose cells its rule cannot use.
     """
-
     asked = [row for row in rows if row.index in answers]
     # As official code has it, a question that could not be asked has a text for an answer too.
     said = [answers[row.index] for row in asked]
