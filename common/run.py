@@ -310,8 +310,9 @@ class Run(Peers):
 
     args, stage, device, dtype (of the computation), rank, world, main (rank 0), folder;
     peak: FLOP/s of all ranks; totals: tokens, visual tokens, seconds, skipped steps so far;
-    guard: what should_skip remembers; saving: the checkpoint that is being written; saved: the
-    last one that was; late: minutes enough have passed for another; stop: 0 or a signal.
+    guard: what should_skip remembers; frozen: hashes of the weights that do not learn, once they
+    are known; saving: the checkpoint that is being written; saved: the last one that was; late:
+    minutes enough have passed for another; stop: 0 or a signal.
     """
 
     def __init__(self, args, stage: str, device: torch.device, dtype: torch.dtype, later=()):
@@ -324,6 +325,7 @@ class Run(Peers):
         self.peak = 1.0
         self.totals = {"tokens": 0, "visual_tokens": 0, "seconds": 0.0, "skipped_steps": 0}
         self.guard = {"steps": 0, "norms": [], "skipped": []}
+        self.frozen: dict | None = None
         self.step = 0  # the one that is being done
         self.skipped = False  # an update of it
         self.needs_autocast = False  # weights of another dtype than the computation's, see shard

@@ -221,6 +221,95 @@ def test_metrics_are_cut_at_the_resumed_step(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------
+# weights that do not learn
+
+PROJECTOR = {"projector": 1e-2}
+
+
+def names_in(path: Path) -> set[str]:
+    """Of the tensors of a checkpoint."""
+    return set(checkpoint.dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+
+
+def projector_saved(argv):
+    """A checkpoint of a run whose projector alone learns, and has learnt."""
+    run, model, opt = begin(Path(argv[0]), rates=PROJECTOR)
+    learn(model)
+    save(run, 1, model, opt)
+    run.barrier()
+
+
+def learn(model):
+    with torch.no_grad():
+        for p in model.projector.parameters():
+            p.add_(1)
+
+
+def test_weights_that_do_not_learn_are_left_out_and_hashed_once(tmp_path, monkeypatch):
+    run, model, opt = begin(tmp_path, rates=PROJECTOR)
+    save(run, 1, model, opt)
+    monkeypatch.setattr(checkpoint, "hashes_of", None)
+    save(run, 2, model, opt)
+    kept = {f"projector.{key}" for key in ("weight", "bias")}
+    for step in (1, 2):
+        names = names_in(run.folder / "checkpoint" / f"step-{step}")
+        assert {name for name in names if name.startswith("model.")} == {
+            f"model.{name}" for name in kept
+        }
+        assert all(name.startswith("optim.projector.") for name in names if "model." not in name)
+    state = json.loads((run.folder / "checkpoint" / "step-2" / "state.json").read_text())
+    assert state["frozen"].keys() == model.state_dict().keys() - kept
+
+
+def test_where_all_learns_nothing_is_left_out():
+    path = folder_of(finished(1)) / "checkpoint" / "step-6"
+    _, model, _ = begin(finished(1))
+    assert names_in(path) >= {f"model.{name}" for name in model.state_dict()}
+    assert json.loads((path / "state.json").read_text())["frozen"] == {}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_process_goes_on_with_what_was_left_out(ranks, tmp_path):
+    in_processes(projector_saved, [tmp_path], ranks)
+    _, expected, _ = begin(tmp_path / "other")
+    learn(expected)
+    run, model, opt = begin(tmp_path, rates=PROJECTOR)
+    assert resume(run, model, opt).step == 1
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_two_ranks_go_on_with_what_was_left_out(tmp_path):
+    projector_saved([tmp_path])
+    in_processes(projector_resumed, [tmp_path], ranks=2)
+
+
+def projector_resumed(argv):
+    run, model, opt = begin(Path(argv[0]), rates=PROJECTOR)
+    assert resume(run, model, opt).step == 1
+    run.barrier()
+
+
+def test_other_cards_may_hold_what_was_left_out_in_another_dtype(tmp_path):
+    projector_saved([tmp_path])
+    run, model, opt = begin(tmp_path, rates=PROJECTOR)
+    assert resume(run, model.to(torch.bfloat16), opt).step == 1
+
+
+def test_another_start_than_what_was_left_out_is_refused(tmp_path):
+    projector_saved([tmp_path])
+    begun = begin(tmp_path, rates=PROJECTOR)
+    weight = begun[1].vit.layers[1].mlp.weight
+    with torch.no_grad():
+        weight[3, 5] += 0.01  # of one number
+    with pytest.raises(RuntimeError, match=r"e.g. vit.layers.1.mlp.weight \(1 of \d+ differ"):
+        resume(*begun)
+    with pytest.raises(RuntimeError, match="the same --seed on the same kind of device; --fresh"):
+        resume(*begin(tmp_path, "--seed", "1", rates=PROJECTOR))
+    assert checkpoint_names(tmp_path) == ["step-1"]
+
+
+# ----------------------------------------------------------------------------------------------
 # damage
 
 
@@ -277,7 +366,7 @@ def test_damaged_checkpoints_that_were_set_aside_are_no_fresh_start(copy_of):
 
 def test_a_checkpoint_of_another_model_is_refused_not_skipped(copy_of):
     out = copy_of(1)
-    with pytest.raises(RuntimeError, match="other trained parts, e.g. optim.decoder"):
+    with pytest.raises(RuntimeError, match="other trained parts, e.g. model.decoder"):
         resume(*begin(out, rates={"projector": 1e-2}))
     with pytest.raises(RuntimeError, match="embed_tokens"):
         resume(*begin(out, vocab=40))

@@ -244,6 +244,26 @@ def test_three_ranks_go_on_with_two_packs(one_process, tmp_path):
         assert row[3:] == pytest.approx(other[3:], abs=10), "but for the empty pack's few tokens"
 
 
+def test_stage_1_draws_again_what_no_checkpoint_holds(tmp_path):
+    """One process for two ranks. The projector alone learns: the rest is as it was drawn."""
+    argv = four_steps(tmp_path, "1")
+    in_processes(as_two_packs, [*argv, "--keep-checkpoint"], ranks=2)
+    stage = tmp_path / "toy" / "pretrain-1"
+    (stage / "done.json").unlink()
+    shutil.rmtree(stage / "checkpoint" / "step-4")
+    whole = 4 * sum(p.numel() for p in KeyeVL.shapes(PRESETS["toy"]).parameters())
+    assert sum(path.stat().st_size for path in stage.rglob("*.distcp")) < whole / 2
+    said = in_processes(as_two_packs, [*argv, "--seed", 1], code=1)
+    assert "what this stage started from, e.g. decoder.embed_tokens.weight (" in said
+
+    assert "resumed from" in in_processes(as_two_packs, argv)
+    torch.manual_seed(0)
+    fresh = KeyeVL.empty(PRESETS["toy"]).init_weights().state_dict()
+    left = KeyeVL.from_pretrained(stage / "model").state_dict()
+    changed = [name for name in fresh if not torch.equal(fresh[name], left[name])]
+    assert {name.split(".")[0] for name in changed} == {"projector"}
+
+
 def test_the_toys_one_pack_becomes_two_smaller_ones_on_two_ranks(tmp_path):
     few = ("--data", world(), "--stage", "1", "--steps", 1)
     run_script("pretrain.py", *flags(tmp_path, *few), ranks=2)
