@@ -42,6 +42,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
+from common.index import naming
 from common.jsonl import replacing
 from common.parallel import whole
 from common.processes import Peers, groups
@@ -70,7 +71,7 @@ class Progress:
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
+    with open(path, "rb") as f, naming(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -486,7 +487,7 @@ def fingerprint(folder: Path) -> str:
 def pieces(path: Path, most: int = 1000) -> Iterator[bytes]:
     """At most so many pieces of a file, 4 kB each, evenly spread."""
     size = path.stat().st_size
-    with open(path, "rb") as f:
+    with open(path, "rb") as f, naming(path):
         for start in range(0, size, max(4096, size // most)):
             f.seek(start)
             yield f.read(4096)

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -112,6 +112,22 @@ def forget_earlier(made: Path):
                 entry.unlink()
 
 
+def unreadable(where, error: OSError) -> Exception:
+    """What to raise where the disk does not give what a file holds: python names no file then."""
+    if error.filename is not None:
+        return error
+    return ValueError(f"{where}: cannot be read: {error.strerror or error}")
+
+
+@contextmanager
+def naming(path: Path):
+    """ValueError with the file's name for what the disk does not give."""
+    try:
+        yield
+    except OSError as e:
+        raise unreadable(path, e) from None
+
+
 def digest(*facts) -> str:
     key = "\0".join(map(str, facts)).encode("utf-8", "surrogateescape")
     return hashlib.sha256(key).hexdigest()[:24]
@@ -134,11 +150,18 @@ def table(path: Path) -> np.ndarray:
 def write_places(source: Path, target: Path):
     """Writes (offset, length, number from 1) of all lines of source that are not blank.
 
-    Nothing is parsed, so that a gigabyte takes a few seconds.
+    Nothing is parsed, so that a gigabyte takes a few seconds. ValueError, with the byte from 1, for
+    what the disk does not give.
     """
     offset, number, data = 0, 1, bytearray()
     with open(source, "rb") as file, open(target, "wb") as out:
-        while block := file.read(BLOCK):
+        while True:
+            try:
+                block = file.read(BLOCK)
+            except OSError as e:
+                raise unreadable(f"{source}: byte {offset + len(data) + 1}", e) from None
+            if not block:
+                break
             data += block
             if b"\n" not in block:
                 continue  # a line may be longer than many blocks

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from common.forms import FORMS, to_ours
-from common.index import is_large, made_once, table, write_places
+from common.index import is_large, made_once, naming, table, unreadable, write_places
 from common.media import Part
 from common.parquet import read_row, row_places
 from common.tars import read_sample, spans, with_places
@@ -172,13 +172,16 @@ def _parse(data: bytes) -> dict:
     return record
 
 
-def _lines(file) -> Iterator[tuple[int, int, bytes]]:
-    """(number, offset, bytes) of all lines that are not blank."""
-    offset = 0
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            yield number, offset, line
-        offset += len(line)
+def _lines(file, path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(number, offset, bytes) of all lines that are not blank. ValueError: the disk gives none."""
+    number = offset = 0
+    try:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, offset, line
+            offset += len(line)
+    except OSError as e:
+        raise unreadable(f"{path}:{number + 1}", e) from None
 
 
 def _elements(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -229,13 +232,14 @@ class File:
         self._is_tar = path.suffix.lower() == ".tar"
         self._is_parquet = path.suffix.lower() == ".parquet"
         self._is_shard = self._is_tar or self._is_parquet
-        with open(path, "rb") as file:
-            packed = file.read(2) == GZIP and not self._is_shard
-        if packed and large:
-            self._plain = made_once(path, "unpacked", self._unpack)
-        elif packed:
-            self._unpacked = self._unpack()
-        self._is_array = not self._is_tar and self._begins_array()
+        with naming(path):
+            with open(path, "rb") as file:
+                packed = file.read(2) == GZIP and not self._is_shard
+            if packed and large:
+                self._plain = made_once(path, "unpacked", self._unpack)
+            elif packed:
+                self._unpacked = self._unpack()
+            self._is_array = not self._is_tar and self._begins_array()
         self._kept = made_once(path, "places", self._write_places) if large else None
         self._places = np.zeros((0, 3), np.int64)
 
@@ -272,13 +276,14 @@ class File:
         return start.startswith(b"[")
 
     def records(self) -> Iterator[tuple[tuple, Callable[[], dict]]]:
-        """(place, what reads it) of all records. ValueError where an array or tar breaks."""
+        """(place, what reads it) of all records. ValueError where a file, array or tar breaks."""
         if self._is_shard:
             for place in spans(self.path) if self._is_tar else self._rows():
                 yield place, partial(self._sample, *place)
             return
         with self.open() as file:
-            for number, offset, data in self._array(file) if self._is_array else _lines(file):
+            found = self._array(file) if self._is_array else _lines(file, self.path)
+            for number, offset, data in found:
                 yield (offset, len(data), number), partial(_parse, data)
 
     def _rows(self):
@@ -291,7 +296,8 @@ class File:
         return Part(os.open(self.path, os.O_RDONLY))
 
     def _array(self, file):
-        data = file.read()
+        with naming(self.path):
+            data = file.read()
         try:
             yield from _elements(data)
         except UnicodeDecodeError as e:

@@ -28,12 +28,15 @@ def renewed(run: Run, files: list[Path], numbers: dict, last: str = "") -> bool:
 
     Whoever corrects data and gives the same command again wants them to be learnt, and has no use
     for what was made of the old ones. But a phase that has left its last model keeps it, and says
-    so: that is not thrown away unasked.
+    so: that is not thrown away unasked. SystemExit, which names it, where a file cannot be read.
     """
     def look():
         return run.main and note(run, files, numbers)
 
-    changed = run.gather_objects(run.attempt("cannot compare data", look))[0]
+    try:
+        changed = run.gather_objects(run.attempt("cannot compare data", look))[0]
+    except RuntimeError as e:
+        raise SystemExit(str(e)) from None
     if not changed:
         return False
     what = f"{', '.join(changed)} changed since {run.folder} was made"

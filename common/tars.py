@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.forms import FORMS
+from common.index import naming
 from common.media import Part
 
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # as WebDataset: up to the first dot
@@ -61,11 +62,11 @@ def members(file, whole: bool) -> Iterator[tuple[tarfile.TarInfo, int]]:
 def spans(path: Path) -> Iterator[tuple[int, int, int]]:
     """(offset, length, number from 1) of each sample; -number where an earlier one has its name.
 
-    ValueError for a tar that is broken or cut off anywhere.
+    ValueError for a tar that is broken or cut off anywhere, or that the disk does not give.
     """
     seen = set()
     name, number, begin, end = None, 0, 0, 0
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, naming(path):
         try:
             for member, after in members(file, whole=True):
                 found, _ = split(member.name)

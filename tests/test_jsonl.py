@@ -1,12 +1,16 @@
 """common/jsonl.py: which lines are good, where they stand, and what is said of the others."""
 
+import errno
 import gzip
+import io
 import json
 import logging
+import os
 import pickle
 
 import pytest
 
+from common import checkpoint, index, jsonl, tars
 from common.jsonl import Lines, data_files, data_name, write_lines
 
 
@@ -318,3 +322,96 @@ def test_a_json_file_counts_where_it_holds_records(tmp_path, caplog, data, is_da
     said = [record.getMessage() for record in caplog.records]
     passed = f"{path}: passed over: neither an array nor records with messages"
     assert said == ([] if is_data else [passed])  # once
+
+
+# A disk that does not give all
+
+
+class BadDisk(io.FileIO):
+    """A file of which the disk gives no byte from `end` on."""
+
+    end = 0
+
+    def readinto(self, buffer):
+        most = min(len(buffer), self.end - self.tell())
+        if most <= 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().readinto(memoryview(buffer)[:most])
+
+    def readall(self):
+        while self.readinto(bytearray(1000)):
+            pass
+
+
+@pytest.fixture
+def bad_disk(monkeypatch):
+    """bad_disk(end): from now on our modules read so many bytes of a file."""
+
+    def opened(path, mode="r", *more, **how):
+        if mode == "rb":
+            return io.BufferedReader(BadDisk(path), 16)
+        return open(path, mode, *more, **how)
+
+    def spoil(end):
+        monkeypatch.setattr(BadDisk, "end", end)
+        for module in (jsonl, index, tars, checkpoint):
+            monkeypatch.setattr(module, "open", opened, raising=False)
+
+    return spoil
+
+
+def long_lines(path):
+    """Of 5,000 bytes each: the start of a file, 4,096, is read by itself."""
+    return fill(path, *[json.dumps({"n": 1, "text": "x" * 4981})] * 9)
+
+
+def test_the_line_that_the_disk_does_not_give_is_named(tmp_path, bad_disk):
+    path = long_lines(tmp_path / "a.jsonl")
+    bad_disk(2 * 5000 + 40)
+    with pytest.raises(ValueError) as caught:
+        Lines(path)
+    assert str(caught.value) == f"{path}:3: cannot be read: Input/output error"
+
+
+def test_the_byte_of_a_large_file_that_the_disk_does_not_give_is_named(
+    tmp_path, bad_disk, monkeypatch
+):
+    monkeypatch.setattr(index, "LARGE", 0)
+    monkeypatch.setattr(index, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(index, "BLOCK", 1000)
+    path = long_lines(tmp_path / "a.jsonl")
+    bad_disk(12000)
+    with pytest.raises(ValueError) as caught:
+        Lines(path, lazy=True)
+    assert str(caught.value) == f"{path}: byte 12001: cannot be read: Input/output error"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.tar"])
+def test_any_file_that_the_disk_does_not_give_is_named(tmp_path, bad_disk, name):
+    path = fill(tmp_path / name, '{"n": 1}')
+    bad_disk(0)
+    with pytest.raises(ValueError) as caught:
+        Lines(path)
+    assert str(caught.value) == f"{path}: cannot be read: Input/output error"
+
+
+def test_an_array_that_the_disk_does_not_give_is_named(tmp_path, bad_disk):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"n": 1, "text": "x" * 5000}] * 2))
+    bad_disk(7000)
+    with pytest.raises(ValueError) as caught:
+        Lines(path)
+    assert str(caught.value) == f"{path}: cannot be read: Input/output error"
+
+
+def test_a_file_to_be_hashed_that_the_disk_does_not_give_is_named(tmp_path, bad_disk):
+    path = fill(tmp_path / "a.jsonl", '{"n": 1}')
+    bad_disk(4)
+    for read in (checkpoint.sha256, lambda path: list(checkpoint.pieces(path))):
+        with pytest.raises(ValueError, match=f"^{path}: cannot be read: Input/output error$"):
+            read(path)
+
+
+def test_a_file_that_is_not_there_is_said_as_ever(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No such file or directory: .*a.jsonl"):
+        Lines(tmp_path / "a.jsonl")

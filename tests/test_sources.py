@@ -61,6 +61,19 @@ def test_the_same_content_is_the_same_whatever_its_time(made, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_file_that_the_disk_does_not_give_ends_the_run_in_one_line(made, monkeypatch):
+    def broken(path):
+        raise ValueError(f"{path}: cannot be read: Input/output error")
+
+    made.a.write_text("changed")
+    monkeypatch.setattr(sources, "sha256", broken)
+    with pytest.raises(SystemExit) as ended:
+        made.look()
+    said = f"cannot compare data: rank 0: ValueError: {made.a}: cannot be read: Input/output error"
+    assert str(ended.value) == said
+    assert made.is_whole()
+
+
 def test_what_earlier_runs_wrote_down_is_understood(made):
     """Hashes alone."""
     path = made.run.folder / "data" / "made_from.json"
