@@ -452,8 +452,13 @@ def contrastive(
     head, model.vit.head = model.vit.head, None
     export(run, model, processor)
     model.vit.head = head
+    run.mark_trained()  # should the score end the job, the stage is done
     # here, not after the stage: the text tower ends with it
-    run.score(lambda: retrieval(run, embed, processor, folder / "heldout" / "caption.jsonl"))
+    heldout = folder / "heldout" / "caption.jsonl"
+    run.score(
+        lambda: retrieval(run, embed, processor, heldout),
+        later="it stays without a score, the same command goes on",
+    )
 
 
 @torch.no_grad()

@@ -98,6 +98,24 @@ class Peers:
     def barrier(self):
         self.gather_objects(None)
 
+    def meet_or_end(self, why: str):
+        """A barrier for a rank that has failed where others may not have: those may wait for it in
+        a collective that it has left, minutes under NCCL.
+
+        Where they do not come, this process ends and says why; then the others do, see Heart.
+        """
+
+        def end():
+            print(f"rank {self.rank} ends: {why}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+        ending = threading.Timer(GRACE, end)
+        ending.start()
+        try:
+            self.barrier()
+        finally:
+            ending.cancel()
+
     def sum(self, x):
         """Sum over ranks of a number, or of a tensor (a new one), which stays on its device."""
         if not isinstance(x, torch.Tensor):

@@ -431,33 +431,47 @@ class Run(Peers):
             shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
         self.barrier()
 
-    def score(self, scorer):
+    def score(self, scorer, later="the same command scores it again, also without torchrun"):
         """Keeps scorer()'s result in score.json, unless it is there, or --eval-limit is 0.
 
         The model is saved by now, so a failing scorer is reported and the phase still counts:
-        the same command scores again, and trains nothing. Then the page of the run is written anew.
+        the same command scores again, and trains nothing. Where one rank fails alone, as for lack
+        of memory, and the others wait for it in the middle of a sharded model, the job ends within
+        seconds. Then the page of the run is written anew.
+
+        later: what can be done about a score that failed.
         """
         gc.collect()  # the training's tensors would stand beside the model to be scored
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         scored = (self.folder / "score.json").exists()
-        if self.args.eval_limit and not scored:
-            try:
+        try:
+            if self.args.eval_limit and not scored:
                 result = scorer()
                 if result:
                     self.write_json("score.json", result)
-            except (Exception, SystemExit) as e:
-                if isinstance(e, SystemExit):  # one line that says what is wrong with the data
-                    self.say(str(e))
-                else:
-                    traceback.print_exc()
-                self.say(
-                    f"WARNING: {self.stage} is trained and saved, but scoring it failed (above); "
-                    "the same command scores it again"
-                )
+        except (Exception, SystemExit) as e:
+            self.say_unscored(e, later)
+        else:
+            self.background.barrier()
         if self.main and not scored:
             self.write_page()
         self.barrier()
+
+    def say_unscored(self, error: BaseException, later: str):
+        """On a rank whose scorer has failed, while others may be in the middle of it."""
+        if isinstance(error, SystemExit):  # one line that says what is wrong with the data
+            self.say(str(error))
+        else:
+            traceback.print_exception(error)
+        self.say(
+            f"WARNING: {self.stage} is trained and saved, but scoring it failed (above); {later}"
+        )
+        # not by words, which the others may be exchanging
+        self.background.meet_or_end(
+            f"it alone could not score {self.stage} ({type(error).__name__}: {error}), and the "
+            f"others wait for it; the model is saved, {self.folder / 'model'}; {later}"
+        )
 
     def write_page(self):
         """The page of all phases so far; one that cannot be written costs nothing else."""

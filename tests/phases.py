@@ -173,6 +173,9 @@ class FakeRun:
         yield
         self.computing = False
 
+    def mark_trained(self):
+        self.events.append("trained")
+
     def should_skip(self, loss, norm):
         return False
 

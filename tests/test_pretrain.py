@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import pretrain
+from common import processes
 from common.loader import Loader
 from common.run import Run
 from common.run import start as start_run
@@ -27,7 +28,7 @@ from data import Processor
 from model import PRESETS
 from model import SCALE
 from model import KeyeVL
-from vit import PoolingHead
+from vit import PoolingHead, ViT
 from phases import FakeRun
 from phases import Loop
 from phases import Weights
@@ -510,7 +511,7 @@ class Ranks(FakeRun):
     def gather(self, values):
         return [list(values), [6]]
 
-    def score(self, scorer):
+    def score(self, scorer, later):
         self.events.append("retrieval")
         self.scored = scorer()
 
@@ -571,7 +572,7 @@ def test_stage_0_divides_by_the_pairs_of_the_step(tmp_path, monkeypatch):
     # ViT and text tower, and by itself the projector, which is kept as it was
     begin = ["shard", "shard", "make_optimizer", "resume", "Loader"]
     assert loop.run.moved == 2 * 4  # each micro-batch twice
-    assert loop.events == [*begin, *one * 2, "export", "retrieval"]
+    assert loop.events == [*begin, *one * 2, "export", "trained", "retrieval"]
     # pictures, captions, the most that any rank has, ranks
     assert loop.losses == [(5, 5, 6, 2)] * 2
     for step, record in zip(loop.steps, loop.run.logged, strict=True):
@@ -834,6 +835,35 @@ def test_a_rank_that_cannot_read_ends_the_score_of_stage_0_and_not_the_run(tmp_p
     # the ranks still keep step: what both can read has a score
     score = json.loads((tmp_path / "toy/pretrain-0/score.json").read_text())
     assert score["accuracy"] == 1 and score["n"] > 4 * 5
+
+
+def stage_0_without_room(argv):
+    """One rank's memory ends in the middle of the sharded towers."""
+    score = Run.score
+
+    def no_room(*what):
+        raise torch.OutOfMemoryError("no memory left")
+
+    def of_ranks(run, scorer, **how):
+        if run.rank == 1:
+            ViT.forward = no_room
+        score(run, scorer, **how)
+
+    Run.score = of_ranks
+    processes.GRACE = 0.2  # a test need not wait for errors that reach the terminal
+    as_two_packs(argv)
+
+
+def test_a_rank_without_room_for_the_score_of_stage_0_ends_all_and_the_stage_is_done(tmp_path):
+    argv = four_steps(tmp_path, "0")
+    said = in_processes(stage_0_without_room, argv, ranks=2, code=1)
+    folder = tmp_path / "toy" / "pretrain-0"
+    assert (
+        "rank 1 ends: it alone could not score pretrain-0 (OutOfMemoryError: no memory left), and "
+        f"the others wait for it; the model is saved, {folder / 'model'}; it stays without a score"
+    ) in said
+    KeyeVL.from_pretrained(folder / "model")
+    assert "pretrain-0 is trained" in in_processes(as_two_packs, argv)
 
 
 # ----------------------------------------------------------------------------------------------

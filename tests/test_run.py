@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint
+from common import checkpoint, processes
 from common import run as run_module
 from common.run import (
     SIZES,
@@ -27,7 +27,7 @@ from common.run import (
     share_cores,
     start,
 )
-from stage import begin, curve, finished, folder_of, metrics, run_stage
+from stage import begin, curve, draw_pack, finished, folder_of, in_processes, metrics, run_stage
 
 
 def parse(*flags: str):
@@ -313,6 +313,52 @@ def test_a_scorer_that_fails_costs_no_training(tmp_path, capfd):
     assert not phase(tmp_path, lambda: {"plain": 0.5})
     assert "small is trained" in capfd.readouterr().err
     assert json.loads((folder / "score.json").read_text()) == {"plain": 0.5}
+
+
+def one_cannot_score(argv):
+    """A phase whose sharded model is asked; memory ends on rank 1 before or after that."""
+    out, when = argv
+    processes.GRACE = 0.2  # a test need not wait for errors that reach the terminal
+    run, model, _ = begin(out)
+
+    def scorer():
+        if when == "before" and run.rank == 1:
+            raise torch.OutOfMemoryError("no memory left")
+        with torch.no_grad():
+            model.loss(draw_pack(0, 1))
+        run.barrier()
+        if when == "after" and run.rank == 1:
+            processes.GRACE = 60
+            raise MemoryError("no memory left")
+        return {"plain": 0.5}
+
+    trained = run.trained()
+    run.barrier()  # both have looked
+    if not trained:
+        run.mark_trained()
+    run.score(scorer)
+    run.say("the next phase")
+    run.close()
+
+
+def test_a_rank_that_cannot_score_alone_ends_all_that_wait_for_it(tmp_path):
+    said = in_processes(one_cannot_score, [tmp_path, "before"], ranks=2, code=1)
+    folder = folder_of(tmp_path)
+    assert (
+        "rank 1 ends: it alone could not score small (OutOfMemoryError: no memory left), and the "
+        f"others wait for it; the model is saved, {folder / 'model'}; the same command scores it "
+        "again, also without torchrun"
+    ) in said
+    assert "the next phase" not in said
+    said = in_processes(one_cannot_score, [tmp_path, "before"])
+    assert "small is trained" in said and "the next phase" in said
+    assert json.loads((folder / "score.json").read_text()) == {"plain": 0.5}
+
+
+def test_a_rank_that_nobody_waits_for_ends_nothing(tmp_path):
+    said = in_processes(one_cannot_score, [tmp_path, "after"], ranks=2)
+    assert "MemoryError: no memory left" in said and "the next phase" in said
+    assert "ends" not in said
 
 
 def test_no_score_is_asked_for_with_no_questions(tmp_path, capfd):
