@@ -11,8 +11,8 @@ not finite are left out. A line has the colour of its name, or one of OTHERS in 
 import math
 from html import escape
 
-WIDTH, HEIGHT = 220, 150
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 24, 22  # margins of a chart
+WIDTH, HEIGHT = 236, 150
+LEFT, RIGHT, TOP, BOTTOM = 44, 6, 24, 22  # margins of a chart
 MODES = ("plain", "no_think", "think", "auto_think", "agentic_think")
 OTHERS = ("no_think", "think", "auto_think", "agentic_think", "plain")  # colours of other lines
 # Okabe and Ito's, which the colour-blind can tell apart, a little darker or lighter.
@@ -35,8 +35,8 @@ def variables(colours):
 COLOURS = f"""\
 :root {{ color-scheme: light dark; {variables(LIGHT)} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}
-svg text {{ fill: var(--faint); font: 10px system-ui, -apple-system, "Segoe UI", sans-serif; }}
-svg .name {{ fill: var(--ink); font-size: 12px; font-weight: 600; }}
+svg text {{ fill: var(--faint); font: 11px system-ui, -apple-system, "Segoe UI", sans-serif; }}
+svg .name {{ fill: var(--ink); font-size: 13px; font-weight: 600; }}
 svg .axis {{ stroke: var(--line); }}
 svg .curve {{ fill: none; stroke-width: 1.8; stroke-linejoin: round; }}
 """
@@ -64,7 +64,7 @@ def chart(
     else:
         parts.append(text(LEFT, HEIGHT / 2, "no number to draw"))
     for i, line in enumerate(lines if key else []):
-        x, y = 8 + 106 * (i % 2), HEIGHT + 13 * (i // 2) + 6
+        x, y = 8 + 114 * (i % 2), HEIGHT + 13 * (i // 2) + 6
         fill = colour_of(line, lines)
         parts.append(f'<rect x="{x}" y="{y - 6}" width="10" height="4" fill="{fill}"/>')
         parts.append(text(x + 14, y, line[:17]))
@@ -131,7 +131,7 @@ def axes(points, ticks, limits, log):
     for y in [low, *middle, high] if high > low else [low]:
         at = bottom - (y - low) / ((high - low) or 1) * (bottom - top)
         parts.append(f'<path class="axis" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(text(LEFT - 4, at + 3, number(10**y if log else y), anchor="end"))
+        parts.append(text(LEFT - 4, at + 4, number(10**y if log else y), anchor="end"))
     for x, tick in enumerate(ticks or []):
         parts.append(text(place(x, low)[0], HEIGHT - 8, tick, anchor="middle"))
     if not ticks:
@@ -164,9 +164,9 @@ def sheet(charts: list[str], columns: int, key: list[str]) -> str:
         parts.append(svg.replace("<svg ", f'<svg x="{x}" y="{y}" ', 1))
     x = 8
     for line in key:
-        parts.append(f'<rect x="{x}" y="8" width="16" height="5" fill="var(--{line})"/>')
+        parts.append(f'<rect x="{x:g}" y="8" width="16" height="5" fill="var(--{line})"/>')
         parts.append(text(x + 20, 15, line, "name"))
-        x += 30 + 7 * len(line)
+        x += 32 + 7.6 * len(line)
     width, height = columns * (WIDTH + 10), 30 + -(-len(charts) // columns) * (HEIGHT + 10)
     # with a page of its own colour: a README may be shown in another one than the system's
     box = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'

@@ -5,6 +5,7 @@
 Read are each phase's score.json and predictions.jsonl, the metrics.jsonl of all stages, round.json
 of the rounds of alignment, and for the gallery the pictures and clips that were asked about. What
 is missing is named on the page. What a model or a data set says is shown as text, never as HTML.
+docs/phases.svg is that figure of a whole toy: cp runs/toy/phases.svg docs/ after make toy.
 """
 
 import json

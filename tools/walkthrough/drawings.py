@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 STYLE = """
-  text { font: 12px system-ui, sans-serif; fill: #1a202c; }
+  .page { fill: #ffffff; }
+  text { font: 14px system-ui, sans-serif; fill: #1a202c; }
   .axis { stroke: #4a5568; stroke-width: 1; fill: none; }
   .time { stroke: #b7791f; fill: none; stroke-width: 3; }
   .row { stroke: #2f7d43; fill: none; stroke-width: 2; }
@@ -16,6 +17,7 @@ STYLE = """
   .words { fill: #cdd9f7; } .seen { fill: #bfe0c7; } .learnt { fill: #f2b8a0; }
   .more { fill: #6fbf84; } .less { fill: #e08e79; }
   @media (prefers-color-scheme: dark) {
+    .page { fill: #12161d; }
     text { fill: #edf2f7; } .axis { stroke: #a0aec0; }
     .time { stroke: #e0b25a; } .row { stroke: #6fbf84; } .column { stroke: #8ea6f2; }
     .words { fill: #31437a; } .seen { fill: #2f5a3b; } .learnt { fill: #8f4a35; }
@@ -26,6 +28,8 @@ def svg(width: float, height: float, title: str, parts: list[str]) -> str:
     size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
     lines = [head, f"<title>{escape(title)}</title>", f"<style>{STYLE}\n</style>"]
+    # with a page of its own colour: a README may be shown in another one than the system's
+    lines.append('<rect width="100%" height="100%" rx="6" class="page"/>')
     return "\n".join([*lines, *parts, "</svg>"]) + "\n"
 
 
@@ -76,8 +80,8 @@ def position_map(samples: dict[str, np.ndarray], title: str) -> str:
         across, up = 410 / positions.shape[1], 140 / positions.max()
         base = top + 165
         parts += [text(40, top + 16, name), f'<path class="axis" d="M40 {top + 20}V{base}H460"/>']
-        parts += [text(34, base, 0, "end"), text(34, base - 136, positions.max(), "end")]
-        parts.append(text(460, base + 15, f"token {positions.shape[1] - 1}", "end"))
+        parts += [text(34, base, 0, "end"), text(34, base - 130, positions.max(), "end")]
+        parts.append(text(460, base + 17, f"token {positions.shape[1] - 1}", "end"))
         for kind, values in zip(("time", "row", "column"), positions.tolist()):
             points = [f"{40 + across * i:.1f},{base - up * v:.1f}" for i, v in enumerate(values)]
             parts.append(f'<polyline class="{kind}" points="{" ".join(points)}"/>')
@@ -103,11 +107,13 @@ def attention_map(segments: list[int], kinds: list[str], title: str) -> str:
     for start, end in zip(segments, segments[1:]):
         a, b = 24 + scale * start, 24 + scale * end
         parts.append(f'<path class="words" d="M{a:.1f} {a:.1f}V{b:.1f}H{b:.1f}Z"/>')
-        parts.append(text(b - 4, a + 14, f"tokens {start} to {end - 1}", "end"))
+        # in the block's empty corner, or beside it where that is too small
+        x, anchor = (b - 4, "end") if b - a > 160 else (b + 8, "start")
+        parts.append(text(x, a + 16, f"tokens {start} to {end - 1}", anchor))
     parts.append(lines(24, 24, 400, 400, 400, 'class="axis"'))
     for k, (kind, what) in enumerate((("words", "text"), ("seen", "visual"), ("learnt", "learnt"))):
-        parts += [box(440, 30 + 22 * k, 14, 14, kind), text(460, 42 + 22 * k, what)]
-    return svg(520, 430, title, parts)
+        parts += [box(332, 40 + 22 * k, 14, 14, kind), text(352, 52 + 22 * k, what)]
+    return svg(430, 430, title, parts)
 
 
 def crop_drawing(picture: Image.Image, corners: list[int], crop: Image.Image, title: str) -> str:
@@ -126,6 +132,15 @@ def crop_drawing(picture: Image.Image, corners: list[int], crop: Image.Image, ti
     return svg(width + 230, height + 8, title, parts)
 
 
+def halves(name: str) -> list[str]:
+    """A name on one line, or on two, cut at the space nearest to its middle."""
+    cuts = [i for i, letter in enumerate(name) if letter == " "]
+    if not cuts:
+        return [name]
+    cut = min(cuts, key=lambda i: abs(i - len(name) / 2))
+    return [name[:cut], name[cut + 1 :]]
+
+
 def bars(values: list[float], names: list[str], title: str) -> str:
     """A bar for each value, up or down from zero."""
     parts = []
@@ -134,7 +149,8 @@ def bars(values: list[float], names: list[str], title: str) -> str:
         x, length = 24 + 90 * k, unit * abs(value)
         up = value > 0
         parts.append(box(x, 120 - up * length, 44, length, "more" if up else "less"))
-        parts.append(text(x + 22, 115 - length if up else 133 + length, f"{value:.2f}", "middle"))
-        parts.append(text(x + 22, 240, name, "middle"))
+        parts.append(text(x + 22, 114 - length if up else 135 + length, f"{value:.2f}", "middle"))
+        for j, words in enumerate(halves(name)):
+            parts.append(text(x + 22, 232 + 17 * j, words, "middle"))
     parts.append(f'<path class="axis" d="M10 120H{90 * len(values)}"/>')
-    return svg(90 * len(values) + 10, 252, title, parts)
+    return svg(90 * len(values) + 10, 258, title, parts)
