@@ -431,7 +431,7 @@ def task_line(label, numbers):
 
 def markdown(table):
     """A table that can be read without a renderer: the first column left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*table)]
+    widths = [max(2, *map(len, column)) for column in zip(*table)]  # "-:" at least
     rule = ["-" * widths[0], *(":".rjust(width, "-") for width in widths[1:])]
     lines = []
     for first, *others in [table[0], rule, *table[1:]]:

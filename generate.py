@@ -1,5 +1,4 @@
-"""Decoding: how Keye-VL answers, one token at a time. And a command line: a question, a chat, a
-server.
+"""Decoding: how Keye-VL answers, one token at a time. A question, a chat on a terminal, a server.
 
     python generate.py --init runs/toy/pretrain/model --image x.jpg "How many circles?"
     python generate.py --init runs/toy/pretrain/model --video x.mp4      (no question: a chat)

@@ -421,7 +421,10 @@ class Run(Peers):
         """Whether this phase has left its model already (then it says so)."""
         done = (self.folder / "done.json").exists()
         if done:
-            self.say(f"{self.stage} is trained: {self.folder} (--fresh trains it again)")
+            self.say(
+                f"{self.stage} is trained: {self.folder} "
+                "(--fresh trains it again, another --out beside it)"
+            )
         return done
 
     def mark_trained(self):

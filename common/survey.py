@@ -28,6 +28,8 @@ def survey(folder: Path, processor, pack_tokens: int) -> bool:
     -> whether all of them can be used. processor: see data.py. pack_tokens: the most that a
     sample may have.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     parts = [part for part in (folder / "train", folder / "heldout") if part.is_dir()] or [folder]
     reports = []
     for part in parts:

@@ -1155,3 +1155,9 @@ def test_board_on_the_command_line(tmp_path, capsys):
         assert str(tmp_path / name) in error.value.code
         assert "no phase (pretrain, sft, " in error.value.code
         assert not (tmp_path / name / "scoreboard.md").exists()
+
+
+def test_a_column_of_one_digit_is_a_table_of_markdown_too():
+    assert E.markdown([["task", "n"], ["colour", "1"]]) == (
+        "| task   |  n |\n| ------ | -: |\n| colour |  1 |"
+    )

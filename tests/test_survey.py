@@ -146,7 +146,8 @@ def test_the_command(folder):
     (folder / "train" / "caption.arrow").write_bytes(b"ARROW1")
     for flags, why in (
         (["--check", folder], "caption.arrow: not read"),
-        (["--check", folder / "none"], "none: no .jsonl or .json file"),
+        (["--check", folder / "none"], "none: no such folder"),
+        (["--check", folder / "train" / "a.png"], "a.png: no such folder"),
         (["--check", folder, "--init", folder], str(folder)),
     ):
         refused = run(*flags)

@@ -1,6 +1,7 @@
 """tools/tour.py: its steps in order, plain when piped, one clear line where nothing is there."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -121,3 +122,11 @@ def test_what_is_missing_is_said_in_one_line(world, tmp_path):
     (tmp_path / "heldout").mkdir()
     with pytest.raises(SystemExit, match=r"no vqa\.jsonl|no \.jsonl file|no .*jsonl"):
         tour.main(["--run", str(world / "run"), "--data", str(tmp_path)])
+
+
+def test_a_picture_that_is_gone_is_said_in_one_line(world, tmp_path):
+    shutil.copytree(world / "data", tmp_path / "data")
+    for path in (tmp_path / "data" / "heldout" / "pictures").iterdir():
+        path.unlink()
+    with pytest.raises(SystemExit, match=r"heldout: pictures/.*: missing .*toyworld"):
+        tour.main(["--run", str(world / "run"), "--data", str(tmp_path / "data")])

@@ -1376,6 +1376,11 @@ def test_finished_world_is_kept_and_another_is_never_half_written(tmp_path, monk
     (out / "mark").write_text("kept")
     assert make_world(out, workers=1, **TINY)["reused"] and (out / "mark").exists()
 
+    lost = next((out / "train" / "pictures").iterdir())  # as what cleans a disk takes one
+    lost.unlink()
+    assert "reused" not in make_world(out, workers=1, **TINY) and lost.exists()
+    (out / "mark").write_text("kept")
+
     (tmp_path / ".w.part" / "train").mkdir(parents=True)  # left behind by a killed run
     again = make_world(out, workers=1, **TINY | {"pictures": 12})
     assert not (out / "mark").exists() and "reused" not in again
@@ -1473,3 +1478,10 @@ def test_train_vocab_merges_the_most_frequent_pair_first():
     assert list(vocab.values()) == list(range(259))
     with pytest.raises(ValueError, match="EXTRA"):
         train_vocab(Counter({"ab": 1}), 300)
+
+
+def test_the_command_says_in_a_line_that_a_folder_is_no_world(tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("x")
+    monkeypatch.setattr(sys, "argv", ["toyworld", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="exists and is no toy world"):
+        toyworld.__main__.main()

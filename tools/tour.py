@@ -22,6 +22,7 @@ from einops import rearrange
 from PIL import Image
 
 from common.conversation import MODES, TOOL_MODES, pictures_of, text_of
+from common.media import MediaError
 from common.questions import Question, files_or_exit, read_or_exit
 from common.report import PHASES
 from common.rollout import Prompt, Rollout, reward_groups, sample_groups
@@ -231,6 +232,8 @@ def main(argv: list[str] | None = None):
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         tour(Screen(), models, heldout, args.question)
+    except MediaError as e:
+        raise SystemExit(f"{heldout}: {e}; `python -m toyworld` draws a toy world anew") from None
     except BrokenPipeError:  # whoever read it has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

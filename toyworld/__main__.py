@@ -23,7 +23,10 @@ def main():
     cores = min(16, os.cpu_count())
     add("--workers", type=int, default=cores, help="processes (default %(default)s)")
     args = parser.parse_args()
-    world = make_world(**vars(args))
+    try:
+        world = make_world(**vars(args))
+    except FileExistsError as e:
+        raise SystemExit(str(e)) from None
     done = "reused" if "reused" in world else f"drawn in {world['seconds']} s"
     print(f"{args.out}: {done}")
     for split in ("train", "heldout"):

@@ -167,15 +167,24 @@ def code_hash() -> str:
 
 
 def finished(out, settings):
-    """world.json's content where `out` holds this very world. FileExistsError where it is none."""
+    """world.json's content where `out` holds this very world, all of it.
+
+    FileExistsError where it is none.
+    """
     path = out / "world.json"
     if path.is_file():
         world = json.loads(path.read_text())
-        return world if world["settings"] == settings else None
+        same = world["settings"] == settings and files_of(out) == world["files"]
+        return world if same else None
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(
             f"{out}: exists and is no toy world (no world.json); remove it or choose another --out"
         )
+
+
+def files_of(out):
+    """How many pictures and clips are there: what cleans a disk may have taken some."""
+    return {media: len(os.listdir(out / media)) for media in MEDIA if (out / media).is_dir()}
 
 
 def write_world(part, settings, texts):
@@ -184,7 +193,7 @@ def write_world(part, settings, texts):
     for name, lines in sorted(texts.items()):
         counts[f"{name}.jsonl"] = len(lines)
         (part / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    files = {media: len(os.listdir(part / media)) for media in MEDIA}
+    files = files_of(part)
     world = {"settings": settings, "files": files, "lines": counts}
     (part / "world.json").write_text(json.dumps(world, indent=1) + "\n")
     return world
