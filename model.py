@@ -442,6 +442,9 @@ class KeyeVL(nn.Module):
         self.vit = ViT(cfg.vision, pooling_head)
         self.projector = Projector(cfg)
         self.decoder = Decoder(cfg)
+        # [(patches, decoder, ViT)], ascending: of a pack with at most so many patches, so many
+        # blocks' `recompute`; empty: as they are.
+        self.recompute: list[tuple[int, int, int]] = []
         self.lm_head = None
         if not cfg.tie_word_embeddings:
             self.lm_head = Head(cfg.hidden_size, cfg.vocab_size, bias=False)
@@ -492,6 +495,10 @@ class KeyeVL(nn.Module):
 
     def hidden(self, batch: dict) -> Tensor:
         """Last hidden states (T, C) of a packed batch."""
+        for most, decoder, vit in self.recompute:
+            self.decoder.recompute, self.vit.recompute = decoder, vit
+            if len(batch["patches"]) <= most:
+                break
         x = self.embed(batch)
         segments = Segments.of(batch["segments"].diff().tolist(), x.device)
         return self.decoder(x, batch["positions"], segments)

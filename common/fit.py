@@ -11,7 +11,7 @@ import gc
 import torch
 from torch.utils._triton import has_triton
 
-from common.memory import choose, most_packs, table
+from common.memory import again_by_patches, choose, most_packs, table
 from common.packing import packing
 from common.run import Run, released
 from model import PRESETS, Config, compile_blocks
@@ -50,6 +50,7 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
         raise SystemExit(f"{run.stage} fits with weights in bf16 alone, not with --dtype fp32")
     model.decoder.recompute = plan.recompute_decoder
     model.vit.recompute = plan.recompute_vit
+    model.recompute = again_by_patches(plan)
     if plan.recipe == "bf16":
         model.to(torch.bfloat16)
     elif released(run.args.size) and run.dtype == torch.bfloat16:

@@ -301,10 +301,12 @@ def loss_moments(job: Job, held, patches: int, copies: int, cast: bool, way: int
     }
 
 
-def plan_of(job: Job, recipe: str, again, capacity: float, name: str = "") -> Plan:
-    """At the fullest moment of two packs: all text, and all pictures."""
+def plan_of(
+    job: Job, recipe: str, again, capacity: float, name: str = "", packs: tuple = ()
+) -> Plan:
+    """At the fullest moment of packs with so many patches; of two: all text, and all pictures."""
     found = []
-    for patches in {0, job.patches}:
+    for patches in packs or {0, job.patches}:
         found += moments(job, recipe, again, patches).items()
     moment, more = max(found, key=lambda pair: sum(pair[1].values()))
     return Plan(job, recipe, *again, state(job, recipe) | more, moment, capacity, name)
@@ -325,17 +327,42 @@ def choose(
     card. Where nothing fits, the last recipe's plan, whose `fits` is False.
     """
     job = job_of(cfg, tuple(trained), pack, world, compiled)
-    decoder, vit = job.layers
-
     for recipe in RECIPES:
-        plan = plan_of(job, recipe, (decoder, vit), capacity, name)
+        plan = plan_of(job, recipe, job.layers, capacity, name)
         if plan.fits:
             break
+    return least_again(plan)
 
+
+def least_again(plan: Plan, packs: tuple = ()) -> Plan:
+    """The plan with as few blocks run again as packs with so many patches allow; or as it is."""
+    decoder, vit = plan.job.layers
     # The decoder's blocks first: there a byte that is kept saves more work.
     fewest = [(0, k) for k in range(vit)] + [(k, vit) for k in range(decoder)]
-    plans = (plan_of(job, recipe, again, capacity, name) for again in fewest)
-    return next((better for better in plans if better.fits), plan)
+    for again in fewest:
+        better = plan_of(plan.job, plan.recipe, again, plan.capacity, plan.name, packs)
+        if better.fits:
+            return better
+    return plan
+
+
+def again_by_patches(plan: Plan) -> list[tuple[int, int, int]]:
+    """[(patches, decoder, ViT)]: with at most so many patches, so many blocks run again.
+
+    The plan is made for the fullest pack there can be. Most have fewer patches, and what these
+    leave of the memory spares them work. In eighths (ours) of what a pack can have.
+    """
+    rows = []
+    before = 0
+    for eighth in range(1, 9):
+        most = plan.job.patches * eighth // 8
+        best = least_again(plan, (before, most))
+        again = best.recompute_decoder, best.recompute_vit
+        if rows and rows[-1][1:] == again:
+            rows.pop()
+        rows.append((most, *again))
+        before = most
+    return rows
 
 
 def most_packs(

@@ -7,7 +7,17 @@ import torch
 
 from common import fit as fit_module
 from common.fit import fit, packs_at_once
-from common.memory import BEST, FRAGMENTS, GIB, RECIPES, Job, choose, job_of, plan_of
+from common.memory import (
+    BEST,
+    FRAGMENTS,
+    GIB,
+    RECIPES,
+    Job,
+    again_by_patches,
+    choose,
+    job_of,
+    plan_of,
+)
 from model import PRESETS, SCALE, KeyeVL
 from phases import FakeRun
 
@@ -165,6 +175,7 @@ def test_the_smaller_the_card_the_more_blocks_run_again(tmp_path, monkeypatch):
         fit(run, model, EVERYTHING, 16384)
         plan = choose(PRESETS["8b"], EVERYTHING, 16384, 8, total * GIB, compiled=False)
         assert again(model) == (plan.recompute_decoder, plan.recompute_vit)
+        assert model.recompute == again_by_patches(plan)
         decoder, vit = again(model)
         assert vit == 27 or not decoder
         [said] = run.said

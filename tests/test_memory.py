@@ -12,6 +12,7 @@ from common.memory import (
     GIB,
     RECIPES,
     Job,
+    again_by_patches,
     choose,
     decoder_saves,
     dry_run,
@@ -237,6 +238,42 @@ def test_what_does_not_fit():
     assert not plan_on("A100 40GB", "8b", EVERYTHING).fits
     # 16 bytes a parameter are 129 GiB
     assert plan_on("H200", "8b", EVERYTHING).recipe == LEAN
+
+
+@pytest.mark.parametrize("gpu, size, world, learns", [
+    ("H100", "1.7b", 1, EVERYTHING),  # part of the ViT
+    ("H100", "8b", 2, EVERYTHING),  # all of it, and part of the decoder
+    ("H100", "8b", 8, EVERYTHING),
+    ("H200", "8b", 1, ("decoder",)),  # no patches
+    ("A100 40GB", "8b", 1, ("vit",)),
+    ("H100", "small", 1, EVERYTHING),  # nothing
+])
+def test_packs_of_fewer_patches_run_less_again(gpu, size, world, learns):
+    """As little as still fits, whatever their number."""
+    plan = plan_on(gpu, size, learns, world)
+
+    def fits(again, patches):
+        return plan_of(plan.job, plan.recipe, again, plan.capacity, packs=(patches,)).fits
+
+    rows = again_by_patches(plan)
+    assert rows[-1][0] == plan.job.patches
+    assert all(decoder <= plan.recompute_decoder and vit <= plan.recompute_vit
+               for _, decoder, vit in rows)
+    before = 0
+    for most, decoder, vit in rows:
+        for patches in range(before, most + 1, max(1, plan.job.patches // 64)):
+            assert fits((decoder, vit), patches), (patches, decoder, vit)
+        if decoder:
+            assert not fits((decoder - 1, vit), most)
+        elif vit:
+            assert not fits((0, vit - 1), most)
+        before = most
+    assert [row[1:] for row in rows] == sorted({row[1:] for row in rows})
+
+
+def test_a_pack_that_is_half_pictures_keeps_what_a_full_one_cannot():
+    rows = again_by_patches(plan_on("H100", "1.7b", EVERYTHING))
+    assert rows[0] == (20480, 0, 0) and rows[-1] == (32768, 0, 9)
 
 
 def test_only_what_is_trained_runs_again():

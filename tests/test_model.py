@@ -380,6 +380,18 @@ def test_activation_checkpointing_changes_nothing():
     assert all(torch.equal(want[name], grad) for name, grad in got.items())
 
 
+def test_a_packs_patches_decide_how_many_blocks_run_again():
+    keye = fresh()
+    batch = make_batch(TINY, SAMPLES)
+    _, want = gradients(keye, [batch])
+    patches = len(batch["patches"])
+    for most, blocks in ((patches - 1, (1, 2)), (patches, (0, 1))):
+        keye.recompute = [(most, 0, 1), (2 * patches, 1, 2)]
+        _, got = gradients(keye, [batch])
+        assert (keye.decoder.recompute, keye.vit.recompute) == blocks
+        assert all(torch.equal(want[name], grad) for name, grad in got.items())
+
+
 # -- the KV cache ----------------------------------------------------------------------------------
 
 

@@ -12,6 +12,8 @@ from common import run as run_module
 from common.packing import even_packs
 from common.parallel import assign, pass_around, ring_pass, shard, whole
 from common.run import arguments, start
+from conftest import make_batch
+from model import PRESETS, KeyeVL
 from stage import assert_same_curve, curve, exported, finished, in_processes, run_stage
 
 
@@ -195,3 +197,26 @@ def keep_weights(argv):
 
 def test_a_model_with_weights_keeps_them(tmp_path):
     in_processes(keep_weights, [tmp_path], ranks=2)
+
+
+def run_again_apart(argv):
+    run = join(argv)
+    cfg = PRESETS["toy"]
+    batch = make_batch(cfg, [[3, (1, 4, 4), 6 + run.rank]])
+
+    def gradients(decoder, vit):
+        torch.manual_seed(0)
+        model = shard(KeyeVL(cfg).init_weights(), run)
+        model.recompute = [(100, decoder, vit)]
+        loss, _ = model.loss(batch)
+        loss.backward()
+        return {name: p.grad.to_local() for name, p in model.named_parameters()}
+
+    want = gradients(0, 0)
+    got = gradients(3, 1) if run.main else gradients(1, 2)
+    assert all(torch.equal(got[name], grad) for name, grad in want.items())
+
+
+def test_ranks_may_run_different_numbers_of_blocks_again(tmp_path):
+    """As their packs have different numbers of patches: nobody waits for the other."""
+    in_processes(run_again_apart, [tmp_path], ranks=2)
