@@ -31,12 +31,15 @@ in the sandbox, and what they return is context, never trained on. A response ea
 The groups of a step are dealt over several optimizer steps ("updates"): from the second on the
 policy is no longer p_old, so ratios leave 1, and clipping acts. Groups whose responses all earn the
 same teach nothing and are dropped: their length apart, which always differs a little. A response
-without a score (its judge failed) leaves its group.
+without a score (its judge failed) leaves its group. A question whose responses are all wrong may be
+asked again with the hints that its line has, the plan's "hints" of them at most (see helped).
 """
 
+import math
 import os
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -88,30 +91,30 @@ TOY_ASKED_NEW = {"think": 6, "no_think": 4, "auto_think": 2, "agentic_think": 1}
 # updates: optimizer steps on them; pack: tokens of a micro-batch; replay: weight of the loss of the
 # cold start's lines, one step's of them beside each update; beta: of the KL term; least: how often
 # a known kind is asked whose groups never teach, beside one whose groups always do; asked,
-# asked_new: the modes of prompts
+# asked_new: the modes of prompts; hints: the most that a question that always fails is asked with
 PLAN = {
     "toy": {
         "steps": 100, "lr": 3e-4, "prompts": 48, "group": 8, "updates": 1, "discover": 0.6,
         "max_tokens": 144, "pack": 4096, "replay": 1.0, "beta": 0.0, "least": 0.3,
-        "asked": TOY_ASKED, "asked_new": TOY_ASKED_NEW,
+        "hints": 0, "asked": TOY_ASKED, "asked_new": TOY_ASKED_NEW,
     },
     # Without replay the old board lost 3 to 4 points, with 0.3 it lost 1, with 1.0 as much. Nearly
     # all that it knows is always right; asked less, it was forgotten (docs/results.md).
     "tiny": {
         "steps": 250, "lr": 1.5e-4, "prompts": 64, "group": 8, "updates": 1, "discover": 0.5,
         "max_tokens": 144, "pack": 16384, "replay": 0.3, "beta": 1e-3, "least": 1.0,
-        "asked": ASKED, "asked_new": ASKED_NEW,
+        "hints": 0, "asked": ASKED, "asked_new": ASKED_NEW,
     },
     "small": {
         "steps": 300, "lr": 5e-5, "prompts": 64, "group": 8, "updates": 2, "discover": 0.5,
         "max_tokens": 192, "pack": 16384, "replay": 0.5, "beta": 1e-3, "least": 1.0,
-        "asked": ASKED, "asked_new": ASKED_NEW,
+        "hints": 0, "asked": ASKED, "asked_new": ASKED_NEW,
     },
     # group and rate are those of the same team's Thyme (2508.11630), updates those of GSPO
     "released": {
         "steps": 500, "lr": 5e-7, "prompts": 256, "group": 8, "updates": 4, "discover": 0.5,
         "max_tokens": 4096, "pack": 16384, "replay": 0.0, "beta": 1e-3, "least": 1.0,
-        "asked": ASKED, "asked_new": ASKED_NEW,
+        "hints": 3, "asked": ASKED, "asked_new": ASKED_NEW,
     },
 }
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo")
@@ -211,6 +214,52 @@ def teaches(group: list[Rollout]) -> bool:
     scored = [rollout.reward for rollout in group if rollout.reward.total is not None]
     earned = [reward.total - reward.length for reward in scored]
     return bool(earned) and max(earned) - min(earned) > 1e-6  # of rounding
+
+
+def helped(ask, groups: list[list[Rollout]], levels: int) -> list[list[Rollout]]:
+    """The groups; where all responses were wrong, right ones that a hint has helped to among them.
+
+    Progressive hints (Keye-VL 1.5, arXiv 2509.01563, 4.4.2): a question that always fails is asked
+    again with the first of its meta["hints"] behind it, then with the next, until a response is
+    right. ours: right ones then take the place of up to half of the wrong ones, as responses to the
+    question alone, since that is what will be asked. ask: prompts -> their groups, with rewards.
+    """
+    groups = list(groups)
+    for level in range(levels):
+        failed = [i for i, group in enumerate(groups) if has_hint(group, level)]
+        if not failed:
+            break
+        for i, again in zip(failed, ask([with_hint(groups[i][0].prompt, level) for i in failed])):
+            plain = groups[i]
+            right = [rollout for rollout in again if rollout.reward.right]
+            right = [without_hint(rollout, plain[0]) for rollout in right[: len(plain) // 2]]
+            if right:
+                groups[i] = right + plain[len(right) :]
+    return groups
+
+
+def has_hint(group: list[Rollout], level: int) -> bool:
+    """Whether all responses of the group are wrong, and their question has a hint of this level."""
+    if not group or any(rollout.reward.right != 0 for rollout in group):
+        return False  # None: a judge has failed
+    return level < len(group[0].prompt.record["meta"].get("hints", []))
+
+
+def with_hint(prompt: Prompt, level: int) -> Prompt:
+    hint = prompt.record["meta"]["hints"][level]
+    return replace(prompt, hint=hint, seed=f"{prompt.seed}/hint {level}")
+
+
+def without_hint(rollout: Rollout, plain: Rollout) -> Rollout:
+    """The response as one to the question alone: its tokens stand earlier, by the hint's length.
+
+    How likely the sampler found them there, nobody knows.
+    """
+    hint = rollout.sample["next_position"] - plain.sample["next_position"]
+    response = rollout.response
+    response.positions = [[at - hint for at in position] for position in response.positions]
+    response.logprobs = [math.nan] * len(response.ids)
+    return replace(rollout, prompt=plain.prompt, sample=plain.sample)
 
 
 def analysis_tokens(ids: list[int], tokenizer) -> int:
@@ -335,13 +384,20 @@ def grpo_step(
     clip = CLIP_SEQUENCE if algo == "gspo" else CLIP
     log = defaultdict(list)
 
-    # 1. Sample: a group of responses to each prompt, from the policy as it is now; tools run.
-    sampler.refresh()
-    groups = sample_groups(sampler.generator, prompts, plan["group"], max_tokens)
+    def ask(prompts: list[Prompt]) -> list[list[Rollout]]:
+        # 1. Sample: a group of responses to each prompt, from the policy as it is now; tools run.
+        groups = sample_groups(sampler.generator, prompts, plan["group"], max_tokens)
+        # 2. Reward: what each response is worth.
+        reward_groups(groups, max_tokens, judge)
+        charge_length(groups, max_tokens)
+        return groups
 
-    # 2. Reward: what each response is worth.
-    reward_groups(groups, max_tokens, judge)
-    charge_length(groups, max_tokens)
+    sampler.refresh()
+    groups = ask(prompts)
+    describe(log, groups)  # as they are asked: what hints help to does not count
+    if plan["hints"]:
+        alone, groups = groups, helped(ask, groups, plan["hints"])
+        log["helped"] += [now is not before for now, before in zip(groups, alone)]
 
     # 3. Advantage: what it is worth beside the others of its group.
     kept = [group for group in groups if teaches(group)]
@@ -349,7 +405,6 @@ def grpo_step(
         totals = [rollout.reward.total for rollout in group]
         for rollout, advantage in zip(group, advantages(totals, algo)):
             rollout.advantage = advantage
-    describe(log, groups)
 
     # 4. Batches: the groups are dealt over the updates.
     updates = dealt(run, policy, reference, sampler, kept, plan, algo)
@@ -374,7 +429,8 @@ def grpo_step(
             log["clipped"] += clipped.tolist()
             log["entropy"] += entropy.tolist()
             log["kl"] += k3(now, start).tolist()
-            log["mismatch"] += (old - batch["sampler"]).abs().tolist()
+            mismatch = (old - batch["sampler"]).abs()
+            log["mismatch"] += mismatch[batch["sampler"].isfinite()].tolist()  # not of hinted ones
             batches.append(batch)
         if replay:
             log["replay_loss"].append(replay.backward(policy, plan["replay"]))

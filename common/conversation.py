@@ -126,30 +126,41 @@ def with_switch(messages: list[dict], mode: str) -> list[dict]:
         return messages
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}, expected plain or one of {', '.join(MODES)}")
-    switch = f"/{mode}"
+    return behind_question(messages, f"/{mode}")
+
+
+def behind_question(messages: list[dict], words: str) -> list[dict]:
+    """A copy of the messages with these words right behind the last user text, if they are not.
+
+    ValueError where no user speaks.
+    """
     # each message by itself: an item that two of them share changes in the last one alone
     messages = [copy.deepcopy(message) for message in messages]
     asked = [message for message in messages if message["role"] == "user"]
     if not asked:
-        raise ValueError(f"no user message to put {switch} behind")
+        raise ValueError(f"no user message to put {words} behind")
     content = asked[-1]["content"]
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     texts = [item for item in content if item["type"] == "text"]
     if texts:
-        texts[-1]["text"] = texts[-1]["text"].removesuffix(switch) + switch
+        texts[-1]["text"] = texts[-1]["text"].removesuffix(words) + words
     else:
-        content.append({"type": "text", "text": switch})
+        content.append({"type": "text", "text": words})
     asked[-1]["content"] = content
     return messages
 
 
-def prompt_of(record: dict, mode: str) -> list[dict]:
+def prompt_of(record: dict, mode: str, hint: str = "") -> list[dict]:
     """The messages before the answer, which is the last one, as they are asked in a mode.
 
-    "auto_think" needs no switch: it is what the model does when none is given.
+    "auto_think" needs no switch: it is what the model does when none is given. A hint stands
+    between the question and the switch.
     """
-    return with_switch(record["messages"][:-1], "plain" if mode == "auto_think" else mode)
+    messages = record["messages"][:-1]
+    if hint:
+        messages = behind_question(messages, f" {hint}")
+    return with_switch(messages, "plain" if mode == "auto_think" else mode)
 
 
 def text_of(message: dict) -> str:

@@ -60,6 +60,9 @@ def check_question(record: dict):
         raise ValueError('meta with "answer" and "verifier", to judge answers by, is missing')
     if not isinstance(meta["answer"], str):
         raise ValueError(f'meta: "answer" must be a text, not {type(meta["answer"]).__name__}')
+    hints = meta.get("hints", [])
+    if not isinstance(hints, list) or not all(isinstance(hint, str) for hint in hints):
+        raise ValueError('meta: "hints" must be a list of texts, the least helpful first')
     try:
         verify("", meta)
     except (KeyError, TypeError, AttributeError) as e:

@@ -59,6 +59,7 @@ class Prompt:
     root: Path | None  # the folder of its media
     mode: str  # "plain", or one of conversation.MODES
     seed: str
+    hint: str = ""  # what stands behind the question
     failure: str = ""  # why it could not be asked; set by sample_groups
 
 
@@ -220,7 +221,7 @@ def sample_groups(
     for prompt, limit in zip(prompts, max_tokens, strict=True):
         rollouts = []
         try:
-            conversation = {"messages": prompt_of(prompt.record, prompt.mode)}
+            conversation = {"messages": prompt_of(prompt.record, prompt.mode, prompt.hint)}
             sample = generator.processor(conversation, prompt.root, generate=True)
             rollouts = [Rollout(prompt, sample) for _ in range(group)]
             patches += len(sample["patches"])

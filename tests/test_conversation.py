@@ -179,6 +179,16 @@ def test_a_prompt_is_what_stands_before_the_answer():
     }
 
 
+def test_a_hint_stands_between_question_and_switch():
+    record = {"messages": [user(image("a"), "What?"), assistant("A"), user("And?"), assistant("B")]}
+    before = json.dumps(record)
+    first, _, last = prompt_of(record, "think", "left, right")
+    assert text_of(last) == "And? left, right/think"
+    assert text_of(first) == "[image]What?" and json.dumps(record) == before
+    alone = {"messages": [user(image("a")), assistant("A")]}
+    assert text_of(prompt_of(alone, "auto_think", "left")[0]) == "[image] left"
+
+
 # Media
 
 

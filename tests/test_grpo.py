@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -343,6 +344,111 @@ def test_an_answer_out_of_form_is_as_bad_as_a_wrong_one(processor):
         assert teaches([rollout_of(processor, "3", *score) for score in scores]) == expected
 
 
+def test_a_question_that_always_fails_is_asked_with_as_few_hints_as_help(processor):
+    """Of four questions one is right alone, one with the first hint, one with the third; one has
+    two hints, and none helps."""
+    hints = [["a"], ["a", "b", "c"], ["a", "b", "c"], ["a", "b"]]
+    helps = ["", "a", "c", "c"]
+    groups = []
+    for own in hints:
+        group = [rollout_of(processor, f"wrong {i}") for i in range(4)]
+        group[0].prompt.record["meta"]["hints"] = own
+        for rollout in group:
+            rollout.prompt = group[0].prompt
+        groups.append(group)
+    groups[0][2].reward.right = 1.0
+    asked = []
+
+    def ask(prompts):
+        asked.append([(prompt.hint, prompt.seed) for prompt in prompts])
+        again = []
+        for prompt in prompts:
+            rights = [prompt.hint == helps[numbers[id(prompt.record)]]] * 3 + [False]
+            again.append([hinted_rollout(processor, prompt, right) for right in rights])
+        return again
+
+    numbers = {id(group[0].prompt.record): i for i, group in enumerate(groups)}
+    before = [list(group) for group in groups]
+    after = grpo.helped(ask, groups, 3)
+
+    assert [[hint for hint, _ in level] for level in asked] == [["a"] * 3, ["b"] * 2, ["c"]]
+    assert len({seed for level in asked for _, seed in level}) == 3, "other draws for each level"
+    assert after[0] is groups[0] and after[3] is groups[3]
+    for i in (1, 2):
+        rights = [rollout.reward.right for rollout in after[i]]
+        assert rights == [1, 1, 0, 0], "half of the wrong ones stay"
+        assert after[i][2:] == before[i][2:]
+        assert all(rollout.prompt is before[i][0].prompt for rollout in after[i])
+        assert teaches(after[i])
+
+
+def hinted_rollout(processor, prompt, right) -> Rollout:
+    """As rollout_of, but of the question with its hint."""
+    made = rollout_of(processor, "3", float(right), float(right))
+    question = {"role": "user", "content": f"How many? {prompt.hint}"}
+    made.sample = processor({"messages": [question]}, generate=True)
+    first = made.sample["next_position"]
+    made.response.positions = [[first + i] * 3 for i in range(len(made.response.ids))]
+    return replace(made, prompt=prompt)
+
+
+def test_hints_go_no_further_than_asked_and_not_where_a_judge_failed(processor):
+    group = [rollout_of(processor, "wrong") for _ in range(2)]
+    group[0].prompt.record["meta"]["hints"] = ["a", "b", "c"]
+    levels = []
+
+    def ask(prompts):
+        levels.append(prompts[0].hint)
+        return [[hinted_rollout(processor, prompts[0], False) for _ in range(2)]]
+
+    assert grpo.helped(ask, [group, []], 2) == [group, []]
+    assert levels == ["a", "b"]
+    group[1].reward.right = None
+    assert grpo.helped(ask, [group], 2) == [group]
+    assert levels == ["a", "b"], "it may have been right"
+
+
+def test_what_a_hint_helped_to_is_learnt_as_the_answer_to_the_question_alone(processor):
+    """Token by token what the same answer without the hint would be."""
+    plain = rollout_of(processor, "3 4")
+    prompt = replace(plain.prompt, hint="a b c")
+    hinted = hinted_rollout(processor, prompt, True)
+    hinted.response.ids = plain.response.ids
+    hinted.response.sampled = plain.response.sampled
+    first = hinted.sample["next_position"]
+    hinted.response.positions = [[first + i] * 3 for i in range(len(plain.response.ids))]
+    assert first > plain.sample["next_position"]
+
+    learnt = training_sample(grpo.without_hint(hinted, plain), processor.tokenizer)
+    want = training_sample(plain, processor.tokenizer)
+    for key in ("tokens", "labels", "positions", "patches", "grids"):
+        assert torch.equal(learnt[key], want[key]), key
+    assert learnt["sampler"].isnan().all(), "it was sampled from another distribution"
+
+
+def test_a_step_learns_what_hints_helped_to(monkeypatch, run, processor):
+    """The numbers of the step are those of the questions as they stand."""
+    group = [rollout_of(processor, text) for text in ("1", "2", "3")]
+    group[0].prompt.record["meta"]["hints"] = ["a"]
+    step = Step(monkeypatch, run, processor, [group])
+    alone = grpo.sample_groups
+
+    def sample_groups(generator, prompts, *more):
+        if prompts == "prompts":
+            return alone(generator, prompts, *more)
+        return [[hinted_rollout(processor, prompts[0], True)]]
+
+    monkeypatch.setattr(grpo, "sample_groups", sample_groups)
+    policy = Table(1)
+    start = policy.scores.detach().clone()
+    values = step(policy, None, updates=1, beta=0.0, hints=2)
+    assert values["helped"] == 1 and values["right"] == 0 and values["dropped_groups"] == 1
+    assert math.isfinite(values["mismatch"])
+    [three] = processor.tokenizer.encode("3")
+    moved = policy.scores.detach() - start
+    assert moved[three] > 0 and moved.argmax() == three
+
+
 def test_what_the_judge_did_not_score_does_not_decide(processor):
     wrong = rollout_of(processor, "3")
     right = rollout_of(processor, "3", 1.0, 1.0)
@@ -452,7 +558,7 @@ class Table(nn.Module):
     forward = logprobs
 
 
-PLAN = {"group": 3, "updates": 2, "max_tokens": 12, "pack": 60}
+PLAN = {"group": 3, "updates": 2, "max_tokens": 12, "pack": 60, "hints": 0}
 RATE = 8.0
 BETA = 0.05
 

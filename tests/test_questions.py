@@ -132,6 +132,8 @@ def test_a_line_that_is_no_question_is_named(tmp_path, spoil):
     ({"answer": "2"}, 'meta with "answer" and "verifier", .* is missing'),
     ({"answer": 2, "verifier": "number"}, 'meta: "answer" must be a text, not int'),
     ({"answer": ["2"], "verifier": "exact"}, 'meta: "answer" must be a text, not list'),
+    ({"answer": "2", "verifier": "number", "hints": "1 + 1"}, 'meta: "hints" must be a list of'),
+    ({"answer": "2", "verifier": "number", "hints": ["1 + 1", 2]}, 'meta: "hints" must be a list'),
 ])
 def test_a_set_without_truths_is_refused_in_one_line(tmp_path, meta, why):
     write(tmp_path / "q.jsonl", [record() | {"meta": meta}])

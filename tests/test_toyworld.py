@@ -1054,6 +1054,23 @@ def test_what_reinforcement_asks_agrees_with_pixels_and_frames(world):
     assert len(DISCOVER) >= 10
 
 
+COUNTED = "difference others main_shape main_colour plus sum_three ranking".split()
+
+
+def test_hints_are_true_and_the_last_one_is_the_answer(world):
+    for split, record in both(world, "discover"):
+        meta = record["meta"]
+        seen, way, answer = meta["hints"]
+        assert answer == f"the answer is {meta['answer']}"
+        assert meta["answer"].split()[-1] in way
+        if meta["task"] in COUNTED:
+            things = scene_of(world, split, record).values()
+            counts = Counter(word for thing in things for word in thing)
+            counts["objects"] = len(things)
+            for name, number in re.findall(r"(\w+) (\d+)", seen):
+                assert counts[SINGULAR.get(name, name)] == int(number), record
+
+
 def test_nothing_shows_how_what_reinforcement_asks_is_answered(world):
     asked = {turns(record)[0][0] for _, record in both(world, "discover")}
     for path in (world / "train").glob("*.jsonl"):

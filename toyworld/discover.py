@@ -14,8 +14,13 @@ from toyworld.unit import PLURAL, VERIFIERS, Unit, ask, in_turn
 CORNERS = {"circle": 0, "square": 4, "triangle": 3, "star": 10, "cross": 12, "ring": 0}
 BACKWARDS = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
-# ------------------------------------------------------------- a scene -> (question, answer)
-# None where the scene cannot be asked.
+# ------------------------------------------------------- a scene -> (question, answer, hints)
+# None where the scene cannot be asked. The hints: what is to be seen, and then the way from there.
+
+
+def listed(counts):
+    """{"circle": 3, "star": 1} -> "circle 3, star 1"."""
+    return ", ".join(f"{name} {number}" for name, number in counts.items())
 
 
 def numbers(scene, attribute):
@@ -28,20 +33,26 @@ def difference(rng, scene):
     if len(counts) < 2:
         return None
     a, b = rng.sample(list(counts), 2)
-    return f"How many more {PLURAL[a]} than {PLURAL[b]} are there?", counts[a] - counts[b]
+    difference = counts[a] - counts[b]
+    hints = [listed({a: counts[a], b: counts[b]}), f"{counts[a]} - {counts[b]} = {difference}"]
+    return f"How many more {PLURAL[a]} than {PLURAL[b]} are there?", difference, hints
 
 
 def others(rng, scene):
     shape = rng.choice(scene.things).shape
-    number = len(scene.things) - numbers(scene, "shape")[shape]
-    return f"How many objects are not {PLURAL[shape]}?", number
+    every, these = len(scene.things), numbers(scene, "shape")[shape]
+    hints = [f"objects {every}, {shape} {these}", f"{every} - {these} = {every - these}"]
+    return f"How many objects are not {PLURAL[shape]}?", every - these, hints
 
 
 def most_often(scene, attribute):
-    counts = numbers(scene, attribute).most_common(2)
-    if len(counts) < 2 or counts[0][1] == counts[1][1]:
+    counts = numbers(scene, attribute)
+    if len(counts) < 2:
         return None
-    return f"Which {attribute} is there most often?", counts[0][0]
+    (most, number), (_, next_number) = counts.most_common(2)
+    if number == next_number:
+        return None
+    return f"Which {attribute} is there most often?", most, [listed(counts), f"{most} {number}"]
 
 
 def main_shape(rng, scene):
@@ -53,14 +64,16 @@ def main_colour(rng, scene):
 
 
 def colours(rng, scene):
-    return "How many colours are there?", len(numbers(scene, "colour"))
+    found = list(numbers(scene, "colour"))
+    numbered = listed({colour: i for i, colour in enumerate(found, 1)})
+    return "How many colours are there?", len(found), [", ".join(found), numbered]
 
 
 def lowest(rng, scene):
     *_, above, last = scene.things  # row by row
     if above.place // 3 == last.place // 3:
         return None
-    return "What colour is the lowest object?", last.colour
+    return "What colour is the lowest object?", last.colour, [last.where, last.seen]
 
 
 def opposite(rng, scene):
@@ -70,17 +83,22 @@ def opposite(rng, scene):
     if not pairs:
         return None
     t, other = rng.choice(pairs)
-    return f"What colour is the object opposite the {t.name}?", other.colour
+    hints = [other.where, other.seen]
+    return f"What colour is the object opposite the {t.name}?", other.colour, hints
 
 
 def corners(rng, scene):
     t = rng.choice(scene.things)
-    return f"How many corners has the object at the {t.where}?", CORNERS[t.shape]
+    number = CORNERS[t.shape]
+    hints = [t.shape, f"{t.shape} {number}"]
+    return f"How many corners has the object at the {t.where}?", number, hints
 
 
 def plus(rng, scene):
     more = rng.randint(1, 4)
-    return f"How many objects are there with {more} more?", len(scene.things) + more
+    here = len(scene.things)
+    hints = [f"objects {here}", f"{here} + {more} = {here + more}"]
+    return f"How many objects are there with {more} more?", here + more, hints
 
 
 def three_shapes(rng, scene):
@@ -98,7 +116,9 @@ def sum_three(rng, scene):
     names, counts = three_shapes(rng, scene)
     if not names:
         return None
-    return f"How many {names} are there together?", sum(counts.values())
+    total = sum(counts.values())
+    hints = [listed(counts), " + ".join(map(str, counts.values())) + f" = {total}"]
+    return f"How many {names} are there together?", total, hints
 
 
 def ranking(rng, scene):
@@ -107,7 +127,8 @@ def ranking(rng, scene):
     if not names or len(set(counts.values())) < 3:
         return None
     order = sorted(counts, key=counts.get)
-    return f"Sort {names} by number, fewest first.", " ".join(order)
+    hints = [listed(counts), listed({name: counts[name] for name in order})]
+    return f"Sort {names} by number, fewest first.", " ".join(order), hints
 
 
 # ------------------------------------------------------------------------------ the units
@@ -135,12 +156,18 @@ CHANCE = {"plus": 0.2, "ranking": round(1 / 6, 4)}
 NEAR = 0.5
 
 
+def levels(*hints, answer) -> list[str]:
+    """A question's hints, from the least to the whole answer (the levels of 2509.01563, 4.4.2)."""
+    return [*hints, f"the answer is {answer}"]
+
+
 def discover_unit(u: Unit):
     want = in_turn(u.task, u.index)
     if u.task == "backwards":
         name, item = motion_clip(u, BACKWARDS[want], cheap=True)
         text = f"Which way does the {name} move when the clip is played backwards?"
-        u.line("discover", [item], [ask(u.task, text, want, difficulty=2)])
+        hints = levels(BACKWARDS[want], f"{BACKWARDS[want]}, {want}", answer=want)
+        u.line("discover", [item], [ask(u.task, text, want, difficulty=2, hints=hints)])
         return
     make, things, shapes, difficulty = SCENES[u.task]
     while True:
@@ -150,8 +177,9 @@ def discover_unit(u: Unit):
         found = make(u.rng, scene)
         if found and want in (None, str(found[1])):
             break
-    text, answer = found
+    text, answer, hints = found
     chance = CHANCE.get(u.task, 0)
     near = {"near": NEAR} if VERIFIERS.get(u.task) == "number" else {}
-    question = ask(u.task, text, str(answer), chance=chance, difficulty=difficulty, **near)
+    more = near | {"hints": levels(*hints, answer=answer)}
+    question = ask(u.task, text, str(answer), chance=chance, difficulty=difficulty, **more)
     u.line("discover", [u.scene_picture(scene)], [question])
