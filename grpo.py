@@ -231,7 +231,7 @@ def helped(ask, groups: list[list[Rollout]], levels: int) -> list[list[Rollout]]
             break
         for i, again in zip(failed, ask([with_hint(groups[i][0].prompt, level) for i in failed])):
             plain = groups[i]
-            right = [rollout for rollout in again if rollout.reward.right]
+            right = [rollout for rollout in again if earns(rollout)]
             right = [without_hint(rollout, plain[0]) for rollout in right[: len(plain) // 2]]
             if right:
                 groups[i] = right + plain[len(right) :]
@@ -239,10 +239,18 @@ def helped(ask, groups: list[list[Rollout]], levels: int) -> list[list[Rollout]]
 
 
 def has_hint(group: list[Rollout], level: int) -> bool:
-    """Whether all responses of the group are wrong, and their question has a hint of this level."""
-    if not group or any(rollout.reward.right != 0 for rollout in group):
-        return False  # None: a judge has failed
+    """Whether no response of the group earns what a right one does, and there is such a hint."""
+    if not group or any(map(earns, group)):
+        return False
+    if any(rollout.reward.right is None for rollout in group):
+        return False  # a judge has failed: it may have been right
     return level < len(group[0].prompt.record["meta"].get("hints", []))
+
+
+def earns(rollout: Rollout) -> bool:
+    """Whether the response is right, in its mode's form, and was scored."""
+    reward = rollout.reward
+    return bool(reward.right and reward.format and reward.total is not None)
 
 
 def with_hint(prompt: Prompt, level: int) -> Prompt:
@@ -430,7 +438,7 @@ def grpo_step(
             log["entropy"] += entropy.tolist()
             log["kl"] += k3(now, start).tolist()
             mismatch = (old - batch["sampler"]).abs()
-            log["mismatch"] += mismatch[batch["sampler"].isfinite()].tolist()  # not of hinted ones
+            log["mismatch"] += mismatch[~batch["sampler"].isnan()].tolist()  # not of hinted ones
             batches.append(batch)
         if replay:
             log["replay_loss"].append(replay.backward(policy, plan["replay"]))

@@ -442,9 +442,10 @@ class KeyeVL(nn.Module):
         self.vit = ViT(cfg.vision, pooling_head)
         self.projector = Projector(cfg)
         self.decoder = Decoder(cfg)
-        # [(patches, decoder, ViT)], ascending: of a pack with at most so many patches, so many
-        # blocks' `recompute`; empty: as they are.
+        # (most patches, blocks of the decoder, of the ViT), ascending: the first row with room for
+        # a pack's patches says how many blocks run again. Without rows `recompute` stays as it is.
         self.recompute: list[tuple[int, int, int]] = []
+        self.planned_tokens = 0  # of the packs that the rows are for
         self.lm_head = None
         if not cfg.tie_word_embeddings:
             self.lm_head = Head(cfg.hidden_size, cfg.vocab_size, bias=False)
@@ -493,12 +494,18 @@ class KeyeVL(nn.Module):
             )
         return x.masked_scatter(holes[:, None], visual.type_as(x))
 
+    def choose_recompute(self, tokens: int, patches: int):
+        """The last row, the most careful one, is for packs that are longer than planned too."""
+        fitting = [row for row in self.recompute if patches <= row[0]]
+        row = self.recompute[-1]
+        if fitting and tokens <= self.planned_tokens:
+            row = fitting[0]
+        _, self.decoder.recompute, self.vit.recompute = row
+
     def hidden(self, batch: dict) -> Tensor:
         """Last hidden states (T, C) of a packed batch."""
-        for most, decoder, vit in self.recompute:
-            self.decoder.recompute, self.vit.recompute = decoder, vit
-            if len(batch["patches"]) <= most:
-                break
+        if self.recompute:
+            self.choose_recompute(len(batch["tokens"]), len(batch["patches"]))
         x = self.embed(batch)
         segments = Segments.of(batch["segments"].diff().tolist(), x.device)
         return self.decoder(x, batch["positions"], segments)

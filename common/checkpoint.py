@@ -7,7 +7,8 @@ leaves a valid one; torch.distributed.checkpoint lets another number of ranks re
 Of weights that do not learn it holds hashes alone. Whoever resumes has filled the model as at the
 stage's start, and the hashes say whether that is what was there. At 8B in stage 1, where the
 projector alone learns, this saves 17 GB a checkpoint, and costs once, by arithmetic on one card,
-some 20 s (3 GB/s to the host, 1.5 GB/s to hash).
+some 20 s (3 GB/s to the host, 1.5 GB/s to hash), on any number of cards. Stage 0's model is a part
+of the whole: of decoder and projector, which it leaves alone, there is no hash.
 
 Training waits only while the tensors are copied to the host; a thread writes them. At 8B they are
 104 GB (fp32 weights, two moments), 13 on each of eight cards: by arithmetic 4 s to copy (3 GB/s a

@@ -130,7 +130,7 @@ def with_switch(messages: list[dict], mode: str) -> list[dict]:
 
 
 def behind_question(messages: list[dict], words: str) -> list[dict]:
-    """A copy of the messages with these words right behind the last user text, if they are not.
+    """A copy of the messages with these words right behind the last user text, unless they are.
 
     ValueError where no user speaks.
     """

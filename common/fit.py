@@ -50,6 +50,7 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
         raise SystemExit(f"{run.stage} fits with weights in bf16 alone, not with --dtype fp32")
     model.decoder.recompute = plan.recompute_decoder
     model.vit.recompute = plan.recompute_vit
+    model.planned_tokens = pack
     model.recompute = again_by_patches(plan)
     if plan.recipe == "bf16":
         model.to(torch.bfloat16)

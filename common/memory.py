@@ -302,12 +302,12 @@ def loss_moments(job: Job, held, patches: int, copies: int, cast: bool, way: int
 
 
 def plan_of(
-    job: Job, recipe: str, again, capacity: float, name: str = "", packs: tuple = ()
+    job: Job, recipe: str, again, capacity: float, name: str = "", patches: tuple = ()
 ) -> Plan:
-    """At the fullest moment of packs with so many patches; of two: all text, and all pictures."""
+    """At the fullest moment of packs with so many patches each; else all text, and all pictures."""
     found = []
-    for patches in packs or {0, job.patches}:
-        found += moments(job, recipe, again, patches).items()
+    for number in patches or {0, job.patches}:
+        found += moments(job, recipe, again, number).items()
     moment, more = max(found, key=lambda pair: sum(pair[1].values()))
     return Plan(job, recipe, *again, state(job, recipe) | more, moment, capacity, name)
 
@@ -334,20 +334,24 @@ def choose(
     return least_again(plan)
 
 
-def least_again(plan: Plan, packs: tuple = ()) -> Plan:
-    """The plan with as few blocks run again as packs with so many patches allow; or as it is."""
+def least_again(plan: Plan, patches: tuple = ()) -> Plan:
+    """The plan with as few blocks run again as packs with so many patches allow; or as it is.
+
+    patches: numbers of them, as in plan_of.
+    """
     decoder, vit = plan.job.layers
     # The decoder's blocks first: there a byte that is kept saves more work.
     fewest = [(0, k) for k in range(vit)] + [(k, vit) for k in range(decoder)]
     for again in fewest:
-        better = plan_of(plan.job, plan.recipe, again, plan.capacity, plan.name, packs)
+        better = plan_of(plan.job, plan.recipe, again, plan.capacity, plan.name, patches)
         if better.fits:
             return better
     return plan
 
 
 def again_by_patches(plan: Plan) -> list[tuple[int, int, int]]:
-    """[(patches, decoder, ViT)]: with at most so many patches, so many blocks run again.
+    """[(most patches, decoder, ViT)], ascending: a pack with at most so many patches runs so many
+    blocks of each again.
 
     The plan is made for the fullest pack there can be. Most have fewer patches, and what these
     leave of the memory spares them work. In eighths (ours) of what a pack can have.

@@ -175,7 +175,7 @@ def test_the_smaller_the_card_the_more_blocks_run_again(tmp_path, monkeypatch):
         fit(run, model, EVERYTHING, 16384)
         plan = choose(PRESETS["8b"], EVERYTHING, 16384, 8, total * GIB, compiled=False)
         assert again(model) == (plan.recompute_decoder, plan.recompute_vit)
-        assert model.recompute == again_by_patches(plan)
+        assert model.recompute == again_by_patches(plan) and model.planned_tokens == 16384
         decoder, vit = again(model)
         assert vit == 27 or not decoder
         [said] = run.said

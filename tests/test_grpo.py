@@ -392,6 +392,26 @@ def hinted_rollout(processor, prompt, right) -> Rollout:
     return replace(made, prompt=prompt)
 
 
+def test_hints_help_to_what_earns_something(processor):
+    """A right answer out of its form earns nothing: it neither ends the hints nor is learnt."""
+    group = [rollout_of(processor, "wrong") for _ in range(4)]
+    group[0].prompt.record["meta"]["hints"] = ["a", "b"]
+    group[1].reward.right, group[1].reward.format = 1.0, 0.0
+
+    def ask(prompts):
+        [prompt] = prompts
+        again = [hinted_rollout(processor, prompt, True) for _ in range(4)]
+        out_of_form = again if prompt.hint == "a" else again[:2]
+        for rollout in out_of_form:
+            rollout.reward.format = 0.0
+        again[3].reward.total = None if prompt.hint == "b" else 0.0  # a judge has failed
+        return [again]
+
+    [after] = grpo.helped(ask, [group], 2)
+    assert [grpo.earns(rollout) for rollout in after] == [True, False, False, False]
+    assert after[1:] == group[1:]
+
+
 def test_hints_go_no_further_than_asked_and_not_where_a_judge_failed(processor):
     group = [rollout_of(processor, "wrong") for _ in range(2)]
     group[0].prompt.record["meta"]["hints"] = ["a", "b", "c"]

@@ -395,6 +395,15 @@ def test_any_file_that_the_disk_does_not_give_is_named(tmp_path, bad_disk, name)
     assert str(caught.value) == f"{path}: cannot be read: Input/output error"
 
 
+def test_a_line_that_the_disk_gives_no_more_is_a_bad_line(tmp_path, bad_disk):
+    """It was there when the file was indexed."""
+    lines = Lines(long_lines(tmp_path / "a.jsonl"))
+    bad_disk(2 * 5000 + 40)
+    assert lines[0]["n"] == 1
+    with pytest.raises(ValueError, match=f"{lines.where(2)}: .*cannot be read: Input/output error"):
+        lines[2]
+
+
 def test_an_array_that_the_disk_does_not_give_is_named(tmp_path, bad_disk):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"n": 1, "text": "x" * 5000}] * 2))

@@ -253,7 +253,7 @@ def test_packs_of_fewer_patches_run_less_again(gpu, size, world, learns):
     plan = plan_on(gpu, size, learns, world)
 
     def fits(again, patches):
-        return plan_of(plan.job, plan.recipe, again, plan.capacity, packs=(patches,)).fits
+        return plan_of(plan.job, plan.recipe, again, plan.capacity, patches=(patches,)).fits
 
     rows = again_by_patches(plan)
     assert rows[-1][0] == plan.job.patches

@@ -387,9 +387,13 @@ def test_a_packs_patches_decide_how_many_blocks_run_again():
     patches = len(batch["patches"])
     for most, blocks in ((patches - 1, (1, 2)), (patches, (0, 1))):
         keye.recompute = [(most, 0, 1), (2 * patches, 1, 2)]
+        keye.planned_tokens = len(batch["tokens"])
         _, got = gradients(keye, [batch])
         assert (keye.decoder.recompute, keye.vit.recompute) == blocks
         assert all(torch.equal(want[name], grad) for name, grad in got.items())
+    keye.planned_tokens -= 1  # a longer pack than planned: what the fullest one needs
+    gradients(keye, [batch])
+    assert (keye.decoder.recompute, keye.vit.recompute) == (1, 2)
 
 
 # -- the KV cache ----------------------------------------------------------------------------------

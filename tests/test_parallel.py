@@ -207,7 +207,7 @@ def run_again_apart(argv):
     def gradients(decoder, vit):
         torch.manual_seed(0)
         model = shard(KeyeVL(cfg).init_weights(), run)
-        model.recompute = [(100, decoder, vit)]
+        model.recompute, model.planned_tokens = [(100, decoder, vit)], 100
         loss, _ = model.loss(batch)
         loss.backward()
         return {name: p.grad.to_local() for name, p in model.named_parameters()}

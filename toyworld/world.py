@@ -167,23 +167,25 @@ def code_hash() -> str:
 
 
 def finished(out, settings):
-    """world.json's content where `out` holds this very world, all of it.
-
-    FileExistsError where it is none.
-    """
+    """world.json's content where `out` holds this very world. FileExistsError where it is none."""
     path = out / "world.json"
     if path.is_file():
         world = json.loads(path.read_text())
-        same = world["settings"] == settings and files_of(out) == world["files"]
-        return world if same else None
+        return world if world["settings"] == settings else None
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(
             f"{out}: exists and is no toy world (no world.json); remove it or choose another --out"
         )
 
 
+def lost(out, world) -> list[str]:
+    """Which folders have fewer pictures or clips than were drawn: what cleans a disk takes some."""
+    there = files_of(out)
+    return [name for name, n in world["files"].items() if there.get(name, 0) < n]
+
+
 def files_of(out):
-    """How many pictures and clips are there: what cleans a disk may have taken some."""
+    """How many pictures and clips are there."""
     return {media: len(os.listdir(out / media)) for media in MEDIA if (out / media).is_dir()}
 
 
@@ -213,7 +215,7 @@ def make_world(
 
     pictures, clips: how many of train (None: the size's). heldout: questions of a held-out task.
     workers: processes (1: none besides this one). A world of the same settings and code is kept,
-    and the result has "reused". Raises FileExistsError where `out` holds something that is no
+    and the result has "reused"; files that it has lost are put back. Raises FileExistsError where `out` holds something that is no
     world, ValueError for an unknown size.
     """
     if size not in SIZES:
@@ -223,9 +225,12 @@ def make_world(
     settings = {"size": size, "pictures": pictures, "clips": clips, "seed": seed}
     settings |= {"heldout": heldout, "code": code_hash()}
     out = Path(out)
-    world = finished(out, settings)
-    if world:
-        return world | {"reused": True}
+    old = finished(out, settings)
+    gone = lost(out, old) if old else []
+    if old and not gone:
+        return old | {"reused": True}
+    if gone:
+        print(f"{out}: files are gone from {', '.join(gone)}; they are drawn again")
 
     # Drawn beside `out` and renamed when it is complete: never half a world.
     began = time.time()
@@ -234,7 +239,12 @@ def make_world(
     counts = plan(pictures, clips, heldout, size)
     texts = draw_all(part, counts, size, seed, workers, progress)
     world = write_world(part, settings, texts)
-    if out.exists():  # an empty folder, or a world of other settings
-        shutil.rmtree(out)
-    os.replace(part, out)
+    if old:  # somebody may have changed lines, or put files of their own beside
+        for media in gone:
+            shutil.copytree(part / media, out / media, dirs_exist_ok=True)
+        shutil.rmtree(part)
+    else:
+        if out.exists():  # an empty folder, or a world of other settings
+            shutil.rmtree(out)
+        os.replace(part, out)
     return world | {"seconds": round(time.time() - began, 1)}
