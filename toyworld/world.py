@@ -215,8 +215,8 @@ def make_world(
 
     pictures, clips: how many of train (None: the size's). heldout: questions of a held-out task.
     workers: processes (1: none besides this one). A world of the same settings and code is kept,
-    and the result has "reused"; files that it has lost are put back. Raises FileExistsError where `out` holds something that is no
-    world, ValueError for an unknown size.
+    and the result has "reused"; files that it has lost are put back. Raises FileExistsError where
+    `out` holds something that is no world, ValueError for an unknown size.
     """
     if size not in SIZES:
         raise ValueError(f"size {size!r}: one of {', '.join(SIZES)}")
