@@ -229,7 +229,8 @@ def helped(ask, groups: list[list[Rollout]], levels: int) -> list[list[Rollout]]
         failed = [i for i, group in enumerate(groups) if has_hint(group, level)]
         if not failed:
             break
-        for i, again in zip(failed, ask([with_hint(groups[i][0].prompt, level) for i in failed])):
+        prompts = [with_hint(groups[i][0].prompt, level) for i in failed]
+        for i, again in zip(failed, ask(prompts)):
             plain = groups[i]
             right = [rollout for rollout in again if earns(rollout)]
             right = [without_hint(rollout, plain[0]) for rollout in right[: len(plain) // 2]]

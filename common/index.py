@@ -112,20 +112,24 @@ def forget_earlier(made: Path):
                 entry.unlink()
 
 
-def unreadable(where, error: OSError) -> Exception:
-    """What to raise where the disk does not give what a file holds: python names no file then."""
+def unreadable(error: OSError, where: Path | str = "") -> Exception:
+    """What to raise where the disk does not give what a file holds: python names no file then.
+
+    An error that has a name stays: the whole file cannot be opened.
+    """
     if error.filename is not None:
         return error
-    return ValueError(f"{where}: cannot be read: {error.strerror or error}")
+    place = f"{where}: " if where else ""
+    return ValueError(f"{place}cannot be read: {error.strerror or error}")
 
 
 @contextmanager
-def naming(path: Path):
-    """ValueError with the file's name for what the disk does not give."""
+def naming(where: Path | str):
+    """ValueError that says where for what the disk does not give."""
     try:
         yield
     except OSError as e:
-        raise unreadable(path, e) from None
+        raise unreadable(e, where) from None
 
 
 def digest(*facts) -> str:
@@ -156,10 +160,8 @@ def write_places(source: Path, target: Path):
     offset, number, data = 0, 1, bytearray()
     with open(source, "rb") as file, open(target, "wb") as out:
         while True:
-            try:
+            with naming(f"{source}: byte {offset + len(data) + 1}"):
                 block = file.read(BLOCK)
-            except OSError as e:
-                raise unreadable(f"{source}: byte {offset + len(data) + 1}", e) from None
             if not block:
                 break
             data += block

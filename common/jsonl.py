@@ -154,9 +154,7 @@ def _ours(read: Callable[[], dict]) -> dict:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except OSError as e:
-        if e.filename is not None:  # its whole file cannot be opened
-            raise
-        raise ValueError(f"cannot be read: {e.strerror or e}") from None
+        raise unreadable(e) from None
 
 
 def _parse(data: bytes) -> dict:
@@ -181,7 +179,7 @@ def _lines(file, path: Path) -> Iterator[tuple[int, int, bytes]]:
                 yield number, offset, line
             offset += len(line)
     except OSError as e:
-        raise unreadable(f"{path}:{number + 1}", e) from None
+        raise unreadable(e, f"{path}:{number + 1}") from None
 
 
 def _elements(data: bytes) -> Iterator[tuple[int, int, bytes]]:

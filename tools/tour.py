@@ -211,7 +211,8 @@ def trained(run: Path) -> dict[str, tuple]:
     there = {phase: folder for phase, folder in folders.items() if folder.is_dir()}
     if not there:
         raise SystemExit(
-            f"{run}: no model of {', '.join(PHASES)}; `make toy` trains them, in half an hour or more"
+            f"{run}: no model of {', '.join(PHASES)}; "
+            "`make toy` trains them, in half an hour or more"
         )
     return {phase: load(folder, "cpu") for phase, folder in there.items()}
 

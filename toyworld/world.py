@@ -201,6 +201,18 @@ def write_world(part, settings, texts):
     return world
 
 
+def put_in_place(part, out, gone):
+    """A world that was drawn aside takes its place, or gives what is gone from `out` back."""
+    if gone:  # somebody may have changed lines, or put files of their own beside
+        for media in gone:
+            shutil.copytree(part / media, out / media, dirs_exist_ok=True)
+        shutil.rmtree(part)
+        return
+    if out.exists():  # an empty folder, or a world of other settings
+        shutil.rmtree(out)
+    os.replace(part, out)
+
+
 def make_world(
     out: str | Path,
     size: str = "toy",
@@ -239,12 +251,5 @@ def make_world(
     counts = plan(pictures, clips, heldout, size)
     texts = draw_all(part, counts, size, seed, workers, progress)
     world = write_world(part, settings, texts)
-    if old:  # somebody may have changed lines, or put files of their own beside
-        for media in gone:
-            shutil.copytree(part / media, out / media, dirs_exist_ok=True)
-        shutil.rmtree(part)
-    else:
-        if out.exists():  # an empty folder, or a world of other settings
-            shutil.rmtree(out)
-        os.replace(part, out)
+    put_in_place(part, out, gone)
     return world | {"seconds": round(time.time() - began, 1)}
