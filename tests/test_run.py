@@ -317,15 +317,15 @@ def test_a_scorer_that_fails_costs_no_training(tmp_path, capfd):
 
 def one_cannot_score(argv):
     """A phase whose sharded model is asked; memory ends on rank 1 before or after that."""
-    out, when = argv
+    out, when, device = argv
     processes.GRACE = 0.2  # a test need not wait for errors that reach the terminal
-    run, model, _ = begin(out)
+    run, model, _ = begin(out, "--device", device)
 
     def scorer():
         if when == "before" and run.rank == 1:
             raise torch.OutOfMemoryError("no memory left")
         with torch.no_grad():
-            model.loss(draw_pack(0, 1))
+            model.loss(run.to(draw_pack(0, 1)))
         run.barrier()
         if when == "after" and run.rank == 1:
             processes.GRACE = 60
@@ -341,8 +341,11 @@ def one_cannot_score(argv):
     run.close()
 
 
-def test_a_rank_that_cannot_score_alone_ends_all_that_wait_for_it(tmp_path):
-    said = in_processes(one_cannot_score, [tmp_path, "before"], ranks=2, code=1)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_rank_that_cannot_score_alone_ends_all_that_wait_for_it(tmp_path, device):
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    said = in_processes(one_cannot_score, [tmp_path, "before", device], ranks=2, code=1)
     folder = folder_of(tmp_path)
     assert (
         "rank 1 ends: it alone could not score small (OutOfMemoryError: no memory left), and the "
@@ -350,13 +353,13 @@ def test_a_rank_that_cannot_score_alone_ends_all_that_wait_for_it(tmp_path):
         "again, also without torchrun"
     ) in said
     assert "the next phase" not in said
-    said = in_processes(one_cannot_score, [tmp_path, "before"])
+    said = in_processes(one_cannot_score, [tmp_path, "before", device])
     assert "small is trained" in said and "the next phase" in said
     assert json.loads((folder / "score.json").read_text()) == {"plain": 0.5}
 
 
 def test_a_rank_that_nobody_waits_for_ends_nothing(tmp_path):
-    said = in_processes(one_cannot_score, [tmp_path, "after"], ranks=2)
+    said = in_processes(one_cannot_score, [tmp_path, "after", "cpu"], ranks=2)
     assert "MemoryError: no memory left" in said and "the next phase" in said
     assert "ends" not in said
 
