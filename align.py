@@ -368,6 +368,22 @@ def losses_of_pairs(run: Run, model, batch: dict, shift: float) -> dict:
     return mpo_loss(policy, reference, nll, shift)
 
 
+def gradients_of_pairs(run, model, batches, pairs: float, shift: float, replay, weight) -> dict:
+    """Adds the gradients of a step with `pairs` on all ranks; -> means of its losses."""
+    log = defaultdict(list)
+    for batch in batches:
+        parts = losses_of_pairs(run, model, batch, shift)
+        (parts["total"].sum() / pairs).backward()
+
+        parts["right"] = (parts["margin"] > 0).float()
+        for name, values in parts.items():
+            log[name] += values.flatten().tolist()
+
+    if replay:
+        log["replay_loss"].append(replay.backward(model, weight))
+    return run.means(log)
+
+
 def mpo(run: Run, init: Path, data: Path, lr: float, steps: int, mix=(), weight: float = 0.0):
     """MPO on data/train.jsonl, from the model in `init`; leaves run.folder/model.
 
@@ -397,18 +413,7 @@ def mpo(run: Run, init: Path, data: Path, lr: float, steps: int, mix=(), weight:
         if not pairs:
             raise ValueError(f"step {step}: no pair in any pack; look at {data} and the log")
 
-        log = defaultdict(list)
-        for batch in batches:
-            parts = losses_of_pairs(run, model, batch, shift.value())
-            (parts["total"].sum() / pairs).backward()
-
-            parts["right"] = (parts["margin"] > 0).float()
-            for name, values in parts.items():
-                log[name] += values.flatten().tolist()
-
-        if replay:
-            log["replay_loss"].append(replay.backward(model, weight))
-        means = run.means(log)
+        means = gradients_of_pairs(run, model, batches, pairs, shift.value(), replay, weight)
         loss, rewards = means.pop("total"), means.pop("rewards")
         norm = clip_gradients(model)
         skip = run.should_skip(loss, norm)
