@@ -585,6 +585,16 @@ def test_a_gradient_explodes_against_the_median_of_the_last_hundred(tmp_path):
     assert run.should_skip(1.0, 11.0), "the usual follows"
 
 
+def test_what_a_model_that_knows_nearly_all_still_has_to_learn_is_no_explosion(tmp_path):
+    run, _, _ = begin(tmp_path)
+    for _ in range(200):
+        assert not run.should_skip(1e-4, 0.01)
+    for _ in range(30):
+        assert not run.should_skip(0.1, 4.9)
+        assert not run.should_skip(1e-4, 0.01)
+    assert run.should_skip(9.0, 5.1)
+
+
 def test_steps_without_a_gradient_say_nothing_of_the_usual(tmp_path):
     run, _, _ = begin(tmp_path)
     for step in range(300):  # of a group whose answers are all right there is none
