@@ -39,10 +39,10 @@ from common.conversation import check_training, media_items
 from common.facts import as_object
 from common.failures import say_failures
 from common.fit import EVERYTHING, compiling_pays, fit, packs_at_once
-from common.loader import Loader, split_packs
+from common.loader import Loader
 from common.memory import CARDS, dry_run
 from common.optim import clip_gradients, make_optimizer, schedule, set_lr
-from common.packing import join, packing
+from common.packing import first_packing, join, packing
 from common.parallel import assign, pass_around, ring_pass, shard
 from common.processes import Peers, join_processes
 from common.questions import check_heldout, files_or_exit, needs_one, say_files
@@ -681,8 +681,7 @@ def say_needs(args):
     for name in chosen_stages(args):
         stage = name.split("-")[0]
         stages[stage] = LEARNS[stage]
-    scale = SCALE[args.size]
-    pack, packs = split_packs(scale.pack, args.packs or scale.packs, args.gpus)
+    pack, packs = first_packing(args.size, args.packs, args.gpus)
     print(dry_run(
         PRESETS[args.size], stages, pack, packs // args.gpus, args.gpu, args.gpus,
         limit=args.gpu_memory * 1e9 if args.gpu_memory else float("inf"),

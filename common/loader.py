@@ -48,14 +48,16 @@ log = logging.getLogger("loader")
 CHOICE = 32
 
 
-def split_packs(pack_tokens: int, packs: int, world: int) -> tuple[int, int]:
-    """(tokens of a pack, packs of a step) on `world` ranks, of as many tokens in all.
+def split_packs(pack_tokens: int, packs: int, world: int, whole: bool) -> tuple[int, int]:
+    """(tokens of a pack, packs of a step) on `world` ranks.
 
-    They stay as they are where the packs can be dealt out evenly, else there are more and smaller
-    ones. A run that goes on keeps those that it began with.
+    They stay as they are where the packs can be dealt out evenly, else there are more. whole: these
+    are as long, so that no sample is too long on many cards, and a step has more tokens; otherwise
+    a step keeps its tokens, and packs are shorter. A run that goes on keeps those that it began
+    with.
     """
     dealt = math.ceil(packs / world) * world
-    return pack_tokens * packs // dealt, dealt
+    return pack_tokens if whole else pack_tokens * packs // dealt, dealt
 
 
 def linear_cost(text_tokens: int, grids: list[tuple]) -> float:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from common.checkpoint import checkpoints
 from common.loader import split_packs
+from common.run import released
 from model import SCALE
 
 
@@ -17,9 +18,17 @@ def packing(run) -> tuple[int, int]:
 
     A run that goes on keeps those of its checkpoint, on whatever number of ranks.
     """
-    scale = SCALE[run.args.size]
-    kept = kept_packing(run)
-    return kept or split_packs(scale.pack, run.args.packs or scale.packs, run.world)
+    return kept_packing(run) or first_packing(run.args.size, run.args.packs, run.world)
+
+
+def first_packing(size: str, packs: int | None, world: int) -> tuple[int, int]:
+    """That of a run that begins. packs: of --packs, if given.
+
+    ours: small models keep the tokens of a step on any number of ranks, and learn the same; at
+    released sizes long samples count for more.
+    """
+    scale = SCALE[size]
+    return split_packs(scale.pack, packs or scale.packs, world, whole=released(size))
 
 
 def kept_packing(run) -> tuple[int, int] | None:

@@ -23,6 +23,7 @@ from test_media import noise
 
 from common import index
 from common.loader import Loader, split_packs
+from common.packing import first_packing
 from data import Processor
 from model import SCALE
 
@@ -245,9 +246,17 @@ def test_ranks_plan_their_own_packs_and_tell_each_other_where_they_are(world, tm
 
 
 def test_packs_are_split_for_the_ranks():
-    assert split_packs(8192, 64, 8) == (8192, 64)
-    assert split_packs(4096, 1, 3) == (1365, 3)
-    assert split_packs(8192, 64, 128) == (4096, 128)
+    for whole in (False, True):
+        assert split_packs(8192, 64, 8, whole) == (8192, 64)
+    assert split_packs(4096, 1, 3, whole=False) == (1365, 3)
+    assert split_packs(8192, 64, 128, whole=False) == (4096, 128)
+
+
+def test_packs_of_released_sizes_are_as_long_on_any_number_of_ranks():
+    assert split_packs(8192, 64, 12, whole=True) == (8192, 72)
+    assert split_packs(8192, 64, 128, whole=True) == (8192, 128)
+    assert first_packing("8b", 64, 12) == (8192, 72)
+    assert first_packing("tiny", None, 8) == (2048, 8)
 
 
 def test_a_state_of_another_version_is_refused(world, processor):
