@@ -144,8 +144,30 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     return parser
 
 
+# What --plan takes: counts of what there must be, rates above 0, shares up to 1. Other numbers may
+# be 0, which leaves a thing out: replay, beta, hints.
+ONE_AT_LEAST = (
+    "steps", "filtered", "samples", "asked", "rounds", "prompts", "round_steps", "measured", "kept",
+    "updates", "max_tokens", "pack",
+)
+RATES = ("lr", "round_lr")
+SHARES = ("discover", "least")
+
+
+def is_allowed(name: str, number: float) -> tuple[bool, str]:
+    """Whether --plan may give a name this number, and in words what it may."""
+    if name in RATES:
+        return 0 < number < math.inf, "above 0"
+    if name in SHARES:
+        return 0 <= number <= 1, "from 0 to 1"
+    least = 1 if name in ONE_AT_LEAST else 0
+    if name == "group":
+        least = 2  # responses are compared with each other
+    return least <= number < math.inf, f"at least {least}"
+
+
 def plan_of(args, plans: dict[str, dict]) -> dict:
-    """The size's numbers, changed by --plan. SystemExit where that names none of them."""
+    """The size's numbers, changed by --plan. SystemExit where one has no such name, or value."""
     plan = dict(plans.get(args.size, plans["released"]))
     for change in args.plan:
         name, _, number = change.partition("=")
@@ -156,6 +178,9 @@ def plan_of(args, plans: dict[str, dict]) -> dict:
             plan[name] = type(plan[name])(number)
         except ValueError:
             raise SystemExit(f"--plan {change}: {number!r} is no number for {name}") from None
+        allowed, what = is_allowed(name, plan[name])
+        if not allowed:
+            raise SystemExit(f"--plan {change}: {name} must be finite and {what}")
     return plan
 
 

@@ -85,6 +85,64 @@ def test_a_wrong_change_of_the_plan_is_refused(change, said):
         plan_of(parse("--plan", change), PLANS)
 
 
+NUMBERS = {
+    "toy": {
+        "lr": 1e-3, "round_lr": 1e-3, "steps": 9, "group": 4, "discover": 0.5, "least": 1.0,
+        "replay": 1.0, "beta": 0.0, "hints": 3,
+    },
+    "released": {},
+}
+
+
+@pytest.mark.parametrize("change, allowed", [
+    ("lr=0", "above 0"),
+    ("round_lr=-1e-4", "above 0"),
+    ("lr=nan", "above 0"),
+    ("lr=inf", "above 0"),
+    ("lr=1e400", "above 0"),
+    ("steps=0", "at least 1"),
+    ("steps=-3", "at least 1"),
+    ("group=1", "at least 2"),
+    ("discover=1.5", "from 0 to 1"),
+    ("least=nan", "from 0 to 1"),
+    ("replay=-1", "at least 0"),
+    ("replay=inf", "at least 0"),
+    ("beta=nan", "at least 0"),
+    ("hints=-1", "at least 0"),
+])
+def test_a_plan_that_trains_nothing_or_backwards_is_refused(change, allowed):
+    with pytest.raises(SystemExit) as refusal:
+        plan_of(parse("--plan", change), NUMBERS)
+    name = change.partition("=")[0]
+    assert str(refusal.value) == f"--plan {change}: {name} must be finite and {allowed}"
+
+
+def test_the_edges_of_what_a_plan_may_have_are_taken():
+    edges = {
+        "lr": 1e-9, "round_lr": 3.0, "steps": 1, "group": 2, "discover": 0.0, "least": 1.0,
+        "replay": 0.0, "beta": 0.0, "hints": 0,
+    }
+    changes = [flag for name, n in edges.items() for flag in ("--plan", f"{name}={n}")]
+    assert plan_of(parse(*changes), NUMBERS) == edges
+
+
+def test_every_name_of_a_plan_has_its_limits():
+    """Those that may be 0 are few: a new name must say which it is."""
+    import align
+    import coldstart
+    import grpo
+    import sft
+
+    may_be_0 = set()
+    for script in (sft, align, coldstart, grpo):
+        for plan in script.PLAN.values():
+            numbers = {k: v for k, v in plan.items() if isinstance(v, (int, float))}
+            may_be_0 |= {name for name in numbers if run_module.is_allowed(name, 0)[0]}
+            for name, number in numbers.items():
+                assert run_module.is_allowed(name, number)[0], name
+    assert may_be_0 == {"replay", "beta", "hints", "discover", "least"}
+
+
 def test_the_least_values_are_taken():
     args = parse("--steps", "1", "--workers", "0", "--seed", "0", "--save-every", "1")
     assert (args.steps, args.workers, args.seed, args.save_every) == (1, 0, 0, 1)
