@@ -608,6 +608,22 @@ def chosen_stages(args) -> list[str]:
     return names
 
 
+def refuse_beside_init(args, names: list[str]):
+    """SystemExit for flags that would go unread, since --init brings weights and words of its own.
+
+    Stage 0 reads --init-vit even then: its ViT and text tower are SigLIP's.
+    """
+    unread = {"--init-llm": args.init_llm, "--vocab": args.vocab}
+    if "0" not in names:
+        unread["--init-vit"] = args.init_vit
+    given = [f"{flag} {value}" for flag, value in unread.items() if value]
+    if args.init and given:
+        raise SystemExit(
+            f"--init {args.init} brings its own weights and vocabulary: beside it no stage reads "
+            f"{', '.join(given)}"
+        )
+
+
 def model_before(args, first: str) -> Path | None:
     """Where the first stage starts: --init, what the last stage before it left, or None: fresh."""
     if args.init:
@@ -694,6 +710,7 @@ def main(args):
     folder = data_folder(args)
     plan = plan_of(args, PLAN)
     names = chosen_stages(args)
+    refuse_beside_init(args, names)
     if not args.data and not folder.exists():
         draw_world(args, folder)
     processor = first_processor(args)

@@ -313,6 +313,24 @@ def test_an_unknown_stage_is_named(tmp_path):
         start(*flags(tmp_path, "--data", world()), stage="0,4")
 
 
+@pytest.mark.parametrize("stage, unread", [
+    ("2", {"init_llm": "no/llm"}),
+    ("0", {"vocab": "no/vocab.json"}),
+    ("1,2", {"init_vit": "no/vit"}),
+    (None, {"init_llm": "no/llm", "vocab": "no/vocab.json"}),
+])
+def test_what_no_stage_reads_beside_init_is_refused(stage, unread, tmp_path):
+    with pytest.raises(SystemExit, match="^--init no/model brings its own ") as refusal:
+        start("--init", "no/model", "--data", tmp_path, stage=stage, **unread)
+    said = [f"--{name.replace('_', '-')} {value}" for name, value in unread.items()]
+    assert str(refusal.value).endswith(f"no stage reads {', '.join(said)}")
+
+
+def test_stage_0_reads_siglip_beside_init_too(stages):
+    stages("--init", first_model(), stage="0", init_vit="siglip")
+    assert stages.done == [("0", first_model())]
+
+
 def test_missing_data_say_which_file_and_how_to_get_one(tmp_path):
     with pytest.raises(SystemExit) as caught:
         start(*flags(tmp_path, "--data", tmp_path / "none"))
