@@ -42,6 +42,7 @@ CARDS = {
     "RTX 4090": 23.6,
     "RTX 3090": 23.6,
 }
+MOST_CARDS = 2**16  # that a dry run plans for. # ours: more than anyone has in one job
 # What tensors cannot use of it
 CONTEXT = 0.6 * GIB  # CUDA's, with the kernels' code: 0.52 measured on an H100
 NCCL = GIB  # its buffers, where there are several cards. # ours
@@ -506,8 +507,12 @@ def dry_run(
     """What each stage would need on so many cards. stages: {name: what learns}, as for choose.
 
     pack, packs: tokens of a pack, and a card's packs of a step; gpu: one of CARDS; limit: bytes
-    that a run may have of it.
+    that a run may have of it. SystemExit where there are too many cards for any plan.
     """
+    if world > MOST_CARDS:
+        raise SystemExit(f"--gpus {world}: a dry run plans for at most {MOST_CARDS:,} cards")
+    if pack < 1:
+        raise SystemExit(f"--gpus {world}: a step has too few tokens for so many cards")
     card = min(CARDS[gpu] * GIB, limit)
     plans = []
     for name, learns in stages.items():

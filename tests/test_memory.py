@@ -352,6 +352,25 @@ def test_a_dry_run_of_a_part_of_a_card():
     assert column(said, "card") == [f"{24e9 / GIB:.2f}"] and column(said, "fits") == ["NO"]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_dry_run_of_as_many_cards_as_there_can_be(name):
+    """However few tokens are left to each: nothing divides by zero."""
+    for pack in (1, 5, 8192):
+        said = dry_run(PRESETS[name], STAGES, pack, 1, "H100", memory.MOST_CARDS)
+        assert f"65536 x H100, 1 packs of {pack:,} tokens" in said
+
+
+@pytest.mark.parametrize("pack, world, said", [
+    (8192, 65_537, "--gpus 65537: a dry run plans for at most 65,536 cards"),
+    (0, 1_000_000, "--gpus 1000000: a dry run plans for at most 65,536 cards"),
+    (0, 60_000, "--gpus 60000: a step has too few tokens for so many cards"),
+])
+def test_a_dry_run_of_more_cards_is_refused(pack, world, said):
+    with pytest.raises(SystemExit) as refusal:
+        dry_run(PRESETS["8b"], {"2": EVERYTHING}, pack, 1, "H100", world)
+    assert str(refusal.value) == said
+
+
 def column(said: str, name: str) -> list[str]:
     """The cells of a row: nine characters each behind its name, up to the formula or note."""
     [row] = [row for row in said.split("\n") if row.strip().startswith(name)]

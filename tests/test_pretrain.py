@@ -289,6 +289,12 @@ def test_a_dry_run_plans_as_the_run_would(capsys):
     assert re.search(r" card +22\.35", said) and re.search(r"packs as one +1 ", said)
 
 
+def test_a_dry_run_of_a_million_cards_is_refused():
+    how = {"stage": "2", "init_llm": None, "gpus": 1_000_000, "gpu": "H100"}
+    with pytest.raises(SystemExit, match="^--gpus 1000000: a dry run plans for at most 65,536 "):
+        pretrain.say_needs(arguments_of(pretrain, "--size", "8b", **how))
+
+
 def test_what_an_earlier_run_has_left_is_not_passed_by_in_silence(tmp_path, capsys):
     left = tmp_path / "8b" / "pretrain-1" / "model"
     left.mkdir(parents=True)
