@@ -25,7 +25,7 @@ import torch
 from common.checkpoint import export, fingerprint, on_main, resume, save_if_due
 from common.conversation import link_media, text_of
 from common.failures import leave_out, say_failures
-from common.fit import EVERYTHING, fit, packs_at_once
+from common.fit import EVERYTHING, fit, packs_at_once, refuse_beyond_memory
 from common.jsonl import write_lines
 from common.loader import Loader
 from common.media import MediaError
@@ -47,7 +47,7 @@ from common.verifiers import verify
 from data import Processor
 from evaluate import score_phase
 from generate import Generator
-from model import SCALE, KeyeVL, sample_flops, step_work
+from model import SCALE, KeyeVL, config_of, sample_flops, step_work
 
 # ours, every number: Keye states none. filtered: the lines of each file that the filter asks (the
 # others are trained on unasked); samples: answers to each
@@ -311,6 +311,7 @@ def main(args):
 
     run = start_from(args, "sft", init, list(sources_of(folder).values()), made_from)
     if not run.trained():
+        refuse_beyond_memory(run, config_of(init))  # before the model is loaded to be asked
         mix = build_mixture(run, init, folder, plan)
         finetune(run, init, mix, plan["lr"], args.steps or plan["steps"])
         run.mark_trained()

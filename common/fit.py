@@ -7,16 +7,23 @@
 """
 
 import gc
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch.utils._triton import has_triton
 
-from common.memory import again_by_patches, choose, most_packs, table
+from common.memory import again_by_patches, choose, counted, job_of, most_packs, table
 from common.packing import packing
 from common.run import Run, released
-from model import PRESETS, Config, compile_blocks
+from model import PRESETS, SCALE, Config, compile_blocks
 
 EVERYTHING = ("vit", "projector", "decoder")  # that can learn
+
+PROC = Path("/proc")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) -> dict:
@@ -25,12 +32,14 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
     learns: the parts of it that are trained; pack: tokens of a micro-batch; copies: of the model in
     bf16, that must fit on the card beside it. On CUDA the device's memory decides (see
     common/memory.py), and the arithmetic is said; elsewhere all is in fp32, and released sizes
-    recompute all blocks. Returns what make_optimizer takes of the choice.
+    recompute all blocks. Returns what make_optimizer takes of the choice. SystemExit where it does
+    not fit.
     """
     say_other_shape(run, model.config)
     compiled = wants_compile(run)
     if compiled:
         compile_blocks(model.vit, model.decoder)
+    refuse_beyond_memory(run, model.config, learns, copies)
     if run.device.type != "cuda":
         if released(run.args.size):
             model.decoder.recompute = model.config.num_hidden_layers
@@ -73,6 +82,64 @@ def say_other_shape(run: Run, cfg: Config):
             f"the model has {own}, --size {size} would have {expected}: its shape stays, and the "
             f"plan is that of {size}"
         )
+
+
+def refuse_beyond_memory(
+    run: Run, cfg: Config, learns: tuple[str, ...] = EVERYTHING, copies: float = 0
+):
+    """Without CUDA, on all ranks: SystemExit where this machine cannot even hold what is trained.
+
+    The kernel would kill the run without a word. learns, copies: as fit's. Counted is what there
+    is at least: weights, gradients and what the optimizer keeps, all in fp32, but no activations.
+    """
+    if run.device.type == "cuda":
+        return  # fit plans for the cards
+    trained, frozen = counted(job_of(cfg, learns, 0, run.world, compiled=False))
+    # behind a weight its gradient and two moments; Muon, which most matrices have, keeps one
+    behind = 8 if SCALE[run.args.size].muon else 12
+    mine = (4 * (trained + frozen) + behind * trained) / run.world
+    mine += copies * run.dtype.itemsize * (trained + frozen)
+    needed = mine * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # by the ranks of this machine
+    room = min(row[0] for row in run.gather([free_memory()]))
+    if needed > room:
+        raise SystemExit(
+            f"{run.stage} does not fit on {run.device}: weights, gradients and optimizer take at "
+            f"least {needed / 1e9:,.1f} GB of this machine's memory, and {room / 1e9:,.1f} GB are "
+            "left: take a GPU, or a smaller --size"
+        )
+
+
+def free_memory() -> float:
+    """Bytes that this machine can give to a process: inf where it does not say how many."""
+    rooms = [math.inf]
+    with suppress(OSError):
+        for line in (PROC / "meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                rooms.append(1024 * int(line.split()[1]))
+    with suppress(OSError):
+        for line in (PROC / "self" / "cgroup").read_text().splitlines():
+            rooms += limits_of_group(line)
+    return min(rooms)
+
+
+def limits_of_group(line: str) -> list[int]:
+    """Bytes that a control group and those around it may have; line: of /proc/self/cgroup.
+
+    "0::/job/7" in version 2; in version 1 "4:memory:/job/7", and other lines for what is no memory.
+    """
+    _, kinds, path = line.split(":", 2)
+    root, name = CGROUPS, "memory.max"
+    if kinds:
+        root, name = CGROUPS / "memory", "memory.limit_in_bytes"
+        if "memory" not in kinds.split(","):
+            return []
+    limits = []
+    own = Path(path.lstrip("/"))
+    for group in [own, *own.parents]:
+        # a container sees its own group as the root, and not those that the path names
+        with suppress(OSError, ValueError):  # "max": there is no limit
+            limits.append(int((root / group / name).read_text()))
+    return limits
 
 
 def packs_at_once(run: Run, cfg: Config, learns: tuple[str, ...]) -> int:

@@ -224,11 +224,16 @@ class Plan:
         return self.total + self.allowance <= self.capacity
 
 
-def state(job: Job, recipe: str) -> dict[str, int]:
-    """Bytes that each card holds all the time: its share of everything."""
+def counted(job: Job) -> tuple[int, int]:
+    """Parameters that learn, and those that do not."""
     counts = {part: sum(sizes.values()) for part, sizes in job.parameters.items()}
     trained = sum(counts[part] for part in job.learns)
-    frozen = sum(counts.values()) - trained
+    return trained, sum(counts.values()) - trained
+
+
+def state(job: Job, recipe: str) -> dict[str, int]:
+    """Bytes that each card holds all the time: its share of everything."""
+    trained, frozen = counted(job)
     weight, moment = RECIPES[recipe]
     asleep = 2 if job.cfg.hidden_size >= 1024 else weight
     return {

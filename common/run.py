@@ -207,6 +207,8 @@ def start(args, stage: str, later=()) -> "Run":
     follow in this process. SystemExit where the folder of one of them cannot be written to.
     """
     device = pick_device(args)
+    if args.gpu_memory and device.type != "cuda":
+        raise SystemExit(f"--gpu-memory {args.gpu_memory}: this run is on {device}, not on a GPU")
     dtype = args.dtype
     if dtype == "auto":
         dtype = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

@@ -1112,6 +1112,16 @@ def test_mpo_answers_pairs_refers_trains_and_is_scored(phase, questions, start_m
     assert phase.events == []
 
 
+@pytest.mark.parametrize("flags, stage", [(MPO, "mpo"), (ITERATE, "align-1")])
+def test_a_model_beyond_the_machines_memory_is_refused_before_it_is_asked(
+    phase, monkeypatch, flags, stage
+):
+    monkeypatch.setattr("common.fit.free_memory", lambda: 1e6)
+    with pytest.raises(SystemExit, match=f"^{stage} does not fit on cpu: "):
+        phase.main(*flags)
+    assert phase.events == []
+
+
 def test_mpo_prepares_what_is_held_out_before_it_trains(
     monkeypatch, phase, tmp_path, questions, start_model
 ):

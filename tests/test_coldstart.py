@@ -673,6 +673,13 @@ def test_a_second_pass_of_another_first_one_does_not_count(phase):
         phase("--init", phase.init)
 
 
+def test_a_model_beyond_the_machines_memory_is_refused_before_it_is_asked(phase, monkeypatch):
+    monkeypatch.setattr("common.fit.free_memory", lambda: 1e6)
+    with pytest.raises(SystemExit, match="^coldstart-modes does not fit on cpu: "):
+        phase("--init", phase.init)
+    assert phase.done == []
+
+
 def test_a_failing_scorer_does_not_undo_the_training(phase, capsys):
     phase.failing = "score"
     phase("--init", phase.init)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import fit as fit_module
-from common.fit import fit, packs_at_once
+from common.fit import fit, free_memory, packs_at_once, refuse_beyond_memory
 from common.memory import (
     BEST,
     FRAGMENTS,
@@ -15,6 +15,7 @@ from common.memory import (
     Job,
     again_by_patches,
     choose,
+    counted,
     job_of,
     plan_of,
 )
@@ -78,13 +79,118 @@ def least(recipe: str, size: str, world=8, learns=EVERYTHING) -> float:
 
 
 @pytest.mark.parametrize("size, blocks", [("toy", (0, 0)), ("small", (0, 0)), ("8b", (36, 27))])
-def test_without_a_card_all_is_fp32_and_released_sizes_recompute(tmp_path, size, blocks):
+def test_without_a_card_all_is_fp32_and_released_sizes_recompute(
+    tmp_path, monkeypatch, size, blocks
+):
+    monkeypatch.setattr(fit_module, "free_memory", lambda: 1e12)
     model = shapes(size)
     run = run_on(tmp_path, size, device="cpu", dtype=FP32)
     assert fit(run, model, EVERYTHING, 8192) == {}
     assert {p.dtype for p in model.parameters()} == {FP32}
     assert again(model) == blocks
     assert run.said == []
+
+
+def needs(monkeypatch, run, cfg, learns=EVERYTHING, copies=0.0) -> float:
+    """GB that a machine must have for it, as the refusal of one with nothing says."""
+    monkeypatch.setattr(fit_module, "free_memory", lambda: 0.0)
+    with pytest.raises(SystemExit, match="^a stage does not fit on cpu: .* 0.0 GB are") as refusal:
+        refuse_beyond_memory(run, cfg, learns, copies)
+    assert "\n" not in str(refusal.value)
+    said = str(refusal.value).partition("at least ")[2]
+    return float(said.split()[0].replace(",", ""))
+
+
+@pytest.mark.parametrize("learns", [EVERYTHING, ("decoder",), ("projector",)])
+def test_without_a_card_weights_gradients_and_moments_must_fit(tmp_path, monkeypatch, learns):
+    model = shapes("1.7b")
+    total = sum(p.numel() for p in model.parameters())
+    parts = dict(model.named_children())
+    trained = sum(p.numel() for name in learns for p in parts[name].parameters())
+    run = run_on(tmp_path, "1.7b", device="cpu", dtype=FP32)
+    found = needs(monkeypatch, run, model.config, learns)
+    needed = 4 * total + 12 * trained
+    assert found == pytest.approx(needed / 1e9, abs=0.06)
+    assert model.config.tie_word_embeddings, "else a head learns too"
+
+    monkeypatch.setattr(fit_module, "free_memory", lambda: 0.99 * needed)
+    with pytest.raises(SystemExit):
+        fit(run, model, learns, 8192)
+    assert all(p.is_meta for p in model.parameters()), "no memory was used"
+    monkeypatch.setattr(fit_module, "free_memory", lambda: 1.01 * needed)
+    assert fit(run, model, learns, 8192) == {}
+
+
+def test_stage_0_needs_its_text_tower_too(tmp_path, monkeypatch):
+    run = run_on(tmp_path, "8b", device="cpu", dtype=FP32)
+    trained, frozen = counted(job_of(PRESETS["8b"], ("vit",), 0, 1, compiled=False))
+    found = needs(monkeypatch, run, PRESETS["8b"], ("vit",))
+    assert found == pytest.approx((16 * trained + 4 * frozen) / 1e9, abs=0.06)
+    assert trained > 1.9 * sum(p.numel() for p in shapes("8b").vit.parameters())
+
+
+def test_ranks_of_a_machine_share_its_memory_and_machines_share_the_model(tmp_path, monkeypatch):
+    """8 ranks: on one machine they hold all of it, on two half of it each."""
+    def on(world, local, **more):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        run = run_on(tmp_path, "8b", world=world, device="cpu", dtype=FP32)
+        return needs(monkeypatch, run, PRESETS["8b"], **more)
+
+    alone = on(1, 1)
+    assert on(8, 8) == alone
+    assert on(8, 4) == pytest.approx(alone / 2, abs=0.06)
+    # a whole copy of the weights beside each rank's part, as GRPO's sampler is
+    assert on(8, 8, copies=1.0) == pytest.approx(alone + 8 * alone / 4, abs=0.3)
+
+
+def test_the_machine_with_least_room_decides_for_all_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_module, "free_memory", lambda: 1e12)
+    run = run_on(tmp_path, "8b", world=2, device="cpu", dtype=FP32)
+    refuse_beyond_memory(run, PRESETS["8b"])
+    run.gather = lambda values: [values, [64e9]]
+    with pytest.raises(SystemExit, match=" 64.0 GB are left"):
+        refuse_beyond_memory(run, PRESETS["8b"])
+
+
+@pytest.mark.parametrize("size, gigabytes", [("toy", 0.1), ("tiny", 0.5), ("small", 2)])
+def test_small_sizes_fit_everywhere(tmp_path, monkeypatch, size, gigabytes):
+    run = run_on(tmp_path, size, device="cpu", dtype=FP32)
+    for learns in (EVERYTHING, ("vit",)):
+        assert needs(monkeypatch, run, PRESETS[size], learns) < gigabytes
+
+
+def test_with_a_card_the_machines_memory_is_not_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_module, "free_memory", lambda: 0.0)
+    refuse_beyond_memory(run_on(tmp_path, "8b"), PRESETS["8b"])
+
+
+@pytest.mark.parametrize("groups, limits, room", [
+    (None, {}, 20_480_000),  # no control groups
+    ("0::/", {}, 20_480_000),
+    ("0::/", {"memory.max": "max"}, 20_480_000),
+    ("0::/", {"memory.max": "9000000"}, 9_000_000),
+    # of a job, around the group of this process
+    ("0::/job/step", {"job/memory.max": "8000000", "job/step/memory.max": "max"}, 8_000_000),
+    # a container's own limit, where the path is the host's
+    ("0::/docker/7", {"memory.max": "7000000"}, 7_000_000),
+    ("3:cpu:/a\n4:memory:/b", {"memory/b/memory.limit_in_bytes": "6000000"}, 6_000_000),
+    ("4:memory:/", {"memory/memory.limit_in_bytes": str(2**63 - 4096)}, 20_480_000),
+])
+def test_the_memory_of_a_machine_and_of_its_control_groups(
+    tmp_path, monkeypatch, groups, limits, room
+):
+    proc, root = tmp_path / "proc", tmp_path / "groups"
+    monkeypatch.setattr(fit_module, "PROC", proc)
+    monkeypatch.setattr(fit_module, "CGROUPS", root)
+    assert free_memory() == float("inf"), "nothing is known"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 90000 kB\nMemFree: 5 kB\nMemAvailable:  20000 kB\n")
+    if groups is not None:
+        (proc / "self" / "cgroup").write_text(groups + "\n")
+    for name, limit in limits.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(limit + "\n")
+    assert free_memory() == room
 
 
 def test_a_model_of_another_shape_than_the_sizes_is_said(tmp_path):

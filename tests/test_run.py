@@ -143,6 +143,12 @@ def test_every_name_of_a_plan_has_its_limits():
     assert may_be_0 == {"replay", "beta", "hints", "discover", "least"}
 
 
+def test_gpu_memory_without_a_gpu_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="^--gpu-memory 8: this run is on cpu, not on a GPU$"):
+        opened(tmp_path, "--gpu-memory", "8")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_least_values_are_taken():
     args = parse("--steps", "1", "--workers", "0", "--seed", "0", "--save-every", "1")
     assert (args.steps, args.workers, args.seed, args.save_every) == (1, 0, 0, 1)

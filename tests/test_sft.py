@@ -513,6 +513,18 @@ def test_the_numbers_of_the_filter_count_too(phase, capsys):
     assert ["filtered changed" in start for start in said[1:]] == [False, True, True]
 
 
+def test_a_model_beyond_the_machines_memory_is_refused_before_it_is_asked(phase, monkeypatch):
+    with monkeypatch.context() as little:
+        little.setattr("common.fit.free_memory", lambda: 1e6)
+        with pytest.raises(SystemExit, match="^sft does not fit on cpu: "):
+            phase("--init", phase.init)
+        assert phase.done == []
+    phase("--init", phase.init)
+    with monkeypatch.context() as little:  # what is trained is only scored
+        little.setattr("common.fit.free_memory", lambda: 1e6)
+        phase("--init", phase.init)
+
+
 def test_a_failing_scorer_does_not_undo_the_training(phase, capsys):
     phase.failing = "score"
     phase("--init", phase.init)
