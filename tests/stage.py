@@ -123,6 +123,7 @@ def main(argv: list[str]):
     parser.add_argument("--kill-in-save", type=int, help="kill -9 while this step is being saved")
     parser.add_argument("--signal", type=int, help="send SIGTERM in this step")
     parser.add_argument("--spoil", type=int, nargs="*", default=[], help="steps with a NaN")
+    parser.add_argument("--diverge", type=int, help="a step of infinite length")
     args = parser.parse_args(argv)
     run = start(args, "small")
     model = shard(SmallModel(args.drop), run)
@@ -133,6 +134,8 @@ def main(argv: list[str]):
 
     for step in range(progress.step, args.steps):
         lr = set_lr(opt, schedule(step, args.steps, warmup=0.3))
+        if step == args.diverge:
+            lr = set_lr(opt, float("inf"))
         batches = [draw_pack(step, i) for i in range(PACKS)][run.rank :: run.world]
         targets = run.sum(sum(int((batch["labels"] != -100).sum()) for batch in batches))
         loss = torch.zeros(())

@@ -27,6 +27,7 @@ from common.checkpoint import (
     save_if_due,
     shorten_metrics,
 )
+from common.parallel import own_part
 from common.run import seed_everything
 from common.weights import KEYE_NAMES, renamed
 from stage import (
@@ -577,6 +578,95 @@ def test_the_cause_behind_torchs_error_is_named(tmp_path, monkeypatch, written):
     monkeypatch.setattr(getattr(checkpoint, written), "save", lambda *_, **__: 1 / 0)
     with pytest.raises(RuntimeError, match="ZeroDivisionError: division by zero"):
         save(run, 2, model, opt)
+
+
+# ----------------------------------------------------------------------------------------------
+# a model that has diverged
+
+
+def spoil_one(tensor: torch.Tensor, value: float):
+    """The last number of what this rank holds of a tensor."""
+    part, _ = own_part(tensor.detach())
+    part.view(-1)[-1] = value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_diverged_model_is_neither_saved_nor_exported(tmp_path, value):
+    run, model, opt = begin(tmp_path)
+    save(run, 1, model, opt)
+    export(run, model, Processor())
+    before = exported(tmp_path)
+    spoil_one(model.decoder.layers[1].mlp.weight, value)
+    for step in (2, 3, 4):
+        with pytest.raises(FloatingPointError) as ended:
+            save(run, step, model, opt)
+    assert str(ended.value) == (
+        "after 4 steps model.decoder.layers.1.mlp.weight is not finite: the model has diverged; "
+        f"the last checkpoint, {run.folder / 'checkpoint' / 'step-1'}, is good; "
+        "look at the data or lower the learning rate"
+    )
+    assert checkpoint_names(tmp_path) == ["step-1"]
+    with pytest.raises(FloatingPointError, match="decoder.layers.1.mlp.weight is not finite"):
+        export(run, model, Processor())
+    assert not (run.folder / "model.tmp").exists()
+    after = exported(tmp_path)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_moments_that_are_not_finite_are_no_checkpoint(tmp_path):
+    run, model, opt = begin(tmp_path)
+    spoil_one(opt.state[model.vit.layers[0].norm.bias]["exp_avg_sq"], float("inf"))
+    with pytest.raises(FloatingPointError, match="optim.vit.layers.0.norm.bias.exp_avg_sq is not"):
+        save(run, 1, model, opt)
+    export(run, model, Processor())  # they are no part of the model
+
+
+def test_large_numbers_are_finite_in_the_dtype_that_holds_them(tmp_path):
+    run, model, opt = begin(tmp_path)
+    largest = torch.finfo(torch.float32).max
+    with torch.no_grad():
+        model.projector.weight.fill_(largest)  # their sum is not finite
+    save(run, 1, model, opt)
+    export(run, model, Processor())
+    run.args.size = "8b"  # written in bf16, which would round them up to infinity
+    with pytest.raises(FloatingPointError, match="projector.weight is not finite"):
+        export(run, model, Processor())
+
+
+def test_one_ranks_part_that_is_not_finite_ends_all(tmp_path):
+    in_processes(one_has_diverged, [tmp_path], ranks=2)
+    assert checkpoint_names(tmp_path) == ["step-1"]
+    assert not (folder_of(tmp_path) / "model").exists()
+
+
+def one_has_diverged(argv):
+    run, model, opt = begin(Path(argv[0]), width=1)  # the second rank's part of most is empty
+    save(run, 1, model, opt)
+    part, _ = own_part(model.projector.bias)
+    assert part.numel() == (run.rank == 0)
+    if run.rank == 1:
+        spoil_one(model.lm_head.weight, float("nan"))
+    good = "lm_head.weight is not finite: the model has diverged; the last checkpoint, .*step-1,"
+    with pytest.raises(FloatingPointError, match=good):
+        save(run, 2, model, opt)
+    with pytest.raises(FloatingPointError, match=good):
+        export(run, model, Processor())
+    run.barrier()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_diverges_in_its_last_steps_fails(tmp_path, ranks):
+    said = run_stage(tmp_path, "--steps", 3, "--diverge", 1, ranks=ranks, code=1)
+    assert said.count("step 2 is skipped: loss nan") == 1, "too few to end the run"
+    assert "FloatingPointError: after 3 steps model." in said
+    assert "nothing is saved; look at the data" in said
+    left = [path.name for path in folder_of(tmp_path).iterdir()]
+    assert left == ["metrics.jsonl"], "neither a checkpoint nor a model"
+
+
+def test_a_run_whose_last_steps_are_skipped_leaves_its_model(tmp_path):
+    run_stage(tmp_path, "--steps", 3, "--spoil", 1, 2)
+    assert all(tensor.isfinite().all() for tensor in exported(tmp_path).values())
 
 
 # ----------------------------------------------------------------------------------------------
