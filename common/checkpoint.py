@@ -51,6 +51,8 @@ from common.run import Run, released, seed_everything
 from common.weights import plan_files, write_file, write_index
 
 KEEP = 2  # checkpoints kept: the newest, and one to fall back on
+# files of every checkpoint, by any number of ranks: rank 0 always writes its share
+ALWAYS = {".metadata", "__0_0.distcp", "rng-0.pt", "state.json"}
 
 WRITER = ThreadPoolExecutor(1)  # at the end python waits for what it still has to write
 
@@ -391,10 +393,13 @@ def damage(run: Run, folder: Path) -> str | None:
     def check():
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
+            missing = ALWAYS.difference(manifest)
+            if missing:
+                return f"manifest.json does not name {min(missing)}"
             for name in sorted(manifest)[run.rank :: run.world]:
                 if sha256(folder / name) != manifest[name]:
                     return f"{name} is not what was written (sha256 differs)"
-        except (OSError, ValueError, AttributeError) as e:
+        except (OSError, ValueError, TypeError) as e:  # a manifest may be any JSON
             return f"{type(e).__name__}: {e}"
 
     return next(filter(None, run.gather_objects(check())), None)

@@ -334,6 +334,23 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_taken(name, spoil, cop
     assert [step for (step,) in curve(out)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("manifest, why", [
+    ("{}", "manifest.json does not name .metadata"),
+    ('{".metadata": "", "rng-0.pt": "", "state.json": ""}', "does not name __0_0.distcp"),
+    ('[".metadata", "__0_0.distcp", "rng-0.pt", "state.json"]', "TypeError"),
+    ("null", "TypeError"),
+])
+def test_a_manifest_that_does_not_name_all_is_damage(manifest, why, copy_of, capfd):
+    out = copy_of(1)
+    newest = folder_of(out) / "checkpoint" / "step-6"
+    (newest / "manifest.json").write_text(manifest)
+    cut_in_half(newest / "__0_0.distcp")
+    run, model, opt = begin(out)
+    assert resume(run, model, opt).step == 3
+    assert re.search(f"step-6 is damaged: .*{why}", capfd.readouterr().err)
+    assert checkpoint_names(out) == ["damaged-step-6", "step-3"]
+
+
 def test_damage_in_any_ranks_files_is_found_by_all(copy_of):
     out = copy_of(2)
     flip_a_bit(folder_of(out) / "checkpoint" / "step-6" / "__1_0.distcp")
