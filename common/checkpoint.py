@@ -349,6 +349,12 @@ def resume(run: Run, model, opt) -> Progress:
         run.saved = path
         run.step = progress.step
         run.say(f"resumed from {path}{changed_flags(run, state['args'])}; --fresh starts over")
+    asked = run.args.steps  # None: by size
+    if asked and progress.step > asked:
+        run.say(
+            f"already at step {progress.step} of the {asked} that --steps asks for: "
+            "nothing is trained on"
+        )
     seed_everything(run.args.seed, progress.step, run.rank)
     if state.get("world") == run.world:  # the ranks that saved draw on from where they were
         rng = torch.load(path / f"rng-{run.rank}.pt", weights_only=True)

@@ -195,6 +195,14 @@ def test_flags_that_differ_are_named(copy_of, capfd):
     assert "--size was" not in said
 
 
+def test_fewer_steps_than_were_done_are_said_to_train_nothing(copy_of):
+    out = copy_of(1)
+    line = "already at step 6 of the {} that --steps asks for: nothing is trained on"
+    assert line.format(6) not in run_stage(out, "--steps", 6), "it only has to be exported"
+    assert line.format(2) in run_stage(out, "--steps", 2)
+    assert len(curve(out)) == 6
+
+
 def test_resume_insists_on_a_checkpoint_and_fresh_forgets_them(copy_of):
     out = copy_of(1)
     run, model, opt = begin(out, "--fresh")
