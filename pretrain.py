@@ -45,7 +45,7 @@ from common.optim import clip_gradients, make_optimizer, schedule, set_lr
 from common.packing import first_packing, join, packing
 from common.parallel import assign, pass_around, ring_pass, shard
 from common.processes import Peers, join_processes
-from common.questions import check_heldout, files_or_exit, needs_one, say_files
+from common.questions import check_heldout, files_or_exit, needs_one, refuse_empty, say_files
 from common.run import (
     Run,
     arguments,
@@ -53,6 +53,7 @@ from common.run import (
     data_folder,
     pick_device,
     plan_of,
+    previous_model,
     released,
     start,
 )
@@ -711,14 +712,17 @@ def main(args):
     plan = plan_of(args, PLAN)
     names = chosen_stages(args)
     refuse_beside_init(args, names)
+    if args.init:
+        previous_model(args, "an earlier stage")
     if not args.data and not folder.exists():
         draw_world(args, folder)
     processor = first_processor(args)
     before = model_before(args, names[0])
 
-    # a missing file or an unreadable question is an error now, not in an hour
+    # a missing or an empty file or an unreadable question is an error now, not in an hour
     for name in names:
-        mixture(folder, name, args.size)
+        for path, _ in mixture(folder, name, args.size):
+            refuse_empty(path)
     check_heldout(folder, args.eval_limit)
     heldout = folder / "heldout"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common.conversation import check_conversation, media_items, read_header
 from common.failures import counted, or_exit, refuse_many
-from common.jsonl import Lines, data_files, data_name
+from common.jsonl import Lines, data_files, data_name, shards_of
 from common.media import MediaError
 from common.rollout import Prompt
 from common.verifiers import verify
@@ -159,6 +159,14 @@ def read_headers(question: Question):
 def files_or_exit(folder: Path) -> dict[str, Path]:
     with or_exit():
         return data_files(folder)
+
+
+def refuse_empty(path: Path):
+    """SystemExit where no file of a set has a byte: its stage may be the last of many."""
+    with or_exit():
+        sizes = [shard.stat().st_size for shard in shards_of(path)]
+    if not any(sizes):
+        raise SystemExit(f"{path}: no lines")
 
 
 def needs_one(names, folder: Path, files: dict) -> str:

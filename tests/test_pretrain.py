@@ -485,7 +485,7 @@ def test_the_loader_gives_each_rank_its_packs(tmp_path, monkeypatch):
     loop = next_token(monkeypatch, tmp_path, "2", steps=1, rank=2, world=3, size="8b")
     args, named = loop.made["Loader"]
     flops = named.pop("flops")
-    assert args == ("the mixture", "processor", 8192 * 64 // 66, 66, 2, 3, 0)
+    assert args == ("the mixture", "processor", 8192, 66, 2, 3, 0)
     assert named == {"workers": 3, "state": {"place": 0}}
     assert flops.func is pretrain.sample_flops and flops.args == (loop.model.config,)
     assert loop.made["make_optimizer"][1] == {"muon": 0, "moments": "as fits"}
@@ -1331,3 +1331,27 @@ def test_a_failing_scorer_does_not_undo_stage_0(tmp_path, monkeypatch, capsys, s
     assert "WARNING: pretrain-0 is trained and saved" in capsys.readouterr().err
     assert (tmp_path / "toy/pretrain-0/done.json").exists()
     assert (tmp_path / "toy/pretrain-0/model/model.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------
+# bad input is one line, and said before anything is trained
+
+
+def said_by(tmp_path, *words) -> str:
+    """What pretrain.py says of this input in one line, which ends it before any step."""
+    said = run_script("pretrain.py", *flags(tmp_path / "out", *words), code=1)
+    assert "Traceback" not in said and "step/s" not in said
+    return said
+
+
+def test_an_empty_file_of_a_later_stage_is_said_at_once(tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(world(), folder)
+    (folder / "train" / "pairs.jsonl").write_text("")
+    said = said_by(tmp_path, "--data", folder, "--stage", "text,0", "--steps", 1)
+    assert said.strip().endswith(f"{folder / 'train' / 'pairs.jsonl'}: no lines")
+
+
+def test_a_folder_that_holds_no_model_is_one_line(tmp_path):
+    said = said_by(tmp_path, "--data", world(), "--init", ROOT / "README.md", "--stage", 1)
+    assert "README.md holds no model" in said.strip().splitlines()[-1]
