@@ -73,8 +73,8 @@ PEAKS = {
 # norms. # ours: the toy's largest is 3.3 times it, a spike that harms is hundreds; and no run gets
 # better by itself after so many.
 EXPLODES = 20
-# ours: no gradient of so small a norm explodes; clipped to 1 it moves little. A model that knows its
-# few data by heart has norms near zero, and would skip what it still has to learn.
+# ours: no gradient of so small a norm explodes; clipped to 1 it moves little. A model that knows
+# its few data by heart has norms near zero, and would skip what it still has to learn.
 MILD = 5
 WINDOW = 100
 MOST_IN_A_ROW = 5
