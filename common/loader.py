@@ -57,7 +57,9 @@ def split_packs(pack_tokens: int, packs: int, world: int, whole: bool) -> tuple[
     with.
     """
     dealt = math.ceil(packs / world) * world
-    return pack_tokens if whole else pack_tokens * packs // dealt, dealt
+    if whole:
+        return pack_tokens, dealt
+    return pack_tokens * packs // dealt, dealt
 
 
 def linear_cost(text_tokens: int, grids: list[tuple]) -> float:

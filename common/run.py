@@ -146,10 +146,11 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 # What --plan takes: counts of what there must be, rates above 0, shares up to 1. Other numbers may
 # be 0, which leaves a thing out: replay, beta, hints.
-ONE_AT_LEAST = (
+COUNTS = (
     "steps", "filtered", "samples", "asked", "rounds", "prompts", "round_steps", "measured", "kept",
     "updates", "max_tokens", "pack",
 )
+LEAST = dict.fromkeys(COUNTS, 1) | {"group": 2}  # a group's responses are compared with each other
 RATES = ("lr", "round_lr")
 SHARES = ("discover", "least")
 
@@ -160,9 +161,7 @@ def is_allowed(name: str, number: float) -> tuple[bool, str]:
         return 0 < number < math.inf, "above 0"
     if name in SHARES:
         return 0 <= number <= 1, "from 0 to 1"
-    least = 1 if name in ONE_AT_LEAST else 0
-    if name == "group":
-        least = 2  # responses are compared with each other
+    least = LEAST.get(name, 0)
     return least <= number < math.inf, f"at least {least}"
 
 
