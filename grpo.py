@@ -67,6 +67,7 @@ from common.run import (
     Run,
     add_judge_arguments,
     arguments,
+    at_least,
     data_folder,
     plan_of,
     previous_model,
@@ -627,5 +628,6 @@ def main(args):
 if __name__ == "__main__":
     parser = add_judge_arguments(arguments(__doc__))
     parser.add_argument("--algo", default="grpo", choices=ALGORITHMS)
-    parser.add_argument("--beta", type=float, help="weight of the KL term (default: by size)")
+    beta = "weight of the KL term (default: by size)"
+    parser.add_argument("--beta", type=at_least(0.0), help=beta)
     main(parser.parse_args())

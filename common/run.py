@@ -84,13 +84,14 @@ MOST_IN_1000 = 20
 # flags
 
 
-def at_least(low: int):
-    """An argparse type: whole numbers from `low` up."""
+def at_least(low: int | float):
+    """An argparse type: finite numbers from `low` up, whole ones where it is whole."""
 
-    def number(text: str) -> int:
-        if int(text) < low:
+    def number(text: str) -> int | float:
+        value = type(low)(text)
+        if not low <= value < math.inf:  # nor NaN
             raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
-        return int(text)
+        return value
 
     return number
 

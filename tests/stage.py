@@ -33,6 +33,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 RATES = {"vit": 1e-2, "projector": 1e-2, "decoder": 1e-2}
 PACKS = 4  # of a step
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 # ----------------------------------------------------------------------------------------------
 # the model: names and surface of KeyeVL
@@ -46,6 +47,7 @@ class Block(nn.Module):
         self.drop = drop
 
     def forward(self, x):
+        x = x.to(self.norm.weight.dtype)  # bf16 between GPUs
         return x + F.dropout(F.gelu(self.mlp(self.norm(x))), self.drop)
 
 
@@ -138,7 +140,7 @@ def main(argv: list[str]):
             lr = set_lr(opt, float("inf"))
         batches = [draw_pack(step, i) for i in range(PACKS)][run.rank :: run.world]
         targets = run.sum(sum(int((batch["labels"] != -100).sum()) for batch in batches))
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=run.device)
         for batch in batches:
             with run.autocast():
                 loss_sum, _ = model.loss(run.to(batch))
@@ -196,6 +198,11 @@ def run_stage(out: Path, *flags, ranks=1, code=0) -> str:
     code: their exit code, or a list of one a rank.
     """
     return in_processes(main, ["--out", out, "--device", "cpu", *flags], ranks, code)
+
+
+def skip_without_gpus(device: str, count: int):
+    if device == "cuda" and torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
 
 
 def in_processes(function, argv=(), ranks=1, code=0) -> str:

@@ -31,6 +31,7 @@ from common.parallel import own_part
 from common.run import seed_everything
 from common.weights import KEYE_NAMES, renamed
 from stage import (
+    DEVICES,
     Processor,
     assert_same_curve,
     begin,
@@ -42,6 +43,7 @@ from stage import (
     in_processes,
     metrics,
     run_stage,
+    skip_without_gpus,
 )
 
 
@@ -94,6 +96,20 @@ def test_a_run_goes_on_from_two_ranks_to_one_to_four(copy_of):
     run_stage(out, "--steps", 6, "--save-every", 1, "--kill", 4, code=-signal.SIGKILL)
     assert "step-4; " in run_stage(out, "--steps", 6, "--save-every", 3, ranks=4)
     assert_same_curve(finished(2), out, "loss", "norm")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("saved, ranks", [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_gpus(saved, ranks, tmp_path):
+    skip_without_gpus("cuda", 2)
+    whole = tmp_path / "whole"
+    cut = tmp_path / "cut"
+    flags = ["--device", "cuda", "--steps", 6, "--save-every", 3]
+    run_stage(whole, *flags, ranks=saved)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(folder_of(cut) / "checkpoint" / "step-6")
+    assert "step-3; " in run_stage(cut, *flags, ranks=ranks)
+    assert_same_curve(whole, cut, "loss", "norm", tol=1e-2)  # products in bf16
 
 
 def test_two_ranks_checkpoint_is_bit_equal_in_one_process(copy_of):
@@ -658,14 +674,18 @@ def test_large_numbers_are_finite_in_the_dtype_that_holds_them(tmp_path):
         export(run, model, Processor())
 
 
-def test_one_ranks_part_that_is_not_finite_ends_all(tmp_path):
-    in_processes(one_has_diverged, [tmp_path], ranks=2)
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_ranks_part_that_is_not_finite_ends_all(tmp_path, device):
+    skip_without_gpus(device, 2)
+    in_processes(one_has_diverged, [tmp_path, device], ranks=2)
     assert checkpoint_names(tmp_path) == ["step-1"]
     assert not (folder_of(tmp_path) / "model").exists()
 
 
 def one_has_diverged(argv):
-    run, model, opt = begin(Path(argv[0]), width=1)  # the second rank's part of most is empty
+    out, device = argv
+    # the second rank's part of most is empty
+    run, model, opt = begin(Path(out), "--device", device, width=1)
     save(run, 1, model, opt)
     part, _ = own_part(model.projector.bias)
     assert part.numel() == (run.rank == 0)
@@ -679,9 +699,12 @@ def one_has_diverged(argv):
     run.barrier()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_that_diverges_in_its_last_steps_fails(tmp_path, ranks):
-    said = run_stage(tmp_path, "--steps", 3, "--diverge", 1, ranks=ranks, code=1)
+def test_a_run_that_diverges_in_its_last_steps_fails(tmp_path, ranks, device):
+    skip_without_gpus(device, ranks)
+    flags = ["--device", device, "--steps", 3, "--diverge", 1]
+    said = run_stage(tmp_path, *flags, ranks=ranks, code=1)
     assert said.count("step 2 is skipped: loss nan") == 1, "too few to end the run"
     assert "FloatingPointError: after 3 steps model." in said
     assert "nothing is saved; look at the data" in said

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from common import processes
 from common.loader import end_with_the_trainer
 from common.run import arguments, start
-from stage import in_processes
+from stage import in_processes, skip_without_gpus
 
 
 def joined(out: str, device="cpu"):
@@ -149,8 +149,7 @@ def talk_at_once(argv):
 @pytest.mark.cuda
 @pytest.mark.parametrize("death, code", [("kill", -signal.SIGKILL), ("error", 1)])
 def test_a_collective_between_gpus_does_not_outlive_a_rank(tmp_path, death, code):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    skip_without_gpus("cuda", 2)
     said = in_processes(dies_before_nccl, [tmp_path, death], ranks=2, code=[1, code])
     assert "rank 0 ends: another rank has failed or was killed" in said
 

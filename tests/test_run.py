@@ -18,6 +18,7 @@ from common.run import (
     SIZES,
     add_judge_arguments,
     arguments,
+    at_least,
     data_folder,
     datasheet_peak,
     plan_of,
@@ -27,7 +28,18 @@ from common.run import (
     share_cores,
     start,
 )
-from stage import begin, curve, draw_pack, finished, folder_of, in_processes, metrics, run_stage
+from stage import (
+    DEVICES,
+    begin,
+    curve,
+    draw_pack,
+    finished,
+    folder_of,
+    in_processes,
+    metrics,
+    run_stage,
+    skip_without_gpus,
+)
 
 
 def parse(*flags: str):
@@ -83,6 +95,19 @@ def test_a_plan_follows_the_size_and_what_is_changed_by_name():
 def test_a_wrong_change_of_the_plan_is_refused(change, said):
     with pytest.raises(SystemExit, match=said):
         plan_of(parse("--plan", change), PLANS)
+
+
+@pytest.mark.parametrize("flags", [("--steps", "0"), ("--seed", "-1"), ("--rate", "nan"),
+                                   ("--rate", "inf"), ("--rate", "-0.1")])
+def test_a_flags_number_is_finite_and_large_enough(flags, capsys):
+    parser = arguments("A script.")
+    parser.add_argument("--rate", type=at_least(0.0))
+    with pytest.raises(SystemExit):
+        parser.parse_args(flags)
+    flag, number = flags
+    said = capsys.readouterr().err
+    assert f"argument {flag}: must be at least " in said and said.endswith(f", got {number}\n")
+    assert parser.parse_args(["--rate", "0.1"]).rate == 0.1
 
 
 NUMBERS = {
@@ -405,10 +430,9 @@ def one_cannot_score(argv):
     run.close()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_rank_that_cannot_score_alone_ends_all_that_wait_for_it(tmp_path, device):
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    skip_without_gpus(device, 2)
     said = in_processes(one_cannot_score, [tmp_path, "before", device], ranks=2, code=1)
     folder = folder_of(tmp_path)
     assert (
