@@ -51,7 +51,7 @@ class Size:
 
 SIZES = {
     "toy": Size((84, 126), 16_000, 2_300, 1, 10_000),
-    "tiny": Size((84, 168), questions=12_000),
+    "tiny": Size((84, 168)),
     **dict.fromkeys(["small", "0.6b", "1.7b", "4b", "8b"], Size((84, 252))),
 }
 
