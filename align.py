@@ -51,7 +51,6 @@ from common.conversation import (
     prompt_of,
 )
 from common.failures import leave_out, lines_or_exit, say_failures
-from common.fit import refuse_beyond_memory
 from common.jsonl import write_lines
 from common.judge import Judge
 from common.loader import Loader
@@ -84,7 +83,7 @@ from data import Processor, pack
 from evaluate import score_phase
 from generate import Generator
 from grpo import kept_lines
-from model import SCALE, config_of, sample_flops, step_work
+from model import SCALE, sample_flops, step_work
 from sft import (
     MIX,
     attempts,
@@ -550,7 +549,6 @@ def phase_mpo(args, folder: Path, plan: dict) -> Run:
     run = start_from(args, "mpo", init, files + list(others.values()), made_from, pairs=args.pairs)
     data = run.folder / "data"
     if not run.trained():
-        refuse_beyond_memory(run, config_of(init))  # before the model is loaded to be asked
         if not (data / "train.jsonl").exists():
             held = files_or_exit(folder / "heldout").get(PAIRS)
             if held:  # first: what is wrong there is known before hours of sampling
@@ -575,7 +573,6 @@ def phase_iterate(args, folder: Path, plan: dict, judge: Judge | None) -> Run:
         run = start_from(args, name, model_folder, pool_files(folder), made_from, last="align")
         data = run.folder / "data"
         if not run.trained():
-            refuse_beyond_memory(run, config_of(model_folder))
             if not (data / "train.jsonl").exists():
                 pairs = round_pairs(run, model_folder, questions, number, plan, judge)
                 prepare(run, model_folder, pairs, data)
@@ -588,7 +585,7 @@ def phase_iterate(args, folder: Path, plan: dict, judge: Judge | None) -> Run:
         run.close()
         model_folder = run.folder / "model"
 
-    run = start_from(args, "align", model_folder)
+    run = start_from(args, "align", model_folder, trains=False)
     if not run.trained():
         target = run.folder / "model"
         on_main(run, f"cannot export to {target}", copy_model, model_folder, target)

@@ -39,7 +39,6 @@ from common.conversation import (
     with_switch,
 )
 from common.failures import leave_out, lines_or_exit
-from common.fit import refuse_beyond_memory
 from common.jsonl import data_name
 from common.questions import check_heldout, check_question, files_or_exit
 from common.rewards import parse
@@ -48,7 +47,7 @@ from common.run import Run, arguments, data_folder, plan_of, previous_model
 from common.verifiers import verify
 from evaluate import score_phase
 from generate import Generator
-from model import SCALE, config_of
+from model import SCALE
 from sft import finetune, mean, start_from, write_linked
 
 # ours, every number. steps: of both passes; measured: the questions that are asked in each mode;
@@ -406,7 +405,6 @@ def main(args):
     run = start_from(args, "coldstart-modes", init, files, made_from, last="coldstart")
     out = run.folder / "data"
     if not run.trained():
-        refuse_beyond_memory(run, config_of(init))  # before the model is loaded to be asked
         if not (run.folder / "built.json").exists():
             build(run, kinds, folder, out, plan)
             run.write_json("built.json", {})
@@ -419,7 +417,6 @@ def main(args):
     first = run.folder / "model"
     run = start_from(args, "coldstart", first)
     if not run.trained():
-        refuse_beyond_memory(run, config_of(first))
         if not (run.folder / "built.json").exists():
             build_auto(run, first, kinds, folder, out, plan)
             run.write_json("built.json", {})

@@ -215,8 +215,11 @@ def build_mixture(run: Run, init: Path, folder: Path, plan: dict) -> list[tuple[
 # training
 
 
-def start_from(args, stage: str, init: Path, files=(), numbers=None, last="", **facts) -> Run:
-    """A run that trains the model in `init`. SystemExit where an earlier one trained another.
+def start_from(
+    args, stage: str, init: Path, files=(), numbers=None, last="", trains=True, **facts
+) -> Run:
+    """A run that trains the model in `init`. SystemExit where an earlier one trained another, or
+    where this machine could not hold what it `trains`: before the model is loaded to be asked.
 
     files, numbers, last: see renewed; where they have changed, it starts over. facts: what else
     must be the same.
@@ -229,6 +232,8 @@ def start_from(args, stage: str, init: Path, files=(), numbers=None, last="", **
         say_files(run, data_folder(args), files)
         if renewed(run, files, numbers or {}, last):
             run.made_from(**facts)
+    if trains and not run.trained():
+        refuse_beyond_memory(run, config_of(init))
     return run
 
 
@@ -311,7 +316,6 @@ def main(args):
 
     run = start_from(args, "sft", init, list(sources_of(folder).values()), made_from)
     if not run.trained():
-        refuse_beyond_memory(run, config_of(init))  # before the model is loaded to be asked
         mix = build_mixture(run, init, folder, plan)
         finetune(run, init, mix, plan["lr"], args.steps or plan["steps"])
         run.mark_trained()

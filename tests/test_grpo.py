@@ -38,7 +38,7 @@ from grpo import (
 from miniature import curve, run_small, weights, write_questions
 from model import PRESETS, KeyeVL
 from phases import first_model, kept_process
-from stage import in_processes
+from stage import DEVICES, in_processes
 from test_rollout import confined
 
 
@@ -225,7 +225,7 @@ def write(monkeypatch, tokenizer, text: str):
     monkeypatch.setattr(generate, "choose", forced)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_logprobs_of_sampler_and_trainer_agree_after_a_tool_turn(
     model, processor, monkeypatch, device
 ):

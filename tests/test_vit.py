@@ -10,6 +10,7 @@ from transformers.models.paddleocr_vl.configuration_paddleocr_vl import PaddleOC
 from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRVisionModel
 
 from common.weights import SIGLIP_NAMES, renamed
+from stage import DEVICES
 from vit import TextTower, ViT, ViTConfig
 
 SMALL = dict(
@@ -185,7 +186,7 @@ def test_text_tower_equals_siglip():
     torch.testing.assert_close(ours(tokens), want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("frames", [1, 3])
 def test_the_table_of_positions_is_interpolated_as_pytorch_does(frames, device):
     """Values and the table's gradients, for grids smaller and larger than it, odd sides too."""
