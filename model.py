@@ -446,6 +446,7 @@ class KeyeVL(nn.Module):
         # a pack's patches says how many blocks run again. Without rows `recompute` stays as it is.
         self.recompute: list[tuple[int, int, int]] = []
         self.planned_tokens = 0  # of the packs that the rows are for
+        self.stays_gathered = False  # under FSDP: its weights, over the packs of a step
         self.lm_head = None
         if not cfg.tie_word_embeddings:
             self.lm_head = Head(cfg.hidden_size, cfg.vocab_size, bias=False)

@@ -385,6 +385,7 @@ def two_towers(run: Run, before: Path | None, processor: Processor):
     if keep.get("compiled"):
         compile_blocks(tower)
     siglip.to(next(model.vit.parameters()).dtype)  # all of it as its ViT is held
+    siglip.stays_gathered = model.stays_gathered
     shard(siglip, run)
     for part in rest_of(model):
         shard(part, run)  # it only waits to be written out again

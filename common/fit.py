@@ -44,6 +44,7 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
         if released(run.args.size):
             model.decoder.recompute = model.config.num_hidden_layers
             model.vit.recompute = model.config.vision.num_hidden_layers
+        model.stays_gathered = not released(run.args.size)
         return {}
 
     beside = copies * 2 * sum(p.numel() for p in model.parameters())
@@ -61,6 +62,7 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
     model.vit.recompute = plan.recompute_vit
     model.planned_tokens = pack
     model.recompute = again_by_patches(plan)
+    model.stays_gathered = plan.gathered
     if plan.recipe == "bf16":
         model.to(torch.bfloat16)
     elif released(run.args.size) and run.dtype == torch.bfloat16:

@@ -210,6 +210,7 @@ class Plan:
     moment: str
     capacity: float  # bytes of the card
     name: str = ""  # of the stage
+    gathered: bool = False  # weights stay so over the packs of a step
 
     @property
     def total(self) -> int:
@@ -244,19 +245,25 @@ def state(job: Job, recipe: str) -> dict[str, int]:
     }
 
 
-def moments(job: Job, recipe: str, again: tuple[int, int], patches: int) -> dict[str, dict]:
+def moments(
+    job: Job, recipe: str, again: tuple[int, int], patches: int, gathered: bool = False
+) -> dict[str, dict]:
     """{moment: bytes by quantity, beyond the state}, for a pack with so many patches.
 
     In use: bf16 weights, gathered by FSDP for this block and the next, or copied from fp32 by
     autocast and kept for the backward pass. On the way: gradients in bf16, and the fp32 form in
-    which they are added, or summed over the cards.
+    which they are added, or summed over the cards. gathered: no block's weights come and go, all
+    are there all the time.
     """
     many = job.world > 1
+    comes_and_goes = many and not gathered
+    used = counted(job)[0] if job.stage_0 else sum(counted(job))
+    always = {"weights, gathered": 2 * used} if gathered else {}
     learns = "decoder" in job.learns, "vit" in job.learns
     is_fp32 = RECIPES[recipe][0] == 4
     cast = [is_fp32 and not many and trained for trained in learns]
     stream = 4 if cast[0] else 2  # autocast leaves embeddings, and so all sums with them, in fp32
-    held = kept(job, stream, again, patches)
+    held = kept(job, stream, again, patches) | always
     sizes = job.block_sizes
     copies = [cast[i] * 2 * sizes[i] * (n - again[i]) for i, n in enumerate(job.layers)]
     head = job.cfg.vocab_size * job.cfg.hidden_size
@@ -266,7 +273,7 @@ def moments(job: Job, recipe: str, again: tuple[int, int], patches: int) -> dict
         found["step"] = {"on the way": 6 * 4 * min(PIECE, head // job.world)}
 
     if not job.stage_0:
-        found |= loss_moments(job, held, patches, sum(copies), cast[0], way)
+        found |= loss_moments(job, held, always, patches, sum(copies), cast[0], way)
     # the head's gradient is still being summed; a tied one stays gathered for its other use
     head_left = 4 * head * many * learns[0]
     rows = job.pack, patches
@@ -279,23 +286,26 @@ def moments(job: Job, recipe: str, again: tuple[int, int], patches: int) -> dict
         gradient = way * (sizes[i] if many else sizes[i] // (4, 2)[i]) * learns[i]
         found[f"{part} backward"] = held | {
             "block run again": rows[i] * job.saves(stream)[i] * none_left,
-            "in use": sum(copies) + sizes[i] * (4 * many + 2 * cast[i] * none_left),
+            "in use": sum(copies) + sizes[i] * (4 * comes_and_goes + 2 * cast[i] * none_left),
             "on the way": rows[i] * 4 * widths[i] + gradient + head_left,
         }
         held, copies[i] = held | {"decoder blocks": 0}, 0  # the ViT's turn comes after these
     return found
 
 
-def loss_moments(job: Job, held, patches: int, copies: int, cast: bool, way: int) -> dict:
+def loss_moments(
+    job: Job, held, always, patches: int, copies: int, cast: bool, way: int
+) -> dict:
     """The loss, chunk by chunk; its backward pass; and, last of all, the embedding's."""
     many = job.world > 1
+    comes_and_goes = many and not always
     head = job.cfg.vocab_size * job.cfg.hidden_size
     labels = job.pack - patches // 4
     chunk = 4 * CHUNK_COPIES * min(labels * job.cfg.vocab_size, MAX_LOGITS)
     # what the backward pass needs of each label: a number a word, or a frozen head's gradient
     push = 2 * labels * (job.cfg.vocab_size if "decoder" in job.learns else job.cfg.hidden_size)
     way *= head * ("decoder" in job.learns)
-    in_use = copies + 2 * head * (many or cast)
+    in_use = copies + 2 * head * (comes_and_goes or cast)
     # FSDP's buffer stays until the next gather, and there is none. It sums the head's gradient
     # over the cards only when the logits are gone.
     buffer = 2 * head * many
@@ -303,19 +313,21 @@ def loss_moments(job: Job, held, patches: int, copies: int, cast: bool, way: int
     return {
         "loss": held | {"logits": push + chunk, "in use": in_use + buffer},
         "head backward": held | {"logits": before, "in use": in_use, "on the way": way},
-        "embedding backward": {"in use": buffer, "on the way": way},
+        "embedding backward": always | {"in use": buffer, "on the way": way},
     }
 
 
 def plan_of(
-    job: Job, recipe: str, again, capacity: float, name: str = "", patches: tuple = ()
+    job: Job, recipe: str, again, capacity: float, name: str = "", patches: tuple = (),
+    gathered: bool = False,
 ) -> Plan:
     """At the fullest moment of packs with so many patches each; else all text, and all pictures."""
     found = []
     for number in patches or {0, job.patches}:
-        found += moments(job, recipe, again, number).items()
+        found += moments(job, recipe, again, number, gathered).items()
     moment, more = max(found, key=lambda pair: sum(pair[1].values()))
-    return Plan(job, recipe, *again, state(job, recipe) | more, moment, capacity, name)
+    bytes_of = state(job, recipe) | more
+    return Plan(job, recipe, *again, bytes_of, moment, capacity, name, gathered)
 
 
 def job_of(cfg: Config, learns: tuple[str, ...], pack: int, world: int, compiled: bool) -> Job:
@@ -329,6 +341,9 @@ def choose(
 ) -> Plan:
     """The first recipe that fits with all blocks run again; then as few of them as possible.
 
+    Over several cards weights stay gathered over the packs of a step where there still is room:
+    that spares less than a block that does not run again.
+
     trained: of "vit", "projector", "decoder"; the ViT alone is stage 0. capacity: bytes of a
     card. Where nothing fits, the last recipe's plan, whose `fits` is False.
     """
@@ -337,7 +352,12 @@ def choose(
         plan = plan_of(job, recipe, job.layers, capacity, name)
         if plan.fits:
             break
-    return least_again(plan)
+    plan = least_again(plan)
+    if world > 1:
+        again = plan.recompute_decoder, plan.recompute_vit
+        gathered = plan_of(job, plan.recipe, again, capacity, name, gathered=True)
+        plan = gathered if gathered.fits else plan
+    return plan
 
 
 def least_again(plan: Plan, patches: tuple = ()) -> Plan:
@@ -349,7 +369,9 @@ def least_again(plan: Plan, patches: tuple = ()) -> Plan:
     # The decoder's blocks first: there a byte that is kept saves more work.
     fewest = [(0, k) for k in range(vit)] + [(k, vit) for k in range(decoder)]
     for again in fewest:
-        better = plan_of(plan.job, plan.recipe, again, plan.capacity, plan.name, patches)
+        better = plan_of(
+            plan.job, plan.recipe, again, plan.capacity, plan.name, patches, plan.gathered
+        )
         if better.fits:
             return better
     return plan
@@ -426,6 +448,7 @@ FORMULAS = {
     "weights, frozen": "2 (all - P) / cards",
     "gradients": "w P / cards",
     "moments": "2 m P / cards",
+    "weights, gathered": "2 all, while a step lasts",
     "decoder blocks": "T ((L - R) a + R 2C)",
     "ViT blocks": "N ((L - R) b + R 2c)",
     "text tower": "64 L b a caption",
@@ -444,12 +467,13 @@ bf16, and what torch.compile leaves of it.""".format(
     recipes="; ".join(f"{name}: {w}, {m}" for name, (w, m) in RECIPES.items()), **COMPILED
 )
 ASSUMED = """\
-Assumed: AdamW; gradients stay while a step's packs are added up; FSDP2 block by block; the worse of
-two packs, all text or all pictures. MFU {text} of the data sheet for text, {pictures} with
-pictures, {pairs} for pairs of stage 0, where all activations are kept and where all blocks run
-again, after what one to four cards measured of 1.7b to 8b; smaller models wait for the host: small
-makes half of that, tiny a twentieth. Texts of 2,048 tokens; samples of 512, half of them a picture;
-stage 0 counts the pictures' tokens, 64 words to 256. Loading, saving and scoring take no time
+Assumed: AdamW; gradients stay while a step's packs are added up; FSDP2 block by block, or all
+weights gathered while a step lasts; the worse of two packs, all text or all pictures. MFU {text} of
+the data sheet for text, {pictures} with pictures, {pairs} for pairs of stage 0, where all
+activations are kept and where all blocks run again, after what one to four cards measured of 1.7b
+to 8b; smaller models wait for the host: small makes half of that, tiny a twentieth. Texts of 2,048
+tokens; samples of 512, half of them a picture; stage 0 counts the pictures' tokens, 64 words to
+256. Loading, saving and scoring take no time
 here.""".format(**MFU)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.parallel import own_part, whole
+from common.parallel import own_part, reshard, whole
 from kernels import to_device
 
 BETAS = (0.9, 0.95)  # of AdamW
@@ -215,6 +215,8 @@ def set_lr(opt, factor: float) -> float:
 def clip_gradients(model: nn.Module, max_norm: float = 1.0) -> torch.Tensor:
     """Scales all gradients so that their global norm is at most max_norm.
 
-    Returns the norm before that, 0-d.
+    Returns the norm before that, 0-d. Call it when a step's gradients are complete, and before its
+    optimizer: both have only this rank's part of the weights, and those that stayed gathered go.
     """
+    reshard(model)
     return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm))

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
+    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -19,9 +20,11 @@ def shard(model: nn.Module, run) -> nn.Module:
     part by that rank alone. One that has weights already has the same ones on every rank.
 
     FSDP2 gathers a part's weights just before they are used: every block of a ModuleList named
-    `layers` by itself, the model's own `units`, then the rest. Gradients have the weights' dtype,
-    computation is in run.dtype. Call it before the optimizer is made; afterwards only forward,
-    loss, logits and logprobs may be called from outside: they gather what they need.
+    `layers` by itself, the model's own `units`, then the rest. They go when the part has been
+    computed; where the model `stays_gathered`, which spares the host half of that work, not before
+    `reshard`. Gradients have the weights' dtype, computation is in run.dtype. Call it before the
+    optimizer is made; afterwards only forward, loss, logits and logprobs may be called from
+    outside: they gather what they need.
     """
     sharded = dist.is_initialized()
     if sharded:
@@ -49,8 +52,12 @@ def shard_parts(model: nn.Module, run):
             parts += part
     if hasattr(model, "units"):
         parts += model.units()
+    stays = getattr(model, "stays_gathered", False)
     for module in [*parts, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # what is in no part stays until the backward pass in any case: None is FSDP2's choice
+        after_forward = None if module is model else not stays
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=after_forward)
+        module.set_reshard_after_backward(not stays)
         # sums, no means: losses are divided by the global token count already
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot pre-multiply
         module.set_gradient_divide_factor(1.0)
@@ -59,6 +66,13 @@ def shard_parts(model: nn.Module, run):
     for method in ("loss", "logits", "logprobs"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
+
+
+def reshard(model: nn.Module):
+    """Gives back all weights but this rank's: those that stayed gathered for a step's packs."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:

@@ -192,6 +192,7 @@ class Weights(nn.Module):
     """A model of one weight a part; its loss is their sum times the batch's "x"."""
 
     config = "the config"
+    stays_gathered = False
 
     def __init__(self, run):
         super().__init__()
@@ -269,6 +270,7 @@ class Loop:
 
     def fit(self, *args):
         self.made["fit"] = (args, {})
+        self.model.stays_gathered = "as fits"
         return {"moments": "as fits"}
 
     def shard(self, model, run):

@@ -291,6 +291,29 @@ def test_the_smaller_the_card_the_more_blocks_run_again(tmp_path, monkeypatch):
     assert counts == sorted(counts) and counts[0] < counts[-1]
 
 
+@pytest.mark.parametrize("size, total, world, stays", [
+    ("1.7b", 79, 2, True), ("1.7b", 79, 1, False), ("8b", 79, 2, False), ("8b", 140, 8, True),
+])
+def test_weights_stay_gathered_where_they_fit(tmp_path, monkeypatch, size, total, world, stays):
+    Cards(monkeypatch, total)
+    model = shapes(size)
+    run = run_on(tmp_path, size, world=world)
+    fit(run, model, EVERYTHING, 8192)
+    assert model.stays_gathered == stays
+    [said] = run.said
+    assert ("weights, gathered" in said) == stays
+
+
+@pytest.mark.parametrize("size, stays", [("toy", True), ("small", True), ("1.7b", False)])
+def test_without_a_card_the_weights_of_small_models_stay_gathered(
+    tmp_path, monkeypatch, size, stays
+):
+    monkeypatch.setattr(fit_module, "free_memory", lambda: 1e12)
+    model = shapes(size)
+    fit(run_on(tmp_path, size, device="cpu", dtype=FP32), model, EVERYTHING, 8192)
+    assert model.stays_gathered == stays
+
+
 def test_longer_packs_leave_less_for_activations(tmp_path, monkeypatch):
     Cards(monkeypatch, 100)
     counts = []

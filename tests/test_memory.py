@@ -9,11 +9,13 @@ import torch
 from common import memory
 from common.memory import (
     CARDS,
+    FRAGMENTS,
     GIB,
     RECIPES,
     Job,
     again_by_patches,
     choose,
+    counted,
     decoder_saves,
     dry_run,
     estimate,
@@ -274,6 +276,47 @@ def test_packs_of_fewer_patches_run_less_again(gpu, size, world, learns):
 def test_a_pack_that_is_half_pictures_keeps_what_a_full_one_cannot():
     rows = again_by_patches(plan_on("H100", "1.7b", EVERYTHING))
     assert rows[0] == (20480, 0, 0) and rows[-1] == (32768, 0, 9)
+
+
+def test_weights_stay_gathered_where_all_else_has_its_room():
+    """Two bytes for each weight of the model, over several cards, and no block runs again for it."""
+    for size, world, learns in (("1.7b", 2, EVERYTHING), ("4b", 8, ("projector",))):
+        plan = plan_on("H100", size, learns, world)
+        assert plan.gathered and plan.fits and plan.total <= plan.capacity
+        assert plan.bytes["weights, gathered"] == 2 * sum(counted(plan.job))
+        assert (plan.recompute_decoder, plan.recompute_vit) == (0, 0)
+    assert not plan_on("H100", "0.6b", EVERYTHING).gathered, "one card holds them anyway"
+
+    tight = plan_on("H100", "8b", EVERYTHING, 2)
+    assert not tight.gathered and "weights, gathered" not in tight.bytes
+    again = tight.recompute_decoder, tight.recompute_vit
+    more = plan_of(tight.job, tight.recipe, again, tight.capacity, gathered=True)
+    assert not more.fits
+
+
+def test_stage_0_gathers_its_towers_alone():
+    plan = plan_on("H100", "1.7b", ("vit",), 2)
+    trained, frozen = counted(plan.job)
+    assert plan.gathered and frozen > trained
+    assert plan.bytes["weights, gathered"] == 2 * trained
+
+
+def test_what_is_gathered_is_left_free_in_packs_of_fewer_patches_too():
+    """Of the smallest card on which 8b's blocks all run again and its weights stay."""
+    job = Job(PRESETS["8b"], EVERYTHING, 8192, 8)
+    needed = plan_of(job, FP32, job.layers, 0, gathered=True)
+    for more in range(60):
+        capacity = (needed.total + needed.allowance + more * GIB) / (1 - FRAGMENTS)
+        plan = choose(PRESETS["8b"], EVERYTHING, 8192, 8, capacity)
+        before = 0
+        for most, *again in again_by_patches(plan):
+            for patches in (before, most):
+                row = plan_of(
+                    job, plan.recipe, tuple(again), capacity, patches=(patches,),
+                    gathered=plan.gathered,
+                )
+                assert row.fits and ("weights, gathered" in row.bytes) == plan.gathered
+            before = most
 
 
 def test_only_what_is_trained_runs_again():

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from common import run as run_module
+from common.optim import clip_gradients
 from common.packing import even_packs
 from common.parallel import assign, pass_around, ring_pass, shard, whole
 from common.run import arguments, start
@@ -197,6 +199,40 @@ def keep_weights(argv):
 
 def test_a_model_with_weights_keeps_them(tmp_path):
     in_processes(keep_weights, [tmp_path], ranks=2)
+
+
+def hold_weights(argv):
+    run = join(argv)
+    batches = [make_batch(PRESETS["toy"], [[3, (1, 4, 4), 6 + i + run.rank]]) for i in range(3)]
+
+    def step(stays: bool):
+        """The gradients of a step of three packs, and what is gathered on the way."""
+        torch.manual_seed(0)
+        model = KeyeVL(PRESETS["toy"]).init_weights()
+        model.stays_gathered = stays
+        model = shard(model, run)
+        block = model.decoder.layers[1]
+        gathered = []
+        for batch in batches:
+            loss, _ = model.loss(batch)
+            gathered.append(not isinstance(next(block.parameters()), DTensor))
+            loss.backward()
+            gathered.append(not isinstance(next(block.parameters()), DTensor))
+        norm = clip_gradients(model, max_norm=1e9)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        gradients = {name: p.grad.to_local() for name, p in model.named_parameters()}
+        model.loss(batches[0])  # and the next step gathers them anew
+        return gathered, norm, gradients
+
+    plain = step(False)
+    stayed = step(True)
+    assert plain[0] == [False] * 6 and stayed[0] == [True] * 6
+    assert plain[1] == stayed[1] > 0
+    assert all(torch.equal(stayed[2][name], grad) for name, grad in plain[2].items())
+
+
+def test_weights_that_stay_gathered_for_a_step_give_the_same_gradients(tmp_path):
+    in_processes(hold_weights, [tmp_path], ranks=2)
 
 
 def run_again_apart(argv):

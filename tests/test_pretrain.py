@@ -614,6 +614,7 @@ def test_stage_0_trains_the_vit_and_the_text_tower_with_one_rate(tmp_path, monke
     (siglip, peaks), named = loop.made["make_optimizer"]
     assert peaks == {"vit": 2.0, "text": 2.0, "logit_scale": 2.0, "logit_bias": 2.0}
     assert named == {"muon": 2, "moments": "as fits"}
+    assert siglip.stays_gathered == "as fits"
     falling = [0.2 + 0.8 * (38 - i) / 38 for i in range(38)]
     assert rates(loop) == pytest.approx([2 * share for share in [0.5, 1.0, *falling]])
     args, named = loop.made["Loader"]
