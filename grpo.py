@@ -222,22 +222,26 @@ def helped(ask, groups: list[list[Rollout]], levels: int) -> list[list[Rollout]]
 
     Progressive hints (Keye-VL 1.5, arXiv 2509.01563, 4.4.2): a question that always fails is asked
     again with the first of its meta["hints"] behind it, then with the next, until a response is
-    right. ours: right ones then take the place of up to half of the wrong ones, as responses to the
-    question alone, since that is what will be asked. ask: prompts -> their groups, with rewards.
+    right. ours: with all of them at once, as sampling takes as long for few prompts as for more,
+    and the first that helps counts. Right ones then take the place of up to half of the wrong
+    ones, as responses to the question alone, since that is what will be asked. ask: prompts ->
+    their groups, with rewards.
     """
-    groups = list(groups)
-    for level in range(levels):
-        failed = [i for i, group in enumerate(groups) if has_hint(group, level)]
-        if not failed:
-            break
-        prompts = [with_hint(groups[i][0].prompt, level) for i in failed]
-        for i, again in zip(failed, ask(prompts)):
-            plain = groups[i]
-            right = [rollout for rollout in again if earns(rollout)]
-            right = [without_hint(rollout, plain[0]) for rollout in right[: len(plain) // 2]]
-            if right:
-                groups[i] = right + plain[len(right) :]
-    return groups
+    hints = [
+        (i, level) for i, group in enumerate(groups) for level in range(levels)
+        if has_hint(group, level)
+    ]
+    after = list(groups)
+    if not hints:
+        return after
+    hinted = ask([with_hint(groups[i][0].prompt, level) for i, level in hints])
+    for (i, _), again in zip(hints, hinted):
+        plain = groups[i]
+        right = [rollout for rollout in again if earns(rollout)]
+        right = [without_hint(rollout, plain[0]) for rollout in right[: len(plain) // 2]]
+        if right and after[i] is plain:
+            after[i] = right + plain[len(right) :]
+    return after
 
 
 def has_hint(group: list[Rollout], level: int) -> bool:

@@ -360,7 +360,7 @@ def test_a_question_that_always_fails_is_asked_with_as_few_hints_as_help(process
     asked = []
 
     def ask(prompts):
-        asked.append([(prompt.hint, prompt.seed) for prompt in prompts])
+        asked.append([(numbers[id(p.record)], p.hint, p.seed) for p in prompts])
         again = []
         for prompt in prompts:
             rights = [prompt.hint == helps[numbers[id(prompt.record)]]] * 3 + [False]
@@ -371,8 +371,10 @@ def test_a_question_that_always_fails_is_asked_with_as_few_hints_as_help(process
     before = [list(group) for group in groups]
     after = grpo.helped(ask, groups, 3)
 
-    assert [[hint for hint, _ in level] for level in asked] == [["a"] * 3, ["b"] * 2, ["c"]]
-    assert len({seed for level in asked for _, seed in level}) == 3, "other draws for each level"
+    [asked] = asked
+    of_question = [[hint for j, hint, _ in asked if j == i] for i in range(4)]
+    assert of_question == [[], *hints[1:]]
+    assert len({seed for _, _, seed in asked}) == 3, "other draws for each level"
     assert after[0] is groups[0] and after[3] is groups[3]
     for i in (1, 2):
         rights = [rollout.reward.right for rollout in after[i]]
@@ -398,14 +400,16 @@ def test_hints_help_to_what_earns_something(processor):
     group[0].prompt.record["meta"]["hints"] = ["a", "b"]
     group[1].reward.right, group[1].reward.format = 1.0, 0.0
 
-    def ask(prompts):
-        [prompt] = prompts
+    def answers(prompt):
         again = [hinted_rollout(processor, prompt, True) for _ in range(4)]
         out_of_form = again if prompt.hint == "a" else again[:2]
         for rollout in out_of_form:
             rollout.reward.format = 0.0
         again[3].reward.total = None if prompt.hint == "b" else 0.0  # a judge has failed
-        return [again]
+        return again
+
+    def ask(prompts):
+        return [answers(prompt) for prompt in prompts]
 
     [after] = grpo.helped(ask, [group], 2)
     assert [grpo.earns(rollout) for rollout in after] == [True, False, False, False]
@@ -418,8 +422,8 @@ def test_hints_go_no_further_than_asked_and_not_where_a_judge_failed(processor):
     levels = []
 
     def ask(prompts):
-        levels.append(prompts[0].hint)
-        return [[hinted_rollout(processor, prompts[0], False) for _ in range(2)]]
+        levels.extend(prompt.hint for prompt in prompts)
+        return [[hinted_rollout(processor, prompt, False) for _ in range(2)] for prompt in prompts]
 
     assert grpo.helped(ask, [group, []], 2) == [group, []]
     assert levels == ["a", "b"]
