@@ -58,9 +58,11 @@ PLAN = {
     "small": {"steps": (1000, 500), "lr": 3e-4, "measured": 6000, "kept": 10_000},
     "released": {"steps": (1500, 500), "lr": 1e-5, "measured": 20_000, "kept": 100_000},
 }
-# Keye mixes 230k, 330k, 20k, 100k and 104k; ours: more auto-think, as a toy sees few samples
+# Keye mixes 230k, 330k, 20k, 100k and 104k; ours: more auto-think, as a toy sees few samples, and
+# think's lines about reasoning once more: there steps decide, and a sixth of the lines is too few
 MIX = {
     "think": 4,
+    "reasoning": 2,
     "no_think": 2,
     "agentic": 2.5,
     "video": 1,
@@ -232,6 +234,11 @@ def build(run: Run, kinds: dict[str, list[Example]], folder: Path, out: Path, pl
     for kind in SWITCH:
         made[kind] = [example.conversation(example.mode) for example in kinds[kind]]
 
+    made["reasoning"] = [
+        example.conversation("think") for example in kinds["think"]
+        if (example.meta or {}).get("category") == "reasoning"
+    ]
+
     made["video"] = []
     for example in kinds["video"]:
         for fps in (2.0, 1.0):
@@ -381,11 +388,11 @@ def build_auto(run: Run, model_folder: Path, kinds: dict, folder: Path, out: Pat
 
 
 def mixture(out: Path, weights: dict[str, float]) -> list[tuple[Path, float]]:
-    """The files of out and their weights; a kind that nobody gave has an empty one."""
+    """The files of out and their weights; a kind that nobody gave has an empty one, or none."""
     mix = []
     for kind, weight in weights.items():
         path = out / f"{kind}.jsonl"
-        if path.stat().st_size:
+        if path.exists() and path.stat().st_size:
             mix.append((path, weight))
     return mix
 

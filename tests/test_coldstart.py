@@ -114,6 +114,22 @@ def answer_of(record):
     return [text_of(record["messages"][-1])]
 
 
+def test_thinking_about_reasoning_is_learnt_once_more(own, tmp_path):
+    """By the category in their meta; the lines stand among all others of think as well."""
+    def asked(category, number):
+        meta = {"task": "sum", "category": category, "answer": "4", "verifier": "number"}
+        return talk(f"{number} + 2?", THOUGHT, meta=meta)
+
+    lines = [asked("reasoning", 2), talk("2 + 2?", THOUGHT), asked("vqa", 3), asked("reasoning", 4)]
+    write(own / "train" / "think.jsonl", lines)
+    out, _ = build(own, tmp_path)
+    several = [("2 + 2?/think", THOUGHT), ("4 + 2?/think", THOUGHT)]
+    assert answers_in(out / "reasoning.jsonl") == several
+    assert len(answers_in(out / "think.jsonl")) == 4
+    mix = {path.stem: weight for path, weight in coldstart.mixture(out, coldstart.MIX)}
+    assert mix["reasoning"] == coldstart.MIX["reasoning"] < mix["think"]
+
+
 def test_lines_of_pretraining_are_kept_without_thinking(own, tmp_path):
     """A line of video.jsonl that thinks is none of them."""
     out, _ = build(own, tmp_path)
