@@ -31,8 +31,8 @@ import random
 import shutil
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from common.index import naming
 from common.jsonl import replacing
 from common.parallel import own_part, whole
-from common.processes import Peers, groups
+from common.processes import Peers, groups, trim_heap
 from common.run import Run, released, seed_everything
 from common.weights import plan_files, write_file, write_index
 
@@ -229,6 +229,7 @@ def save(run: Run, step: int, model, opt, loader_state=None, **extra):
     """
     begin = time.perf_counter()
     run.finish_save()
+    trim_heap()
     tensors = tensors_of(model, opt)
     refuse_diverged(run, step, tensors)
     if run.frozen is None:

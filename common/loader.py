@@ -37,7 +37,7 @@ from common.draws import Draws
 from common.failures import MAX_BAD_SHARE, refusal, refuse_many
 from common.jsonl import Lines, data_name, index_some
 from common.media import MediaError
-from common.processes import Peers
+from common.processes import Peers, trim_heap
 
 log = logging.getLogger("loader")
 
@@ -133,8 +133,10 @@ class Slot:
         return replace(self, waiting=places)
 
 
-def unchanged(step):
-    return step
+def finished(item):
+    """For a worker: what it has made, as it is; memory that this took goes back to the system."""
+    trim_heap()  # 0.5 ms
+    return item
 
 
 def end_with_the_trainer(worker: int):
@@ -184,7 +186,7 @@ def in_workers(dataset, workers: int, **options):
             # fork: they start at once. The thread that forks is the only one that opens or decodes
             # media in this process, so that no decoder's lock is held meanwhile.
             multiprocessing_context="fork" if sys.platform == "linux" else None,
-            collate_fn=unchanged,
+            collate_fn=finished,
             worker_init_fn=end_with_the_trainer,
             **options,
         )

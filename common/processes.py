@@ -5,11 +5,13 @@ tensors, and gloo between CPUs for counts, objects and files, which never stops 
 """
 
 import atexit
+import ctypes
 import datetime
 import os
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -58,6 +60,16 @@ def leave_processes():
     # gloo's threads need the interpreter once more to drop their last tensors; when it is gone
     # before them, they abort the process after all work is done
     time.sleep(0.3)
+
+
+def trim_heap():
+    """Gives free memory in malloc's heap back to the system, where that is glibc's.
+
+    Packs of ever new shapes leave gaps in it, between them copies for checkpoints: a long run would
+    grow for hours.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # ----------------------------------------------------------------------------------------------

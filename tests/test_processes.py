@@ -1,11 +1,13 @@
 """common/processes.py: ranks that talk, and that end soon after one of them has died."""
 
+import ctypes
 import os
 import signal
 import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 
 from common import processes
 from common.loader import end_with_the_trainer
+from common.processes import trim_heap
 from common.run import arguments, start
 from stage import in_processes, skip_without_gpus
 
@@ -164,3 +167,26 @@ def dies_before_nccl(argv):
         os.kill(os.getpid(), signal.SIGKILL)
     else:
         fail()
+
+
+# ----------------------------------------------------------------------------------------------
+# memory
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the heap is not glibc's"
+)
+def test_gaps_in_the_heap_go_back_to_the_system():
+    """120 MB in blocks that malloc takes from its heap: every fiftieth stays, and holds the rest."""
+    blocks = [bytearray(b"x") * 60_000 for _ in range(2000)]
+    left = blocks[::50]
+    del blocks
+    before = resident()
+    trim_heap()
+    assert before - resident() > 80e6
+    assert all(block == b"x" * 60_000 for block in left)
