@@ -61,8 +61,8 @@ PLAN = {
 # Keye mixes 230k, 330k, 20k, 100k and 104k; ours: more auto-think, as a toy sees few samples, and
 # think's lines about reasoning once more: there steps decide, and a sixth of the lines is too few
 MIX = {
-    "think": 4,
-    "reasoning": 2,
+    "think": 3,
+    "reasoning": 1,
     "no_think": 2,
     "agentic": 2.5,
     "video": 1,
