@@ -588,7 +588,7 @@ def test_the_second_pass_goes_on_from_the_first_with_auto_think(phase):
     phase("--eval-limit", 3)
     before = phase.out / "toy" / "mpo" / "model"
     modes = phase.modes / "model"
-    mix = {"think": 4, "no_think": 2, "keep": 4}
+    mix = {"think": 3, "no_think": 2, "keep": 4}
     assert phase.done == [
         ("build", phase.modes / "data", 3000),
         ("finetune", phase.modes, before, mix, 1e-3, 600),
