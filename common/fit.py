@@ -62,7 +62,7 @@ def fit(run: Run, model, learns: tuple[str, ...], pack: int, copies: float = 0) 
     model.vit.recompute = plan.recompute_vit
     model.planned_tokens = pack
     model.recompute = again_by_patches(plan)
-    model.stays_gathered = plan.gathered
+    model.stays_gathered = plan.job.gathered
     if plan.recipe == "bf16":
         model.to(torch.bfloat16)
     elif released(run.args.size) and run.dtype == torch.bfloat16:

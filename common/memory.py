@@ -9,7 +9,7 @@ block through the forward pass, and the backward pass frees them. Work is what o
 it computes. Only state is divided by the number of cards.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -79,6 +79,7 @@ class Job:
     pack: int  # tokens
     world: int  # cards
     compiled: bool = True  # the blocks, by torch.compile
+    gathered: bool = False  # the weights stay so, over the packs of a step
 
     @property
     def stage_0(self) -> bool:
@@ -116,6 +117,18 @@ class Job:
         if self.stage_0:
             parts["text"] = {"pooling head": size(vit.head), "text tower": size(tower)}
         return parts
+
+    @property
+    def comes_and_goes(self) -> bool:
+        """Whether FSDP gathers a block's weights for each use of it, and frees them."""
+        return self.world > 1 and not self.gathered
+
+    @property
+    def all_gathered(self) -> dict[str, int]:
+        """Bytes of the bf16 weights that stay gathered while a step lasts. Stage 0 uses its own."""
+        trained, frozen = counted(self)
+        used = trained if self.stage_0 else trained + frozen
+        return {"weights, gathered": 2 * used} if self.gathered else {}
 
     @property
     def block_sizes(self) -> tuple[int, int]:
@@ -210,7 +223,6 @@ class Plan:
     moment: str
     capacity: float  # bytes of the card
     name: str = ""  # of the stage
-    gathered: bool = False  # weights stay so over the packs of a step
 
     @property
     def total(self) -> int:
@@ -245,25 +257,19 @@ def state(job: Job, recipe: str) -> dict[str, int]:
     }
 
 
-def moments(
-    job: Job, recipe: str, again: tuple[int, int], patches: int, gathered: bool = False
-) -> dict[str, dict]:
+def moments(job: Job, recipe: str, again: tuple[int, int], patches: int) -> dict[str, dict]:
     """{moment: bytes by quantity, beyond the state}, for a pack with so many patches.
 
     In use: bf16 weights, gathered by FSDP for this block and the next, or copied from fp32 by
     autocast and kept for the backward pass. On the way: gradients in bf16, and the fp32 form in
-    which they are added, or summed over the cards. gathered: no block's weights come and go, all
-    are there all the time.
+    which they are added, or summed over the cards.
     """
     many = job.world > 1
-    comes_and_goes = many and not gathered
-    used = counted(job)[0] if job.stage_0 else sum(counted(job))
-    always = {"weights, gathered": 2 * used} if gathered else {}
     learns = "decoder" in job.learns, "vit" in job.learns
     is_fp32 = RECIPES[recipe][0] == 4
     cast = [is_fp32 and not many and trained for trained in learns]
     stream = 4 if cast[0] else 2  # autocast leaves embeddings, and so all sums with them, in fp32
-    held = kept(job, stream, again, patches) | always
+    held = job.all_gathered | kept(job, stream, again, patches)
     sizes = job.block_sizes
     copies = [cast[i] * 2 * sizes[i] * (n - again[i]) for i, n in enumerate(job.layers)]
     head = job.cfg.vocab_size * job.cfg.hidden_size
@@ -273,7 +279,7 @@ def moments(
         found["step"] = {"on the way": 6 * 4 * min(PIECE, head // job.world)}
 
     if not job.stage_0:
-        found |= loss_moments(job, held, always, patches, sum(copies), cast[0], way)
+        found |= loss_moments(job, held, patches, sum(copies), cast[0], way)
     # the head's gradient is still being summed; a tied one stays gathered for its other use
     head_left = 4 * head * many * learns[0]
     rows = job.pack, patches
@@ -286,26 +292,23 @@ def moments(
         gradient = way * (sizes[i] if many else sizes[i] // (4, 2)[i]) * learns[i]
         found[f"{part} backward"] = held | {
             "block run again": rows[i] * job.saves(stream)[i] * none_left,
-            "in use": sum(copies) + sizes[i] * (4 * comes_and_goes + 2 * cast[i] * none_left),
+            "in use": sum(copies) + sizes[i] * (4 * job.comes_and_goes + 2 * cast[i] * none_left),
             "on the way": rows[i] * 4 * widths[i] + gradient + head_left,
         }
         held, copies[i] = held | {"decoder blocks": 0}, 0  # the ViT's turn comes after these
     return found
 
 
-def loss_moments(
-    job: Job, held, always, patches: int, copies: int, cast: bool, way: int
-) -> dict:
+def loss_moments(job: Job, held, patches: int, copies: int, cast: bool, way: int) -> dict:
     """The loss, chunk by chunk; its backward pass; and, last of all, the embedding's."""
     many = job.world > 1
-    comes_and_goes = many and not always
     head = job.cfg.vocab_size * job.cfg.hidden_size
     labels = job.pack - patches // 4
     chunk = 4 * CHUNK_COPIES * min(labels * job.cfg.vocab_size, MAX_LOGITS)
     # what the backward pass needs of each label: a number a word, or a frozen head's gradient
     push = 2 * labels * (job.cfg.vocab_size if "decoder" in job.learns else job.cfg.hidden_size)
     way *= head * ("decoder" in job.learns)
-    in_use = copies + 2 * head * (comes_and_goes or cast)
+    in_use = copies + 2 * head * (job.comes_and_goes or cast)
     # FSDP's buffer stays until the next gather, and there is none. It sums the head's gradient
     # over the cards only when the logits are gone.
     buffer = 2 * head * many
@@ -313,21 +316,19 @@ def loss_moments(
     return {
         "loss": held | {"logits": push + chunk, "in use": in_use + buffer},
         "head backward": held | {"logits": before, "in use": in_use, "on the way": way},
-        "embedding backward": always | {"in use": buffer, "on the way": way},
+        "embedding backward": job.all_gathered | {"in use": buffer, "on the way": way},
     }
 
 
 def plan_of(
-    job: Job, recipe: str, again, capacity: float, name: str = "", patches: tuple = (),
-    gathered: bool = False,
+    job: Job, recipe: str, again, capacity: float, name: str = "", patches: tuple = ()
 ) -> Plan:
     """At the fullest moment of packs with so many patches each; else all text, and all pictures."""
     found = []
     for number in patches or {0, job.patches}:
-        found += moments(job, recipe, again, number, gathered).items()
+        found += moments(job, recipe, again, number).items()
     moment, more = max(found, key=lambda pair: sum(pair[1].values()))
-    bytes_of = state(job, recipe) | more
-    return Plan(job, recipe, *again, bytes_of, moment, capacity, name, gathered)
+    return Plan(job, recipe, *again, state(job, recipe) | more, moment, capacity, name)
 
 
 def job_of(cfg: Config, learns: tuple[str, ...], pack: int, world: int, compiled: bool) -> Job:
@@ -355,8 +356,9 @@ def choose(
     plan = least_again(plan)
     if world > 1:
         again = plan.recompute_decoder, plan.recompute_vit
-        gathered = plan_of(job, plan.recipe, again, capacity, name, gathered=True)
-        plan = gathered if gathered.fits else plan
+        gathered = plan_of(replace(job, gathered=True), plan.recipe, again, capacity, name)
+        if gathered.fits:
+            return gathered
     return plan
 
 
@@ -369,9 +371,7 @@ def least_again(plan: Plan, patches: tuple = ()) -> Plan:
     # The decoder's blocks first: there a byte that is kept saves more work.
     fewest = [(0, k) for k in range(vit)] + [(k, vit) for k in range(decoder)]
     for again in fewest:
-        better = plan_of(
-            plan.job, plan.recipe, again, plan.capacity, plan.name, patches, plan.gathered
-        )
+        better = plan_of(plan.job, plan.recipe, again, plan.capacity, plan.name, patches)
         if better.fits:
             return better
     return plan

@@ -282,40 +282,38 @@ def test_weights_stay_gathered_where_all_else_has_its_room():
     """Two bytes for each weight of the model, over several cards, and no block runs again for it."""
     for size, world, learns in (("1.7b", 2, EVERYTHING), ("4b", 8, ("projector",))):
         plan = plan_on("H100", size, learns, world)
-        assert plan.gathered and plan.fits and plan.total <= plan.capacity
+        assert plan.job.gathered and plan.fits and plan.total <= plan.capacity
         assert plan.bytes["weights, gathered"] == 2 * sum(counted(plan.job))
         assert (plan.recompute_decoder, plan.recompute_vit) == (0, 0)
-    assert not plan_on("H100", "0.6b", EVERYTHING).gathered, "one card holds them anyway"
+    assert not plan_on("H100", "0.6b", EVERYTHING).job.gathered, "one card holds them anyway"
 
     tight = plan_on("H100", "8b", EVERYTHING, 2)
-    assert not tight.gathered and "weights, gathered" not in tight.bytes
+    assert not tight.job.gathered and "weights, gathered" not in tight.bytes
     again = tight.recompute_decoder, tight.recompute_vit
-    more = plan_of(tight.job, tight.recipe, again, tight.capacity, gathered=True)
+    gathered = replace(tight.job, gathered=True)
+    more = plan_of(gathered, tight.recipe, again, tight.capacity)
     assert not more.fits
 
 
 def test_stage_0_gathers_its_towers_alone():
     plan = plan_on("H100", "1.7b", ("vit",), 2)
     trained, frozen = counted(plan.job)
-    assert plan.gathered and frozen > trained
+    assert plan.job.gathered and frozen > trained
     assert plan.bytes["weights, gathered"] == 2 * trained
 
 
 def test_what_is_gathered_is_left_free_in_packs_of_fewer_patches_too():
     """Of the smallest card on which 8b's blocks all run again and its weights stay."""
-    job = Job(PRESETS["8b"], EVERYTHING, 8192, 8)
-    needed = plan_of(job, FP32, job.layers, 0, gathered=True)
+    job = Job(PRESETS["8b"], EVERYTHING, 8192, 8, gathered=True)
+    needed = plan_of(job, FP32, job.layers, 0)
     for more in range(60):
         capacity = (needed.total + needed.allowance + more * GIB) / (1 - FRAGMENTS)
         plan = choose(PRESETS["8b"], EVERYTHING, 8192, 8, capacity)
         before = 0
         for most, *again in again_by_patches(plan):
             for patches in (before, most):
-                row = plan_of(
-                    job, plan.recipe, tuple(again), capacity, patches=(patches,),
-                    gathered=plan.gathered,
-                )
-                assert row.fits and ("weights, gathered" in row.bytes) == plan.gathered
+                row = plan_of(plan.job, plan.recipe, tuple(again), capacity, patches=(patches,))
+                assert row.fits and ("weights, gathered" in row.bytes) == plan.job.gathered
             before = most
 
 
