@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from common.loader import end_with_the_trainer
 from common.processes import trim_heap
 from common.run import arguments, start
 from stage import in_processes, skip_without_gpus
+from tools.soak import resident
 
 
 def joined(out: str, device="cpu"):
@@ -173,11 +173,6 @@ def dies_before_nccl(argv):
 # memory
 
 
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the heap is not glibc's"
 )
@@ -186,7 +181,7 @@ def test_gaps_in_the_heap_go_back_to_the_system():
     blocks = [bytearray(b"x") * 60_000 for _ in range(2000)]
     left = blocks[::50]
     del blocks
-    before = resident()
+    before = resident(os.getpid())
     trim_heap()
-    assert before - resident() > 80e6
+    assert before - resident(os.getpid()) > 80e6
     assert all(block == b"x" * 60_000 for block in left)
