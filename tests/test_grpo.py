@@ -1138,7 +1138,10 @@ def test_weights_of_kinds_are_kept_in_the_checkpoint(monkeypatch, run, start_mod
 
 
 def test_what_is_easily_guessed_is_not_rewarded(tmp_path):
-    """A question of a few answers, however it says so; unless there are no others."""
+    """A question of a few answers, however it says so; unless there are no others, or it is known.
+
+    What is known stands in the pool of all post-training, where there is a second one to learn.
+    """
     easy = [{"chance": 0.5}, {"choices": ["a", "b", "c"]}, {"verifier": "yesno", "answer": "yes"}]
     hard = [{}, {"choices": list("abcd")}, {"chance": 0.2, "choices": ["a", "b"]}]
     lines = []
@@ -1153,6 +1156,13 @@ def test_what_is_easily_guessed_is_not_rewarded(tmp_path):
     assert [question.task for question in pool] == ["3", "4", "5"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
     assert len(grpo.question_pools(tmp_path)[0]) == 3
+
+    everything = "".join(json.dumps(line) + "\n" for line in lines)
+    path.write_text(everything)
+    path.with_name("discover.jsonl").write_text(everything)
+    known, new = grpo.question_pools(tmp_path)
+    assert [question.task for question in known] == list("012345")
+    assert [question.task for question in new] == list("345")
 
 
 def test_pools_are_those_that_are_there(tmp_path):
