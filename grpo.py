@@ -122,7 +122,7 @@ PLAN = {
 }
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo")
 TAUGHT = "taught_"  # + kind: a metric, the share of its groups whose rewards differ
-MOST_CHANCE = 0.3  # what a guess may get right of a question that rewards are given for
+MOST_CHANCE = 0.3  # what a guess may get right of a question that nobody has answered before
 CLIP = (0.2, 0.28)  # low, high: DAPO's
 CLIP_SEQUENCE = (3e-4, 4e-4)  # GSPO's own: a mean over many tokens moves little
 DUAL_CLIP = 3.0  # a bad response is pushed away no harder, however likely it has become

@@ -61,6 +61,7 @@ SECONDS = 30  # for which a client may send or take nothing
 FETCHING = 20  # seconds for all that one request fetches from the web
 DECODING = 120  # seconds for which a request waits until its pictures are decoded
 CLIPS = 1 << 35  # pixels of all frames of the clips that a request brings: 9 minutes of 1080p
+ENDING = 1.0  # seconds that the end waits, at most, for requests that are being answered
 GATHER = 0.5  # seconds that the model waits, at most, for requests that are being read
 CHOICES = 8  # answers to one request ("n")
 STOPS = 4  # strings that end an answer, as at OpenAI; each of so many characters:
@@ -674,6 +675,18 @@ class Server(ThreadingHTTPServer):
         super().shutdown_request(request)
         self.places.release()
 
+    def close(self):
+        """Ends the answers and the worker, and waits a moment for the threads of the requests.
+
+        A thread that frees tensors while the program ends would abort it, like the worker's.
+        """
+        self.server_close()
+        self.worker.close()
+        until = time.monotonic() + ENDING
+        for _ in range(CONNECTIONS):  # a place is free again when its thread is done
+            if not self.places.acquire(timeout=max(0.0, until - time.monotonic())):
+                return
+
     def server_bind(self):
         TCPServer.server_bind(self)  # not HTTPServer's, which asks the network for a name
 
@@ -958,5 +971,4 @@ def serve(generator, args, max_tokens: int):
     except KeyboardInterrupt:
         pass
     finally:
-        server.server_close()
-        server.worker.close()
+        server.close()

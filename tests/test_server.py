@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -746,6 +747,35 @@ def test_a_fault_of_the_servers_files_is_said(served, monkeypatch, tmp_path):
 )
 def test_other_sites_cannot_use_it(served, headers, status):
     assert send(served, None, "/v1/models", "GET", **headers)[0] == status
+
+
+def test_the_end_waits_for_threads_that_answer(opened, monkeypatch):
+    """One that frees tensors while the program ends would abort it."""
+    freed = threading.Event()
+    get = server.Handler.get
+
+    def slow(handler):
+        get(handler)
+        time.sleep(0.3)  # its client has the whole answer
+        freed.set()
+
+    monkeypatch.setattr(server.Handler, "get", slow)
+    one = opened()
+    assert send(one, None, "/health", "GET")[0] == 200
+    one.shutdown()
+    one.close()
+    assert freed.is_set()
+
+
+def test_the_end_waits_but_a_moment_for_clients_that_say_nothing(opened, monkeypatch):
+    monkeypatch.setattr(server, "ENDING", 0.1)
+    one = opened()
+    with socket.create_connection(one.server_address, timeout=60) as idle:
+        assert send(one, None, "/health", "GET")[0] == 200
+        one.shutdown()
+        one.close()
+        idle.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert b"200 OK" in idle.recv(100)  # its thread was there all the time
 
 
 @pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM])
