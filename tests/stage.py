@@ -233,7 +233,8 @@ def in_processes(function, argv=(), ranks=1, code=0) -> str:
         child.join()
     said = log.read_text()
     codes = code if isinstance(code, list) else [code] * ranks
-    assert [child.exitcode for child in children] == codes, said[-4000:]
+    ended = [child.exitcode for child in children]
+    assert ended == codes, f"exit codes {ended}, not {codes}:\n{said[-4000:]}"
     return said
 
 
