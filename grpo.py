@@ -100,8 +100,8 @@ PLAN = {
         "hints": 0, "asked": TOY_ASKED, "asked_new": TOY_ASKED_NEW,
     },
     # Nearly all that it knows is always right; asked less, it was forgotten. Without replay the old
-    # board lost 3 to 4 points, with 0.3 about 2, with 1.0 none but without thinking, 2. Hints teach
-    # in 150 steps what took 250 (docs/results.md).
+    # board lost 3 to 4 points, with 0.3 about 2, with 1.0 none (but 2 where it does not think).
+    # Hints teach in 150 steps what took 250 (docs/results.md).
     "tiny": {
         "steps": 150, "lr": 1.5e-4, "prompts": 64, "group": 8, "updates": 1, "discover": 0.5,
         "max_tokens": 144, "pack": 16384, "replay": 1.0, "beta": 1e-3, "least": 1.0,
@@ -239,9 +239,11 @@ def helped(ask, groups: list[list[Rollout]], levels: int) -> list[list[Rollout]]
     hinted = ask([with_hint(groups[i][0].prompt, level) for i, level in hints])
     for (i, _), again in zip(hints, hinted):
         plain = groups[i]
+        if after[i] is not plain:
+            continue  # fewer hints have helped already
         right = [rollout for rollout in again if earns(rollout)]
         right = [without_hint(rollout, plain[0]) for rollout in right[: len(plain) // 2]]
-        if right and after[i] is plain:
+        if right:
             after[i] = right + plain[len(right) :]
     return after
 
@@ -466,10 +468,15 @@ def question_pools(folder: Path) -> list[list[Question]]:
     found. Where all are easy to guess, they stay. What is known is asked whole, as the kinds that
     are left out are forgotten first.
     """
-    names = [names for names in (POOL, (DISCOVER,)) if pool_files(folder, names)]
-    *known, last = [question_pool(folder, names) for names in names or [(*POOL, DISCOVER)]]
-    hard = [q for q in last if chance_of(q.meta) <= MOST_CHANCE]
-    return [*known, hard or last]
+    there = [names for names in (POOL, (DISCOVER,)) if pool_files(folder, names)]
+    if not there:
+        there = [(*POOL, DISCOVER)]  # none: the error names them all
+    pools = [question_pool(folder, names) for names in there]
+
+    hard = [q for q in pools[-1] if chance_of(q.meta) <= MOST_CHANCE]
+    if hard:
+        pools[-1] = hard
+    return pools
 
 
 def chance_of(meta: dict) -> float:

@@ -473,8 +473,7 @@ the data sheet for text, {pictures} with pictures, {pairs} for pairs of stage 0,
 activations are kept and where all blocks run again, after what one to four cards measured of 1.7b
 to 8b; smaller models wait for the host: small makes half of that, tiny a twentieth. Texts of 2,048
 tokens; samples of 512, half of them a picture; stage 0 counts the pictures' tokens, 64 words to
-256. Loading, saving and scoring take no time
-here.""".format(**MFU)
+256. Loading, saving and scoring take no time here.""".format(**MFU)
 
 
 def line(name: str, cells: list, formula: str = "") -> str:
