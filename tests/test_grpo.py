@@ -293,7 +293,8 @@ def test_logprobs_of_sampler_and_trainer_agree_after_a_tool_turn(
 def rollout_of(processor, text: str, total=0.0, right=0.0, form=1.0, mode="think", given=0):
     """A rollout that was sampled with log-probability -1 a token; its last `given` by a tool."""
     question = {"role": "user", "content": "How many?"}
-    prompt = Prompt({"messages": [question], "meta": {"task": "count"}}, None, mode, "0/0/0")
+    meta = {"task": "count", "verifier": "number", "answer": "3"}
+    prompt = Prompt({"messages": [question], "meta": meta}, None, mode, "0/0/0")
     sample = processor({"messages": [question]}, generate=True)
     ids = processor.tokenizer.encode(text, added=True)
     first = sample["next_position"]
@@ -335,6 +336,39 @@ def test_length_alone_teaches_nothing(processor):
     assert group[0].reward.total != group[1].reward.total and not teaches(group)
     group[1].reward.total -= 0.5
     assert teaches(group)
+
+
+@pytest.mark.parametrize(
+    "mode, form",
+    [
+        ("no_think", "{}"),
+        ("auto_think", "<analysis>Easy /no_think.</analysis>{}"),
+        ("think", r"<think>one, two, three</think><answer>\boxed{{{}}}</answer>"),
+    ],
+)
+def test_a_right_answer_among_other_words_earns_half(processor, mode, form):
+    """As benchmarks read the bare value: "orange square" does not answer what colour it is."""
+
+    def rollout(text, *scores):
+        return rollout_of(processor, form.format(text), *scores, mode=mode)
+
+    bare, wordy = rollout("3", 1.35, 1.0), rollout("three circles", 1.35, 1.0)
+    assert not teaches([bare, wordy])
+    others = [rollout("4 circles", 0.2), rollout("3 circles", 0.0, 1.0, 0.0)]
+    unscored = rollout("3 circles", None, 1.0)
+    grpo.charge_words([[bare, wordy], [], [*others, unscored]])
+    assert bare.reward.total == 1.35
+    assert wordy.reward.total == pytest.approx(1.35 - 0.9 / 2), "half of its outcome"
+    assert teaches([bare, wordy])
+    assert [r.reward.total for r in others] == [0.2, 0.0], "wrong, or out of form"
+    assert unscored.reward.total is None
+
+
+def test_what_only_a_judge_found_right_has_no_bare_value(processor):
+    judged = rollout_of(processor, "a hound", 1.0, 1.0, mode="no_think")
+    judged.prompt.record["meta"] = {"verifier": "text", "answer": "a dog"}
+    grpo.charge_words([[judged]])
+    assert judged.reward.total == 1.0
 
 
 def test_an_answer_out_of_form_is_as_bad_as_a_wrong_one(processor):
@@ -471,6 +505,19 @@ def test_a_step_learns_what_hints_helped_to(monkeypatch, run, processor):
     [three] = processor.tokenizer.encode("3")
     moved = policy.scores.detach() - start
     assert moved[three] > 0 and moved.argmax() == three
+
+
+def test_a_step_prefers_the_bare_value_of_two_right_answers(monkeypatch, run, processor):
+    texts = ("3", "3 circles")
+    group = [rollout_of(processor, text, 0.9, 1.0, mode="no_think") for text in texts]
+    policy = Table(1)
+    start = policy.scores.detach().clone()
+    values = Step(monkeypatch, run, processor, [group])(policy, None, updates=1, beta=0.0)
+    assert values["right"] == 1 and values["dropped_groups"] == 0
+    [three] = processor.tokenizer.encode("3")
+    word = processor.tokenizer.encode(" circles")[-1]
+    moved = policy.scores.detach() - start
+    assert moved[three] > 0 > moved[word]
 
 
 def test_what_the_judge_did_not_score_does_not_decide(processor):
