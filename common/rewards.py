@@ -32,7 +32,7 @@ class Reward:
     """The parts of a response's reward, and their total. None: a judge was needed, and failed."""
 
     outcome: float | None  # 0..1, what the answer is worth
-    right: float | None  # 0 or 1, as a benchmark counts; for filters of groups
+    right: float | None  # 0 or 1: whether the answer names the true value, also among other words
     format: float  # 1 where the form of the mode is kept, else 0
     consistency: float | None  # 0..1, whether the answer follows from the thinking
     repetition: float  # 0..1, share of the text that came before
