@@ -36,7 +36,6 @@ without a score (its judge failed) leaves its group. A question whose responses 
 asked again with the hints that its line has, the plan's "hints" of them at most (see helped).
 """
 
-import itertools
 import math
 import os
 import time
@@ -105,7 +104,7 @@ PLAN = {
         "hints": 0, "asked": TOY_ASKED, "asked_new": TOY_ASKED_NEW,
     },
     # Nearly all that it knows is always right; asked less, it was forgotten. Without replay the old
-    # board lost 3 to 4 points, with 0.3 about 2, with 1.0 none (but 2 where it does not think).
+    # board lost 3 to 4 points, with 0.3 about 2, with 1.0 none (1 where it does not think).
     # Hints teach in 150 steps what took 250; twice as many gain 10 points more (docs/results.md).
     "tiny": {
         "steps": 300, "lr": 1.5e-4, "prompts": 64, "group": 8, "updates": 1, "discover": 0.5,
@@ -218,15 +217,16 @@ def charge_length(groups: list[list[Rollout]], max_tokens: int):
 
 def charge_words(groups: list[list[Rollout]]):
     """What is right, but not the bare value, pays half of its outcome: see WORDY_COST (ours)."""
-    for rollout in itertools.chain(*groups):
-        if not earns(rollout):
-            continue
-        reward = rollout.reward
-        meta = rollout.prompt.record["meta"]
-        final = reward.parsed.final
-        by_rule = verify(final, meta)[1]  # else a judge found it right, and no rule reads it
-        if by_rule and not score(final, meta):
-            reward.total -= WORDY_COST * reward.outcome
+    for group in groups:
+        for rollout in filter(earns, group):
+            reward = rollout.reward
+            meta = rollout.prompt.record["meta"]
+            final = reward.parsed.final
+            if score(final, meta):
+                continue
+            _, right_by_rule = verify(final, meta)
+            if right_by_rule:  # else a judge found it right, and no rule reads it
+                reward.total -= WORDY_COST * reward.outcome
 
 
 def teaches(group: list[Rollout]) -> bool:
