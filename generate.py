@@ -69,8 +69,9 @@ BANNED = (
 CACHE_BYTES = 16 << 30  # ours, of keys and values: 8B's take 144 KiB a token
 # ours: a cache that grew for one turn has room for the next, as a graph is captured anew for each
 GROWTH = 256
-# ours: a graph takes as long to capture as some steps to run; a few rows are soon fewer still
-STEPS_BEFORE_GRAPH = 8
+# ours: a graph takes as long to capture as some 20 steps of a small model to run, and a few rows
+# are soon fewer still
+STEPS_BEFORE_GRAPH = 16
 # ours: so many tokens of each row between two looks of the host at what was written, on a GPU; on
 # a CPU 1. A look costs a small model a step; a row that ends before the next one has taken some
 # steps for nothing.
@@ -514,7 +515,7 @@ class Generator:
         """
         n = rows[-1].slot + 1
         steps = min(self.stride, *(row.left for row in rows))
-        inputs = self.last_ids(rows, cache)  # (3, B)
+        inputs = self.last_ids(rows, cache, steps)  # (3, B)
         size = inputs.shape[1]
         draws = torch.zeros(self.stride, size, dtype=torch.float64)
         draws[:steps, [row.slot for row in rows]] = torch.tensor(
@@ -539,11 +540,11 @@ class Generator:
         slots = [row.slot for row in rows]
         return tuple(x.cpu()[:steps, slots] for x in found)
 
-    def last_ids(self, rows, cache):
-        """Of the first rows of the cache, up to the last of these or some further ones: the last
-        id, its position, and how many tokens the cache holds: (3, B)."""
-        n = rows[-1].slot + 1
-        size = min(1 << (n - 1).bit_length(), len(cache.lengths)) if self.use_graphs else n
+    def last_ids(self, rows, cache, steps=1):
+        """What the next `steps` begin with. Of the first rows of the cache, up to the last of these
+        or some further ones: the last id, its position, and how many tokens the cache holds:
+        (3, B)."""
+        size = self.graphs.size(rows[-1].slot + 1, len(cache.lengths), steps)
         tokens = [0] * size
         positions = [0] * size
         for row in rows:
@@ -630,37 +631,55 @@ def new_rows(samples, max_new_tokens, seed):
 
 
 class Graphs:
-    """Steps of decoding as CUDA graphs, one for each number of rows. Launched from Python one by
+    """Steps of decoding as CUDA graphs, each for a number of rows. Launched from Python one by
     one, a step's some thousand kernels take longer than they run."""
 
     def __init__(self, device, used: bool = True):
         self.device = device
         self.used = used
-        self.steps = Counter()  # taken with so many rows
+        self.steps = Counter()  # taken, by the rows that were needed
+        self.ready = False  # whether one has been taken without a graph
         self.graphs = {}
         self.pool = None  # memory that all graphs share: only one runs at a time
+
+    def size(self, n: int, most: int, steps: int) -> int:
+        """How many rows, of at most so many, the next steps are run with where n are needed.
+
+        A larger graph serves at first: rows that end soon leave no time to capture one for each
+        number of those that are left.
+        """
+        if not self.used:
+            return n
+        fitting = min(1 << (n - 1).bit_length(), most)
+        self.steps[fitting] += steps
+        larger = [size for size in self.graphs if size >= n]
+        if larger and self.steps[fitting] <= STEPS_BEFORE_GRAPH:
+            return min(larger)
+        return fitting
 
     def run(self, step: Callable, inputs: list[Tensor], times: int = 1):
         """What step(*inputs) returns at the last of so many times, valid until the next run. The
         inputs (..., B) come from the host; a step may change them for the next."""
         size = inputs[0].shape[-1]
-        self.steps[size] += times
-        # What is set up at a first run must be before a graph is.
-        if not self.used or self.steps[size] <= STEPS_BEFORE_GRAPH:
-            inputs = [to_device(x, self.device) for x in inputs]
-            for _ in range(times):
-                found = step(*inputs)
-            return found
-        if size not in self.graphs:
+        if size in self.graphs:
+            graph, static, found = self.graphs[size]
+            for held, new in zip(static, inputs):
+                held.copy_(new.pin_memory(), non_blocking=True)
+        else:
             static = [to_device(x, self.device) for x in inputs]
+            # What is set up at a first step, as bf16 copies of weights, must be before a graph is.
+            plain = times if not self.used else int(not self.ready)
+            for _ in range(plain):
+                found = step(*static)
+            self.ready = True
+            times -= plain
+            if not times:
+                return found
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 found = step(*static)
             self.pool = graph.pool()
             self.graphs[size] = graph, static, found
-        graph, static, found = self.graphs[size]
-        for held, new in zip(static, inputs):
-            held.copy_(new.pin_memory(), non_blocking=True)
         for _ in range(times):
             graph.replay()
         return found

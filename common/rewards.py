@@ -99,8 +99,9 @@ def total(parts: Reward) -> float | None:
 
 
 def rewards(responses: list[dict]) -> list[Reward]:
-    """reward(**response) of each, in order. In threads, so one slow judge holds up no other."""
-    with ThreadPoolExecutor(16) as pool:
+    """reward(**response) of each, in order. Judges are asked in threads: a slow one holds up none."""
+    judged = any(response.get("judge") for response in responses)
+    with ThreadPoolExecutor(16 if judged else 1) as pool:
         return list(pool.map(lambda response: reward(**response), responses))
 
 

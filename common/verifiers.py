@@ -175,6 +175,7 @@ def normal(text: str) -> str:
     return " ".join(text.split()).removesuffix(".").strip()
 
 
+@lru_cache(1024)  # the options of a question are read again with each response to it
 def plain(text: str) -> str:
     """One Unicode form, and no LaTeX around words and numbers. Lines stay."""
     text = re.sub(TAG, " ", text)

@@ -659,6 +659,19 @@ def test_graphs_change_nothing(processor, prompts, monkeypatch):
     assert len(set(map(id, replays))) >= 2  # graphs for different numbers of rows
 
 
+def test_a_larger_graph_serves_until_a_smaller_one_pays(monkeypatch):
+    monkeypatch.setattr(generate, "STEPS_BEFORE_GRAPH", 16)
+    graphs = generate.Graphs("cpu")
+    assert graphs.size(300, most=400, steps=8) == 400  # none is there yet
+    graphs.graphs[400] = ...
+    assert [graphs.size(n, 400, 8) for n in (257, 65, 64, 120, 3)] == [400] * 5
+    assert graphs.size(100, 400, 8) == 128  # 65 to 128 rows have taken 24 steps
+    graphs.graphs[128] = ...
+    assert [graphs.size(n, 400, 8) for n in (129, 128, 20, 3)] == [400, 128, 128, 128]
+    assert graphs.size(4, 400, 1) == 4
+    assert generate.Graphs("cpu", used=False).size(100, 400, 8) == 100
+
+
 @pytest.mark.cuda
 def test_graphs_in_bf16(processor, prompts, monkeypatch):
     """By the decoding kernel: log-probabilities are those of a full forward."""
