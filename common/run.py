@@ -153,7 +153,7 @@ COUNTS = (
 )
 LEAST = dict.fromkeys(COUNTS, 1) | {"group": 2}  # a group's responses are compared with each other
 RATES = ("lr", "round_lr")
-SHARES = ("discover", "least")
+SHARES = ("discover", "least", "words")
 
 
 def is_allowed(name: str, number: float) -> tuple[bool, str]:

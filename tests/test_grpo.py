@@ -356,7 +356,7 @@ def test_a_right_answer_among_other_words_earns_half(processor, mode, form):
     assert not teaches([bare, wordy])
     others = [rollout("4 circles", 0.2), rollout("3 circles", 0.0, 1.0, 0.0)]
     unscored = rollout("3 circles", None, 1.0)
-    grpo.charge_words([[bare, wordy], [], [*others, unscored]])
+    grpo.charge_words([[bare, wordy], [], [*others, unscored]], share=0.5)
     assert bare.reward.total == 1.35
     assert wordy.reward.total == pytest.approx(1.35 - 0.9 / 2), "half of its outcome"
     assert teaches([bare, wordy])
@@ -367,7 +367,7 @@ def test_a_right_answer_among_other_words_earns_half(processor, mode, form):
 def test_what_only_a_judge_found_right_has_no_bare_value(processor):
     judged = rollout_of(processor, "a hound", 1.0, 1.0, mode="no_think")
     judged.prompt.record["meta"] = {"verifier": "text", "answer": "a dog"}
-    grpo.charge_words([[judged]])
+    grpo.charge_words([[judged]], share=0.5)
     assert judged.reward.total == 1.0
 
 
@@ -629,7 +629,7 @@ class Table(nn.Module):
     forward = logprobs
 
 
-PLAN = {"group": 3, "updates": 2, "max_tokens": 12, "pack": 60, "hints": 0}
+PLAN = {"group": 3, "updates": 2, "max_tokens": 12, "pack": 60, "hints": 0, "words": 0.5}
 RATE = 8.0
 BETA = 0.05
 

@@ -113,7 +113,7 @@ def test_a_flags_number_is_finite_and_large_enough(flags, capsys):
 NUMBERS = {
     "toy": {
         "lr": 1e-3, "round_lr": 1e-3, "steps": 9, "group": 4, "discover": 0.5, "least": 1.0,
-        "replay": 1.0, "beta": 0.0, "hints": 3,
+        "replay": 1.0, "beta": 0.0, "hints": 3, "words": 0.5,
     },
     "released": {},
 }
@@ -130,6 +130,7 @@ NUMBERS = {
     ("group=1", "at least 2"),
     ("discover=1.5", "from 0 to 1"),
     ("least=nan", "from 0 to 1"),
+    ("words=2", "from 0 to 1"),
     ("replay=-1", "at least 0"),
     ("replay=inf", "at least 0"),
     ("beta=nan", "at least 0"),
@@ -145,7 +146,7 @@ def test_a_plan_that_trains_nothing_or_backwards_is_refused(change, allowed):
 def test_the_edges_of_what_a_plan_may_have_are_taken():
     edges = {
         "lr": 1e-9, "round_lr": 3.0, "steps": 1, "group": 2, "discover": 0.0, "least": 1.0,
-        "replay": 0.0, "beta": 0.0, "hints": 0,
+        "replay": 0.0, "beta": 0.0, "hints": 0, "words": 1.0,
     }
     changes = [flag for name, n in edges.items() for flag in ("--plan", f"{name}={n}")]
     assert plan_of(parse(*changes), NUMBERS) == edges
@@ -165,7 +166,7 @@ def test_every_name_of_a_plan_has_its_limits():
             may_be_0 |= {name for name in numbers if run_module.is_allowed(name, 0)[0]}
             for name, number in numbers.items():
                 assert run_module.is_allowed(name, number)[0], name
-    assert may_be_0 == {"replay", "beta", "hints", "discover", "least"}
+    assert may_be_0 == {"replay", "beta", "hints", "discover", "least", "words"}
 
 
 def test_gpu_memory_without_a_gpu_is_refused(tmp_path):
