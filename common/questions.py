@@ -85,8 +85,14 @@ def read_questions(
         raise ValueError(f"{path}: no .jsonl or .json files with questions here")
     questions = []
     for name, file in files.items():
-        lines = Lines(file, check_question)
-        for i, record in enumerate(lines):
+        records = []  # as they pass the check: Lines would read each of them once more
+
+        def keep(record):
+            check_question(record)
+            records.append(record)
+
+        lines = Lines(file, keep)
+        for i, record in enumerate(records):
             meta = record["meta"]
             meta.setdefault("task", name)
             meta.setdefault("category", meta["task"])
