@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from common import jsonl
 from common.questions import Question
 from common.questions import check_heldout
 from common.questions import draw_prompts
@@ -50,6 +51,16 @@ def test_a_phase_says_which_files_it_reads_and_which_it_leaves(tmp_path):
         f"sft reads instruct, mine, vqa of {where}",
         f"sft reads nothing of {where}; it leaves instruct, mine, vqa",
     ]
+
+
+def test_a_file_of_questions_is_parsed_once(tmp_path, monkeypatch):
+    """Scripts wait for it when they start: 50,000 lines take seconds."""
+    write(tmp_path / "sums.jsonl", [record("1 + 1?"), record("1 + 2?", "3"), record("1 + 3?", "4")])
+    parsed = []
+    parse = jsonl._parse
+    monkeypatch.setattr(jsonl, "_parse", lambda data: parsed.append(data) or parse(data))
+    assert [q.meta["answer"] for q in read_questions(tmp_path / "sums.jsonl")] == ["2", "3", "4"]
+    assert len(parsed) == 3
 
 
 def test_a_question_knows_its_place_and_its_task(tmp_path):
