@@ -99,7 +99,8 @@ def total(parts: Reward) -> float | None:
 
 
 def rewards(responses: list[dict]) -> list[Reward]:
-    """reward(**response) of each, in order. Judges are asked in threads: a slow one holds up none."""
+    """reward(**response) of each, in order. With a judge in threads, so that one slow answer of it
+    holds up no other; rules alone take longer in many threads than in one."""
     judged = any(response.get("judge") for response in responses)
     with ThreadPoolExecutor(16 if judged else 1) as pool:
         return list(pool.map(lambda response: reward(**response), responses))
