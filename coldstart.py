@@ -136,6 +136,7 @@ def read_kind(path: Path) -> list[Example]:
     SystemExit where many do.
     """
     kind = data_name(path)
+    records = []  # as they are checked: Lines reads one again when it is asked for
 
     def check(record):
         check_training(record)
@@ -147,9 +148,10 @@ def read_kind(path: Path) -> list[Example]:
         errors = parse(example.answer["content"], example.mode).errors
         if errors:
             raise ValueError(f"not an answer in {example.mode} mode: {'; '.join(errors)}")
+        records.append(record)
 
     lines = lines_or_exit(path, check)
-    return [example_of(record, lines.root, kind) for record in lines]
+    return [example_of(record, lines.root, kind) for record in records]
 
 
 def read_kinds(folder: Path) -> dict[str, list[Example]]:
@@ -221,8 +223,9 @@ def kept_lines(path: Path, count: int) -> list[dict]:
 
 def write_kinds(run: Run, out: Path, root: Path, kinds: dict[str, list[dict]]):
     """Conversations as out/KIND.jsonl, their media linked below out."""
+    places = {}  # kinds show the same media, and a link costs more than its line
     for kind, conversations in kinds.items():
-        write_linked(run, out / f"{kind}.jsonl", conversations, root)
+        write_linked(run, out / f"{kind}.jsonl", conversations, root, places)
         run.say(f"{kind}: {len(conversations)} conversations")
 
 

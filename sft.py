@@ -161,18 +161,22 @@ def drop_easy(run: Run, init: Path, source: Path, target: Path, plan: dict, seed
     write_linked(run, target, kept, questions[0].root)
 
 
-def linked(run: Run, records: list[tuple[dict, Path]], folder: Path) -> list[dict]:
+def linked(
+    run: Run, records: list[tuple[dict, Path]], folder: Path, places: dict | None = None
+) -> list[dict]:
     """Rank 0: (record, root of its media) -> records whose media are below folder.
 
     A few whose media cannot be found are left out; SystemExit on all ranks where many are.
+    places: of media that were linked just now, by root, see link_media; new ones are added.
     """
     done = []
     failures = []
+    places = {} if places is None else places
 
     def link():
         for record, root in records if run.main else ():
             try:
-                done.append(link_media(record, root, folder))
+                done.append(link_media(record, root, folder, places.setdefault(root, {})))
             except MediaError as e:
                 failures.append(f"{root}: {e}")
         if run.main:
@@ -183,9 +187,14 @@ def linked(run: Run, records: list[tuple[dict, Path]], folder: Path) -> list[dic
     return done
 
 
-def write_linked(run: Run, target: Path, records: list[dict], root: Path):
-    """Rank 0: records whose media are below root become lines of target, their media beside it."""
-    lines = linked(run, [(record, root) for record in records], target.parent)
+def write_linked(
+    run: Run, target: Path, records: list[dict], root: Path, places: dict | None = None
+):
+    """Rank 0: records whose media are below root become lines of target, their media beside it.
+
+    places: see linked.
+    """
+    lines = linked(run, [(record, root) for record in records], target.parent, places)
     on_main(run, f"cannot write {target}", write_lines, target, lines)
 
 

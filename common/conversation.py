@@ -209,25 +209,45 @@ def pictures_of(conversation: dict, root=None, **limits) -> list[Image.Image]:
     ]
 
 
-def link_media(conversation: dict, root: str | Path, folder: str | Path) -> dict:
+def link_media(
+    conversation: dict, root: str | Path, folder: str | Path, linked: dict | None = None
+) -> dict:
     """A copy of a conversation from `root` for a JSONL file in `folder`.
 
     Its files are hard-linked below folder/media (else copied: from another file system, or off
     Linux), unless they are in the folder already; pictures in memory are written there as PNG. A
     file that has changed since it was linked is linked anew. MediaError for whatever the reader of
     media would refuse.
+
+    linked: {path: its place in the folder} of what the caller has linked from this root just now:
+    many conversations show the same file, and each call adds what is new.
     """
     root, folder = Path(root).resolve(), Path(folder).resolve()
-    conversation = copy.deepcopy(conversation)
-    # each message by itself: two of them may share one item, which would be linked twice
-    conversation["messages"] = [copy.deepcopy(m) for m in conversation["messages"]]
+    linked = {} if linked is None else linked
+
+    def place(source):
+        if not isinstance(source, str) or source.startswith("data:"):
+            return _linked(source, root, folder)
+        if source not in linked:
+            linked[source] = _linked(source, root, folder)
+        return linked[source]
+
+    conversation = _copied(conversation)
     for item, kind in media_items(conversation):
-        source = item[kind]
-        if isinstance(source, list):
-            item[kind] = [_linked(frame, root, folder) for frame in source]
+        if isinstance(item[kind], list):
+            item[kind] = [place(frame) for frame in item[kind]]
         else:
-            item[kind] = _linked(source, root, folder)
+            item[kind] = place(item[kind])
     return conversation
+
+
+def _copied(value):
+    """A copy in which no two messages share an item, or it would be linked twice."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value
 
 
 def _linked(source, root, folder):

@@ -120,7 +120,7 @@ def note_media(data: Path, folders=()) -> list[str]:
     notes = dict(before)
     for kept in sorted((data / "media").rglob("*")):
         name = kept.relative_to(data / "media").as_posix()
-        if kept.is_file() and name not in notes:
+        if name not in notes and kept.is_file():
             notes[name] = look_at(kept)
         for source in (folder / name for folder in folders):
             if name in notes and source.is_file():

@@ -293,6 +293,24 @@ def test_a_new_file_of_an_old_name_replaces_the_link(tmp_path, source):
     assert Image.open(tmp_path / "to" / path_of(moved)).getpixel((0, 0)) == (9, 9, 9)
 
 
+def test_what_many_conversations_show_is_linked_once(tmp_path, source, monkeypatch):
+    folder, record = source
+    Image.new("RGB", (8, 6)).save(folder / "1.png")
+    other = {"messages": [user(image("1.png"), video(["deep/0.png", "1.png"]))]}
+    opened = []
+    plain = room.open_media
+
+    def open_media(source, root):
+        opened.append(source)
+        return plain(source, root)
+
+    monkeypatch.setattr(room, "open_media", open_media)
+    places = {}
+    moved = [link_media(r, folder, tmp_path / "to", places) for r in (record, other, record)]
+    assert opened == ["deep/0.png", "1.png"]
+    assert moved == [link_media(r, folder, tmp_path / "to") for r in (record, other, record)]
+
+
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("inside", [True, False])
 def test_what_is_linked_is_what_was_opened(tmp_path, source, monkeypatch, links, inside):
