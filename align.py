@@ -196,7 +196,7 @@ def check_pair(record: dict):
 
 def given_pairs(path: Path) -> list[Pair]:
     """The pairs of a file, as --pairs is one. SystemExit where many of its lines are none."""
-    lines = lines_or_exit(path, check_pair)
+    lines = lines_or_exit(path, check_pair, held=True)
     return [Pair(lines[i], lines.root, lines.where(i)) for i in range(len(lines))]
 
 

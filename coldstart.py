@@ -22,7 +22,6 @@ where thinking is right more often than a plain answer, auto-think is taught to 
 told by the name of the task. The second pass goes on with all five kinds.
 """
 
-import copy
 import json
 import random
 import time
@@ -34,6 +33,7 @@ from common.conversation import (
     MODES,
     check_training,
     conversations_of,
+    copied,
     media_items,
     text_of,
     with_switch,
@@ -136,7 +136,6 @@ def read_kind(path: Path) -> list[Example]:
     SystemExit where many do.
     """
     kind = data_name(path)
-    records = []  # as they are checked: Lines reads one again when it is asked for
 
     def check(record):
         check_training(record)
@@ -148,10 +147,9 @@ def read_kind(path: Path) -> list[Example]:
         errors = parse(example.answer["content"], example.mode).errors
         if errors:
             raise ValueError(f"not an answer in {example.mode} mode: {'; '.join(errors)}")
-        records.append(record)
 
-    lines = lines_or_exit(path, check)
-    return [example_of(record, lines.root, kind) for record in records]
+    lines = lines_or_exit(path, check, held=True)
+    return [example_of(record, lines.root, kind) for record in lines]
 
 
 def read_kinds(folder: Path) -> dict[str, list[Example]]:
@@ -176,7 +174,7 @@ def read_kinds(folder: Path) -> dict[str, list[Example]]:
 
 def at_frame_rate(example: Example, fps: float) -> Example:
     """The example with `fps` frames a second of its clips: Keye shows 32 frames and 16."""
-    question = copy.deepcopy(example.question)
+    question = copied(example.question)
     for item, kind in media_items({"messages": question}):
         if kind == "image":
             continue

@@ -167,7 +167,7 @@ def linked(
     """Rank 0: (record, root of its media) -> records whose media are below folder.
 
     A few whose media cannot be found are left out; SystemExit on all ranks where many are.
-    places: of media that were linked just now, by root, see link_media; new ones are added.
+    places: of media that were linked just now, see link_media; new ones are added.
     """
     done = []
     failures = []
@@ -176,7 +176,7 @@ def linked(
     def link():
         for record, root in records if run.main else ():
             try:
-                done.append(link_media(record, root, folder, places.setdefault(root, {})))
+                done.append(link_media(record, root, folder, places))
             except MediaError as e:
                 failures.append(f"{root}: {e}")
         if run.main:

@@ -14,7 +14,6 @@ the content of an assistant's message would be.
 Files may hold other forms: common/jsonl.py brings all of them into this one, see common/forms.py.
 """
 
-import copy
 import filecmp
 import hashlib
 import io
@@ -98,6 +97,17 @@ def _is_preference(record):
 # Views
 
 
+def copied(value):
+    """A copy of what JSON can hold, with all its parts. Two of them that are one object, as an item
+    that two messages share, become two: who changes one of them leaves the other.
+    """
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [copied(item) for item in value]
+    return value
+
+
 def conversations_of(record: dict) -> list[dict]:
     """The conversation itself, or the two of a preference: [chosen, rejected].
 
@@ -134,8 +144,7 @@ def behind_question(messages: list[dict], words: str) -> list[dict]:
 
     ValueError where no user speaks.
     """
-    # each message by itself: an item that two of them share changes in the last one alone
-    messages = [copy.deepcopy(message) for message in messages]
+    messages = copied(messages)  # what two of them share changes in the last one alone
     asked = [message for message in messages if message["role"] == "user"]
     if not asked:
         raise ValueError(f"no user message to put {words} behind")
@@ -210,7 +219,7 @@ def pictures_of(conversation: dict, root=None, **limits) -> list[Image.Image]:
 
 
 def link_media(
-    conversation: dict, root: str | Path, folder: str | Path, linked: dict | None = None
+    conversation: dict, root: str | Path, folder: str | Path, places: dict | None = None
 ) -> dict:
     """A copy of a conversation from `root` for a JSONL file in `folder`.
 
@@ -219,35 +228,26 @@ def link_media(
     file that has changed since it was linked is linked anew. MediaError for whatever the reader of
     media would refuse.
 
-    linked: {path: its place in the folder} of what the caller has linked from this root just now:
-    many conversations show the same file, and each call adds what is new.
+    places: {(root, path): its place in the folder} of what the caller has linked just now: many
+    conversations show the same file, and each call adds what is new.
     """
     root, folder = Path(root).resolve(), Path(folder).resolve()
-    linked = {} if linked is None else linked
+    places = {} if places is None else places
 
     def place(source):
         if not isinstance(source, str) or source.startswith("data:"):
             return _linked(source, root, folder)
-        if source not in linked:
-            linked[source] = _linked(source, root, folder)
-        return linked[source]
+        if (root, source) not in places:
+            places[root, source] = _linked(source, root, folder)
+        return places[root, source]
 
-    conversation = _copied(conversation)
+    conversation = copied(conversation)
     for item, kind in media_items(conversation):
         if isinstance(item[kind], list):
             item[kind] = [place(frame) for frame in item[kind]]
         else:
             item[kind] = place(item[kind])
     return conversation
-
-
-def _copied(value):
-    """A copy in which no two messages share an item, or it would be linked twice."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value
 
 
 def _linked(source, root, folder):

@@ -54,10 +54,10 @@ def or_exit():
         raise SystemExit(str(e)) from None
 
 
-def lines_or_exit(path: Path, check: Callable) -> Lines:
+def lines_or_exit(path: Path, check: Callable, held: bool = False) -> Lines:
     """The good lines of a file. SystemExit where many are bad, or it cannot be read."""
     with or_exit():
-        return Lines(path, check, MAX_BAD_SHARE)
+        return Lines(path, check, MAX_BAD_SHARE, held=held)
 
 
 def say_failures(run, failures: list[str], tried: int, what: str):

@@ -352,6 +352,9 @@ class Lines(Sequence):
     of them count, and lines[i] raises ValueError for a bad one. Nothing is read at the start then
     but, once for all runs, where its lines stand.
 
+    held: the records stay in memory, for somebody who asks for all of them: none is parsed again
+    then. Not of a set that is lazy.
+
     path: the file or folder; root: the folder of its media, links resolved; bad: [("path:12",
     reason), ...]. ValueError naming file and line when more than the share `max_bad_share` of the
     records is bad (None: never), when no record is good, or when a file cannot be read at all.
@@ -363,11 +366,13 @@ class Lines(Sequence):
         check: Callable[[dict], None] | None = None,
         max_bad_share: float | None = 0.0,
         lazy: bool = False,
+        held: bool = False,
     ):
         self.path = Path(path)
         real = self.path.resolve()
         self.root = real if real.is_dir() else real.parent
         self.bad = []
+        self._held = [] if held else None
         shards = shards_of(self.path)
         self.large = lazy and is_large(shards)
         self._check = check if self.large else None  # of what is asked for
@@ -390,6 +395,8 @@ class Lines(Sequence):
                 if check:
                     check(record)
                 places.extend(place)
+                if self._held is not None:
+                    self._held.append(record)
             except ValueError as e:
                 self.bad.append((file.place(place[2]), str(e)))
         return places
@@ -410,6 +417,8 @@ class Lines(Sequence):
 
     def __getitem__(self, i: int) -> dict:
         file, k = self._find(i)
+        if self._held is not None:
+            return self._held[i]
         try:
             record = _ours(partial(file.read, k))
         except ValueError as e:

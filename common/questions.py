@@ -83,7 +83,14 @@ def read_questions(
         files = {name: file for name, file in data_files(path).items() if name != PAIRS}
     if not files:
         raise ValueError(f"{path}: no .jsonl or .json files with questions here")
-    questions = sum((_questions_of(*item) for item in files.items()), [])
+    questions = []
+    for name, file in files.items():
+        lines = Lines(file, check_question, held=True)
+        for i, record in enumerate(lines):
+            meta = record["meta"]
+            meta.setdefault("task", name)
+            meta.setdefault("category", meta["task"])
+            questions.append(Question(record, lines.root, lines.where(i)))
 
     if tasks:
         names = {name for q in questions for name in (q.task, q.category)}
@@ -100,22 +107,6 @@ def read_questions(
         if limit_per_task is None or seen[question.task] <= limit_per_task:
             kept.append(question)
     return kept
-
-
-def _questions_of(name: str, file: Path) -> list[Question]:
-    """All of a file: as it is checked, since Lines reads a record again when it is asked for."""
-    records = []
-
-    def keep(record):
-        check_question(record)
-        records.append(record)
-
-    lines = Lines(file, keep)
-    for record in records:
-        meta = record["meta"]
-        meta.setdefault("task", name)
-        meta.setdefault("category", meta["task"])
-    return [Question(record, lines.root, lines.where(i)) for i, record in enumerate(records)]
 
 
 def pool_files(folder: Path, names: tuple = POOL) -> list[Path]:

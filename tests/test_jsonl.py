@@ -59,6 +59,21 @@ def test_every_line_is_checked_once(tmp_path):
     assert seen == [{"n": 1}, {"n": 2}]
 
 
+def test_records_that_are_held_are_parsed_once(tmp_path, monkeypatch):
+    """Also those of a folder, and with bad ones among them."""
+    (tmp_path / "set").mkdir()
+    fill(tmp_path / "set/a.jsonl", '{"n": 1}', "{}", '{"n": 2}')
+    fill(tmp_path / "set/b.jsonl", '{"n": 3}')
+    parsed = []
+    parse = jsonl._parse
+    monkeypatch.setattr(jsonl, "_parse", lambda data: parsed.append(data) or parse(data))
+    lines = Lines(tmp_path / "set", numbered, max_bad_share=None, held=True)
+    assert list(lines) == [{"n": 1}, {"n": 2}, {"n": 3}] and lines[2] == {"n": 3}
+    assert len(parsed) == 4 and [where[-9:] for where, _ in lines.bad] == ["a.jsonl:2"]
+    with pytest.raises(IndexError):
+        lines[3]
+
+
 @pytest.mark.parametrize(
     "wrong, why",
     [
